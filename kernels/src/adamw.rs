@@ -1,0 +1,134 @@
+//! AdamW, one pass over parameter, gradient and both moments.
+//!
+//! Source: Loshchilov and Hutter 2019, in PyTorch's order of operations: the weight decays by lr·λ first, then
+//!   m = β1·m + (1−β1)·g,  v = β2·v + (1−β2)·g²,  p −= lr·(m/(1−β1ᵗ)) / (√(v/(1−β2ᵗ)) + eps).
+//!
+//! The parameter is changed in place, so every view of it sees the new value.
+
+use std::sync::Mutex;
+
+use candle_core::{CpuStorage, InplaceOp1, Layout, Tensor};
+use rayon::prelude::*;
+
+use crate::cpu::{multiversion, with_values};
+use crate::error::{KernelError, Result};
+
+const OP: &str = "adamw";
+const CHUNK: usize = 16_384;
+
+/// Hyper-parameters of one step.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct AdamW {
+    /// Learning rate of this step.
+    pub lr: f64,
+    /// Decay of the first moment.
+    pub beta1: f64,
+    /// Decay of the second moment.
+    pub beta2: f64,
+    /// Added to the root of the second moment.
+    pub eps: f64,
+    /// Decoupled weight decay λ.
+    pub weight_decay: f64,
+    /// The gradient is multiplied by this first (clipping).
+    pub gradient_scale: f64,
+    /// Number of this step, from 1, for the bias correction.
+    pub step: u64,
+}
+
+struct Update<'a> {
+    gradient: &'a [f32],
+    moments: Mutex<(&'a mut [f32], &'a mut [f32])>,
+    with: AdamW,
+}
+
+struct Constants {
+    decay: f32,
+    beta1: f32,
+    beta2: f32,
+    step_size: f32,
+    root_scale: f32,
+    eps: f32,
+    gradient_scale: f32,
+}
+
+multiversion! {
+    fn update(p: &mut [f32], g: &[f32], m: &mut [f32], v: &mut [f32], c: &Constants) {
+        let n = p.len();
+        let (g, m, v) = (&g[..n], &mut m[..n], &mut v[..n]);
+        for i in 0..n {
+            let g = g[i] * c.gradient_scale;
+            m[i] = c.beta1 * m[i] + (1.0 - c.beta1) * g;
+            v[i] = c.beta2 * v[i] + (1.0 - c.beta2) * g * g;
+            p[i] = p[i] * c.decay - c.step_size * m[i] / (v[i].sqrt() * c.root_scale + c.eps);
+        }
+    }
+}
+
+impl InplaceOp1 for Update<'_> {
+    fn name(&self) -> &'static str {
+        OP
+    }
+
+    fn cpu_fwd(&self, storage: &mut CpuStorage, layout: &Layout) -> candle_core::Result<()> {
+        let (Some((start, end)), CpuStorage::F32(data)) = (layout.contiguous_offsets(), storage) else {
+            return Err(KernelError::shape(OP, "a contiguous f32 parameter", format!("{layout:?}")).into());
+        };
+        let with = &self.with;
+        let correction1 = 1.0 - with.beta1.powi(with.step as i32);
+        let correction2 = 1.0 - with.beta2.powi(with.step as i32);
+        let constants = Constants {
+            decay: (1.0 - with.lr * with.weight_decay) as f32,
+            beta1: with.beta1 as f32,
+            beta2: with.beta2 as f32,
+            step_size: (with.lr / correction1) as f32,
+            root_scale: (1.0 / correction2.sqrt()) as f32,
+            eps: with.eps as f32,
+            gradient_scale: with.gradient_scale as f32,
+        };
+        let mut moments = self.moments.lock().unwrap_or_else(|e| e.into_inner());
+        let (m, v) = &mut *moments;
+        data[start..end]
+            .par_chunks_mut(CHUNK)
+            .zip(self.gradient.par_chunks(CHUNK))
+            .zip(m.par_chunks_mut(CHUNK))
+            .zip(v.par_chunks_mut(CHUNK))
+            .for_each(|(((p, g), m), v)| update(p, g, m, v, &constants));
+        Ok(())
+    }
+}
+
+/// One step on `parameter`; `exp_avg` and `exp_avg_sq` are its moments.
+///
+/// # Errors
+/// When sizes do not agree.
+pub fn step(
+    parameter: &Tensor,
+    gradient: &Tensor,
+    exp_avg: &mut [f32],
+    exp_avg_sq: &mut [f32],
+    with: AdamW,
+) -> Result<()> {
+    let n = parameter.elem_count();
+    if parameter.shape() != gradient.shape() || exp_avg.len() != n || exp_avg_sq.len() != n {
+        return Err(KernelError::shape(
+            OP,
+            format!("a gradient of shape {:?} and moments of {n} values", parameter.dims()),
+            format!("{:?}, {} and {}", gradient.dims(), exp_avg.len(), exp_avg_sq.len()),
+        ));
+    }
+    with_values(OP, gradient, |gradient| {
+        parameter.inplace_op1(&Update { gradient, moments: Mutex::new((exp_avg, exp_avg_sq)), with })
+    })??;
+    Ok(())
+}
+
+/// Σ g² in f64, summed in a fixed order.
+pub fn sum_of_squares(gradient: &Tensor) -> Result<f64> {
+    with_values(OP, gradient, |g| {
+        g.par_chunks(CHUNK)
+            .map(|chunk| chunk.iter().map(|v| f64::from(*v) * f64::from(*v)).sum::<f64>())
+            .collect::<Vec<f64>>()
+            .into_iter()
+            .sum()
+    })
+}
