@@ -1,3 +1,5 @@
 //! Base model of the plugin: a trainable decoder, LoRA, positions, parameter groups and adapter files.
+pub mod config;
+pub mod error;
 pub mod random;
 pub mod rope;

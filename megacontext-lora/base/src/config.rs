@@ -1,0 +1,383 @@
+//! The description of a model: `config.json` of a Hugging Face Llama folder.
+//!
+//! Source: the keys of transformers' `LlamaConfig`, releases 4 and 5 (which moved `rope_theta` and `rope_scaling` into
+//! `rope_parameters`; both are read, and both are written).
+//!
+//! Units: lengths in tokens, widths in elements. Errors: `BaseError::Config`, naming file and key. Everything that
+//! would change the numbers and is not implemented is refused, never ignored.
+//!
+//! Our own key `megacontext.original_max_position_embeddings` records the length a model was pre-trained at, once its
+//! `max_position_embeddings` says the extended length.
+//!
+//! Left out: other model families, biases, quantised weights.
+
+use std::fs;
+use std::path::Path;
+
+use serde_json::{Map, Value, json};
+
+use crate::error::{BaseError, Result};
+use crate::rope::RopeScaling;
+
+/// Sizes above this are damage rather than a model.
+const LARGEST: u64 = 1 << 31;
+
+/// A Llama-family decoder's shape and constants.
+#[derive(Clone, Debug, PartialEq)]
+pub struct LlamaConfig {
+    /// V: rows of the embedding.
+    pub vocab_size: usize,
+    /// E: model width.
+    pub hidden_size: usize,
+    /// Width inside the feed-forward layer.
+    pub intermediate_size: usize,
+    /// Number of blocks.
+    pub num_hidden_layers: usize,
+    /// H: query heads.
+    pub num_attention_heads: usize,
+    /// G: key/value heads, a divisor of H.
+    pub num_key_value_heads: usize,
+    /// D: width of a head, even.
+    pub head_dim: usize,
+    /// Added to the mean square in RMSNorm.
+    pub rms_norm_eps: f64,
+    /// RoPE base.
+    pub rope_theta: f64,
+    /// Context length the model states, in tokens.
+    pub max_position_embeddings: usize,
+    /// Is the output head the embedding?
+    pub tie_word_embeddings: bool,
+    /// How positions are stretched.
+    pub rope_scaling: RopeScaling,
+    /// Begin-of-sequence token, if stated.
+    pub bos_token_id: Option<u32>,
+    /// End-of-sequence token, if stated; the first where several are.
+    pub eos_token_id: Option<u32>,
+    /// The whole file as read, so that nothing is lost on writing.
+    pub raw: Map<String, Value>,
+}
+
+impl LlamaConfig {
+    /// Reads `config.json` of a model folder.
+    pub fn from_dir(dir: &Path) -> Result<Self> {
+        if !dir.is_dir() {
+            let what = if dir.exists() { "is a file" } else { "does not exist" };
+            return Err(BaseError::config(
+                dir,
+                format!(
+                    "expected a model folder with config.json, model.safetensors and tokenizer.json, but the path {what}"
+                ),
+            ));
+        }
+        let path = dir.join("config.json");
+        let text = match fs::read_to_string(&path) {
+            Ok(text) => text,
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => {
+                return Err(BaseError::config(
+                    dir,
+                    "expected a file config.json in this folder, there is none",
+                ));
+            }
+            Err(e) if e.kind() == std::io::ErrorKind::InvalidData => {
+                return Err(BaseError::config(&path, "expected UTF-8 JSON, got bytes that are not UTF-8"));
+            }
+            Err(e) => return Err(BaseError::io(&path)(e)),
+        };
+        let value: Value = serde_json::from_str(&text).map_err(|e| {
+            BaseError::config(&path, format!("expected complete JSON: {e}; copy the file again"))
+        })?;
+        Self::from_json(&value, &path)
+    }
+
+    /// Reads a configuration; `path` is where it came from, for messages.
+    pub fn from_json(value: &Value, path: &Path) -> Result<Self> {
+        let raw = value.as_object().ok_or_else(|| BaseError::config(path, "expected a JSON object"))?;
+        let keys = Keys { raw, path };
+        keys.refuse_unsupported()?;
+
+        let hidden_size = keys.size("hidden_size")?;
+        let num_attention_heads = keys.size("num_attention_heads")?;
+        let num_key_value_heads = keys.size_or("num_key_value_heads", num_attention_heads)?;
+        if num_attention_heads % num_key_value_heads != 0 {
+            return keys.fail(format!(
+                "num_key_value_heads: expected a divisor of num_attention_heads = {num_attention_heads}, got {num_key_value_heads}"
+            ));
+        }
+        if !keys.has("head_dim") && hidden_size % num_attention_heads != 0 {
+            return keys.fail(format!(
+                "num_attention_heads: expected a divisor of hidden_size = {hidden_size} (no head_dim is given), got {num_attention_heads}"
+            ));
+        }
+        let head_dim = keys.size_or("head_dim", hidden_size / num_attention_heads)?;
+        if head_dim % 2 != 0 {
+            return keys
+                .fail(format!("head_dim: expected an even number (RoPE turns pairs), got {head_dim}"));
+        }
+        let config = Self {
+            vocab_size: keys.size("vocab_size")?,
+            hidden_size,
+            intermediate_size: keys.size("intermediate_size")?,
+            num_hidden_layers: keys.size("num_hidden_layers")?,
+            num_attention_heads,
+            num_key_value_heads,
+            head_dim,
+            rms_norm_eps: keys.positive("rms_norm_eps", Some(1e-6))?,
+            rope_theta: keys.rope_theta()?,
+            max_position_embeddings: keys.size("max_position_embeddings")?,
+            tie_word_embeddings: keys.flag("tie_word_embeddings")?,
+            rope_scaling: keys.rope_scaling()?,
+            bos_token_id: keys.token("bos_token_id")?,
+            eos_token_id: keys.token("eos_token_id")?,
+            raw: raw.clone(),
+        };
+        for (key, id) in [("bos_token_id", config.bos_token_id), ("eos_token_id", config.eos_token_id)] {
+            if let Some(id) = id.filter(|id| *id as usize >= config.vocab_size) {
+                return keys.fail(format!(
+                    "{key}: expected an id below vocab_size = {}, got {id}",
+                    config.vocab_size
+                ));
+            }
+        }
+        if let Some(original) = config.own("original_max_position_embeddings")
+            && original.as_u64().is_none_or(|n| n == 0 || n > LARGEST)
+        {
+            return keys.fail(format!(
+                "megacontext.original_max_position_embeddings: expected a positive number, got {original}"
+            ));
+        }
+        Ok(config)
+    }
+
+    /// The configuration as JSON: the file as read, with this value's fields put in. RoPE is written the old way
+    /// (`rope_theta`, `rope_scaling`) and the new way (`rope_parameters`), so that transformers 4 and 5 agree.
+    pub fn to_json(&self) -> Value {
+        let mut out = self.raw.clone();
+        let mut put = |key: &str, value: Value| {
+            out.insert(key.to_string(), value);
+        };
+        put("model_type", json!("llama"));
+        put("architectures", json!(["LlamaForCausalLM"]));
+        put("hidden_act", json!("silu"));
+        put("attention_bias", json!(false));
+        put("mlp_bias", json!(false));
+        put("vocab_size", json!(self.vocab_size));
+        put("hidden_size", json!(self.hidden_size));
+        put("intermediate_size", json!(self.intermediate_size));
+        put("num_hidden_layers", json!(self.num_hidden_layers));
+        put("num_attention_heads", json!(self.num_attention_heads));
+        put("num_key_value_heads", json!(self.num_key_value_heads));
+        put("head_dim", json!(self.head_dim));
+        put("rms_norm_eps", json!(self.rms_norm_eps));
+        put("max_position_embeddings", json!(self.max_position_embeddings));
+        put("tie_word_embeddings", json!(self.tie_word_embeddings));
+        put("bos_token_id", json!(self.bos_token_id));
+        // A list of end tokens stays a list as long as its first is ours.
+        if first_token(self.raw.get("eos_token_id")) != self.eos_token_id.map(u64::from)
+            || !self.raw.contains_key("eos_token_id")
+        {
+            put("eos_token_id", json!(self.eos_token_id));
+        }
+        let scaling = self.rope_scaling.to_hf();
+        let mut parameters = scaling.as_object().cloned().unwrap_or_else(|| {
+            let mut plain = Map::new();
+            plain.insert("rope_type".into(), json!("default"));
+            plain
+        });
+        parameters.remove("type");
+        parameters.insert("rope_theta".into(), json!(self.rope_theta));
+        put("rope_theta", json!(self.rope_theta));
+        put("rope_scaling", scaling);
+        put("rope_parameters", Value::Object(parameters));
+        Value::Object(out)
+    }
+
+    /// The length the model was pre-trained at, in tokens, from which every stretch is counted.
+    ///
+    /// Our own record if there is one; else `max_position_embeddings`, which by the convention of Hugging Face stays
+    /// at the pre-trained length when linear scaling is added.
+    pub fn original_context(&self) -> usize {
+        self.own("original_max_position_embeddings")
+            .and_then(Value::as_u64)
+            .map_or(self.max_position_embeddings, |n| n as usize)
+    }
+
+    /// The same model stretched: scaling and stated length replaced, the pre-trained length kept on record.
+    pub fn extended(&self, rope_scaling: RopeScaling, max_position_embeddings: usize) -> Self {
+        let original = self.original_context();
+        let mut out = self.clone();
+        let own = out.raw.entry("megacontext").or_insert_with(|| json!({}));
+        if !own.is_object() {
+            *own = json!({});
+        }
+        own["original_max_position_embeddings"] = json!(original);
+        out.rope_scaling = rope_scaling;
+        out.max_position_embeddings = max_position_embeddings;
+        out
+    }
+
+    /// Name and shape of every tensor of the model, sorted by name; `lm_head.weight` only where it is not tied.
+    pub fn tensors(&self) -> Vec<(String, Vec<usize>)> {
+        let (e, f) = (self.hidden_size, self.intermediate_size);
+        let q = self.num_attention_heads * self.head_dim;
+        let kv = self.num_key_value_heads * self.head_dim;
+        let mut out = vec![("model.embed_tokens.weight".to_string(), vec![self.vocab_size, e])];
+        for layer in 0..self.num_hidden_layers {
+            let block: [(&str, Vec<usize>); 9] = [
+                ("input_layernorm", vec![e]),
+                ("post_attention_layernorm", vec![e]),
+                ("self_attn.q_proj", vec![q, e]),
+                ("self_attn.k_proj", vec![kv, e]),
+                ("self_attn.v_proj", vec![kv, e]),
+                ("self_attn.o_proj", vec![e, q]),
+                ("mlp.gate_proj", vec![f, e]),
+                ("mlp.up_proj", vec![f, e]),
+                ("mlp.down_proj", vec![e, f]),
+            ];
+            out.extend(block.map(|(name, shape)| (format!("model.layers.{layer}.{name}.weight"), shape)));
+        }
+        out.push(("model.norm.weight".to_string(), vec![e]));
+        if !self.tie_word_embeddings {
+            out.push(("lm_head.weight".to_string(), vec![self.vocab_size, e]));
+        }
+        out.sort();
+        out
+    }
+
+    fn own(&self, key: &str) -> Option<&Value> {
+        self.raw.get("megacontext")?.get(key)
+    }
+}
+
+/// Typed access to the keys of one file.
+struct Keys<'a> {
+    raw: &'a Map<String, Value>,
+    path: &'a Path,
+}
+
+impl Keys<'_> {
+    fn fail<T>(&self, message: impl Into<String>) -> Result<T> {
+        Err(BaseError::config(self.path, message))
+    }
+
+    /// Null counts as absent, as in transformers.
+    fn get(&self, key: &str) -> Option<&Value> {
+        self.raw.get(key).filter(|v| !v.is_null())
+    }
+
+    fn has(&self, key: &str) -> bool {
+        self.get(key).is_some()
+    }
+
+    fn refuse_unsupported(&self) -> Result<()> {
+        match self.get("model_type").map(|v| v.as_str().unwrap_or("")) {
+            Some("llama") => {}
+            Some(other) => {
+                return self
+                    .fail(format!("model_type: expected \"llama\" (the supported family), got \"{other}\""));
+            }
+            None => {
+                return self.fail("model_type: expected \"llama\" (the supported family), the key is missing");
+            }
+        }
+        if let Some(act) = self.get("hidden_act").filter(|v| v.as_str() != Some("silu")) {
+            return self.fail(format!("hidden_act: expected \"silu\", got {act}"));
+        }
+        for key in ["attention_bias", "mlp_bias"] {
+            if self.flag(key)? {
+                return self.fail(format!("{key}: expected false (biases are not supported), got true"));
+            }
+        }
+        if self.has("quantization_config") {
+            return self
+                .fail("quantization_config: expected f32, f16 or bf16 weights, got a quantised model");
+        }
+        let partial = self.get("partial_rotary_factor").or_else(|| {
+            self.get("rope_parameters").and_then(|v| v.get("partial_rotary_factor")).filter(|v| !v.is_null())
+        });
+        if let Some(partial) = partial.filter(|v| v.as_f64() != Some(1.0)) {
+            return self.fail(format!("partial_rotary_factor: expected 1, got {partial}"));
+        }
+        Ok(())
+    }
+
+    fn size(&self, key: &str) -> Result<usize> {
+        let Some(value) = self.get(key) else {
+            return self.fail(format!("{key}: expected a positive number, the key is missing"));
+        };
+        match value.as_u64() {
+            Some(n) if n > 0 && n <= LARGEST => Ok(n as usize),
+            _ => self.fail(format!("{key}: expected a whole number from 1 to {LARGEST}, got {value}")),
+        }
+    }
+
+    fn size_or(&self, key: &str, default: usize) -> Result<usize> {
+        if self.has(key) { self.size(key) } else { Ok(default) }
+    }
+
+    fn positive(&self, key: &str, default: Option<f64>) -> Result<f64> {
+        match (self.get(key), default) {
+            (None, Some(default)) => Ok(default),
+            (None, None) => self.fail(format!("{key}: expected a positive number, the key is missing")),
+            (Some(value), _) => self.positive_value(key, value),
+        }
+    }
+
+    fn positive_value(&self, key: &str, value: &Value) -> Result<f64> {
+        match value.as_f64() {
+            Some(x) if x.is_finite() && x > 0.0 => Ok(x),
+            _ => self.fail(format!("{key}: expected a positive number, got {value}")),
+        }
+    }
+
+    fn flag(&self, key: &str) -> Result<bool> {
+        match self.get(key) {
+            None => Ok(false),
+            Some(Value::Bool(b)) => Ok(*b),
+            Some(other) => self.fail(format!("{key}: expected true or false, got {other}")),
+        }
+    }
+
+    fn token(&self, key: &str) -> Result<Option<u32>> {
+        let value = self.get(key);
+        let Some(value) = value.filter(|v| v.as_array().is_none_or(|a| !a.is_empty())) else {
+            return Ok(None);
+        };
+        match first_token(Some(value)).and_then(|id| u32::try_from(id).ok()) {
+            Some(id) => Ok(Some(id)),
+            None => self.fail(format!("{key}: expected a token id or a list of them, got {value}")),
+        }
+    }
+
+    fn rope_theta(&self) -> Result<f64> {
+        let nested = self.get("rope_parameters").and_then(|v| v.get("rope_theta")).filter(|v| !v.is_null());
+        match (nested, self.get("rope_theta")) {
+            (Some(inner), Some(outer)) if inner.as_f64() != outer.as_f64() => self.fail(format!(
+                "rope_theta: expected one value, got {outer} and rope_parameters.rope_theta = {inner}"
+            )),
+            (Some(inner), _) => self.positive_value("rope_parameters.rope_theta", inner),
+            (None, _) => self.positive("rope_theta", Some(10000.0)),
+        }
+    }
+
+    fn rope_scaling(&self) -> Result<RopeScaling> {
+        let read =
+            |raw: &Map<String, Value>| RopeScaling::from_hf(raw).map_err(|e| BaseError::config(self.path, e));
+        let found = read(self.raw)?;
+        if self.has("rope_parameters") && self.has("rope_scaling") {
+            let mut old = self.raw.clone();
+            old.remove("rope_parameters");
+            let old = read(&old)?;
+            if old != found {
+                return self.fail(format!(
+                    "rope_scaling: expected the same as rope_parameters ({found}), got {old}; remove one of the two keys"
+                ));
+            }
+        }
+        Ok(found)
+    }
+}
+
+fn first_token(value: Option<&Value>) -> Option<u64> {
+    let value = value?;
+    value.as_array().map_or(Some(value), |list| list.first()).and_then(Value::as_u64)
+}
