@@ -10,7 +10,7 @@ use std::sync::Mutex;
 use candle_core::{CpuStorage, InplaceOp1, Layout, Tensor};
 use rayon::prelude::*;
 
-use crate::cpu::{multiversion, with_values};
+use crate::cpu::multiversion;
 use crate::error::{KernelError, Result};
 
 const OP: &str = "adamw";
@@ -97,38 +97,35 @@ impl InplaceOp1 for Update<'_> {
     }
 }
 
-/// One step on `parameter`; `exp_avg` and `exp_avg_sq` are its moments.
+/// One step on `parameter`; `exp_avg` and `exp_avg_sq` are its moments, `gradient` its gradient, all row-major.
 ///
 /// # Errors
 /// When sizes do not agree.
 pub fn step(
     parameter: &Tensor,
-    gradient: &Tensor,
+    gradient: &[f32],
     exp_avg: &mut [f32],
     exp_avg_sq: &mut [f32],
     with: AdamW,
 ) -> Result<()> {
     let n = parameter.elem_count();
-    if parameter.shape() != gradient.shape() || exp_avg.len() != n || exp_avg_sq.len() != n {
+    if gradient.len() != n || exp_avg.len() != n || exp_avg_sq.len() != n {
         return Err(KernelError::shape(
             OP,
-            format!("a gradient of shape {:?} and moments of {n} values", parameter.dims()),
-            format!("{:?}, {} and {}", gradient.dims(), exp_avg.len(), exp_avg_sq.len()),
+            format!("a gradient and moments of {n} values"),
+            format!("{}, {} and {}", gradient.len(), exp_avg.len(), exp_avg_sq.len()),
         ));
     }
-    with_values(OP, gradient, |gradient| {
-        parameter.inplace_op1(&Update { gradient, moments: Mutex::new((exp_avg, exp_avg_sq)), with })
-    })??;
+    parameter.inplace_op1(&Update { gradient, moments: Mutex::new((exp_avg, exp_avg_sq)), with })?;
     Ok(())
 }
 
 /// Σ g² in f64, summed in a fixed order.
-pub fn sum_of_squares(gradient: &Tensor) -> Result<f64> {
-    with_values(OP, gradient, |g| {
-        g.par_chunks(CHUNK)
-            .map(|chunk| chunk.iter().map(|v| f64::from(*v) * f64::from(*v)).sum::<f64>())
-            .collect::<Vec<f64>>()
-            .into_iter()
-            .sum()
-    })
+pub fn sum_of_squares(gradient: &[f32]) -> f64 {
+    gradient
+        .par_chunks(CHUNK)
+        .map(|chunk| chunk.iter().map(|v| f64::from(*v) * f64::from(*v)).sum::<f64>())
+        .collect::<Vec<f64>>()
+        .into_iter()
+        .sum()
 }

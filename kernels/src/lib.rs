@@ -1,6 +1,7 @@
 //! Differentiable operations for training a decoder on long contexts, as candle custom ops.
 pub mod error;
 pub mod adamw;
+pub mod attention;
 pub mod cpu;
 pub mod embedding;
 mod gemm;

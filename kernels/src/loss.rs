@@ -7,7 +7,7 @@
 //! Shapes: h [N, E], W [V, E], targets N. Units: nats. Sums over positions in f64.
 //! A target of [`IGNORE`] takes no part.
 
-use candle_core::{CpuStorage, Storage, Tensor};
+use candle_core::Tensor;
 use rayon::prelude::*;
 
 use crate::cpu::{multiversion, tensor, with_values};
@@ -168,13 +168,4 @@ pub fn head_cross_entropy(
         None => None,
     };
     Ok(HeadLoss { nll, count: targets.iter().filter(|t| **t != IGNORE).count(), d_hidden })
-}
-
-/// A gradient buffer as a tensor's values, without a copy.
-pub fn values_of(tensor: &Tensor) -> Result<Vec<f32>> {
-    let (storage, _) = tensor.storage_and_layout();
-    match &*storage {
-        Storage::Cpu(CpuStorage::F32(_)) => with_values(OP, tensor, <[f32]>::to_vec),
-        _ => Err(KernelError::shape(OP, "an f32 CPU tensor", format!("{:?} {:?}", tensor.dtype(), tensor.device()))),
-    }
 }

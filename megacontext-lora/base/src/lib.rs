@@ -3,3 +3,8 @@ pub mod config;
 pub mod error;
 pub mod random;
 pub mod rope;
+pub mod decoder;
+pub mod gradients;
+pub mod lora;
+pub mod params;
+pub mod weights;

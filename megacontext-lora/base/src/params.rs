@@ -19,9 +19,9 @@ use crate::error::{BaseError, Result};
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Group {
-    /// Linear weights of the base model.
+    /// Linear weights of the base model, an untied output head among them.
     Base,
-    /// Token embeddings and an untied output head.
+    /// Token embeddings (and with them a tied output head).
     Embeddings,
     /// Gains of the normalisations.
     Norms,
@@ -53,7 +53,7 @@ impl Group {
     pub fn of_name(name: &str) -> Self {
         if name.contains(".lora_") {
             Self::Lora
-        } else if name.ends_with("embed_tokens.weight") || name == "lm_head.weight" {
+        } else if name.ends_with("embed_tokens.weight") {
             Self::Embeddings
         } else if name.ends_with("norm.weight") {
             Self::Norms
