@@ -1,2 +1,4 @@
 //! Being written.
+pub mod data;
 pub mod error;
+pub mod run;
