@@ -1,6 +1,11 @@
 //! What a run leaves on disk (DESIGN.md §8), and how an interrupted one finds its way back.
 //!
-//! [`checkpoint`] holds what training needs to go on.
+//! [`folder`] guards the run folder and writes its small files, [`checkpoint`] holds what training needs to go on,
+//! [`metrics`] is the log of what was measured, [`summary`] the outcome. Each file is whole or absent, or is cut back to
+//! what the checkpoint knows, so that an interrupted and an uninterrupted run end with the same bytes.
 
 pub mod checkpoint;
+pub mod folder;
+pub mod metrics;
+pub mod summary;
 mod tensor_file;
