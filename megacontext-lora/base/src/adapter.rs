@@ -1,0 +1,344 @@
+//! Adapter folders in PEFT's format: `adapter_config.json` and `adapter_model.safetensors`.
+//!
+//! Source: PEFT 0.21 (`LoraConfig`, `get_peft_model_state_dict`). A tensor's key in the file is `base_model.model.` and
+//! our name of it. LoRA factors, trained embeddings and trained norms share the one file (`modules_to_save`).
+//!
+//! PEFT stores no RoPE scaling and does not know its base, so our own key `megacontext` adds both. Adapters without the
+//! key are read too; then the base is taken on trust.
+//!
+//! Tied embeddings: PEFT wraps the embedding and the head separately, and a head that it is not told about stays at the
+//! base's values. So when a tied model's embedding was trained, `lm_head` is listed, its tensor is written a second
+//! time, and `ensure_weight_tying` is set: PEFT then gives our logits and keeps the tie on merging. Reading, a head
+//! must equal the embedding to the bit, or the adapter unties the model and is refused.
+//!
+//! `norm` in `modules_to_save` matches every module whose name ends so, layer norms included; norms are therefore
+//! trained and saved all together or not at all.
+//!
+//! Shapes: r rank, A [r, in], B [out, r]; values f32. Errors: `BaseError::Adapter` with the path.
+//!
+//! Left out, and refused: DoRA, rank and alpha patterns, trained biases, fan-in-fan-out, LoRA on embeddings, trainable
+//! token indices, initialisations that change the base (PiSSA, OLoRA, CorDA, LoftQ).
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use candle_core::Tensor;
+use serde_json::Value;
+
+pub use crate::adapter_config::{AdapterConfig, MegacontextKey};
+use crate::atomic::{AtomicDir, is_vacant, previous};
+use crate::config::LlamaConfig;
+use crate::error::{BaseError, Result};
+use crate::hf_export::{write_json, write_safetensors};
+use crate::lora::LoraConfig;
+use crate::params::{Group, ParamStore};
+use crate::rope::RopeScaling;
+use crate::weights::{Dtype, MappedFile};
+
+/// Name of the description inside an adapter folder.
+pub const CONFIG_FILE: &str = "adapter_config.json";
+/// Name of the tensors inside an adapter folder.
+pub const TENSOR_FILE: &str = "adapter_model.safetensors";
+const PREFIX: &str = "base_model.model.";
+const EMBEDDING: &str = "model.embed_tokens.weight";
+const HEAD: &str = "lm_head.weight";
+
+/// An adapter as read from its folder.
+pub struct Adapter {
+    /// The folder.
+    pub dir: PathBuf,
+    /// Its description.
+    pub config: AdapterConfig,
+    /// Tensors in f32 by our names, as they are in the file. Use [`Adapter::parameters`] to take over what a model has.
+    pub tensors: BTreeMap<String, Tensor>,
+}
+
+/// Writes an adapter folder, whole or not at all. An older adapter at `dir` is replaced (other files in it are kept);
+/// a folder that holds anything else is refused.
+pub fn write_adapter(dir: &Path, config: &AdapterConfig, tensors: &[(String, Tensor)]) -> Result<()> {
+    let mut by_name = BTreeMap::new();
+    for (name, tensor) in tensors {
+        if by_name.insert(name.clone(), tensor.clone()).is_some() {
+            return Err(BaseError::adapter(dir, format!("expected tensor {name} once, it is given twice")));
+        }
+    }
+    if config.ensure_weight_tying
+        && let Some(embedding) = by_name.get(EMBEDDING).cloned()
+    {
+        by_name.insert(HEAD.to_string(), embedding);
+    }
+    for name in by_name.keys() {
+        let saved =
+            AdapterConfig::saved_module(name).is_some_and(|m| config.modules_to_save.iter().any(|s| s == m));
+        if !saved && lora_module(name).is_none() {
+            let message = format!("expected LoRA factors and modules_to_save only, got tensor {name}");
+            return Err(BaseError::adapter(dir, message));
+        }
+    }
+
+    let building = AtomicDir::new(dir)?;
+    keep_companions(dir, building.path())?;
+    write_json(&building.path().join(CONFIG_FILE), &config.to_json())?;
+    let header: Vec<(String, Vec<usize>)> =
+        by_name.iter().map(|(name, t)| (format!("{PREFIX}{name}"), t.dims().to_vec())).collect();
+    write_safetensors(&building.path().join(TENSOR_FILE), &header, Dtype::F32, |key, _| {
+        by_name
+            .get(key.strip_prefix(PREFIX).unwrap_or(key))
+            .cloned()
+            .ok_or_else(|| BaseError::adapter(dir, format!("tensor {key} is not given")))
+    })?;
+    building.commit()
+}
+
+/// Refuses to replace what is not an adapter, and copies what else lies in an older adapter's folder.
+fn keep_companions(old: &Path, new: &Path) -> Result<()> {
+    if is_vacant(old) {
+        return Ok(());
+    }
+    if !old.join(CONFIG_FILE).is_file() {
+        let message = "expected no folder, an empty one or an older adapter to replace, got a folder without \
+                       adapter_config.json or a file; choose another name";
+        return Err(BaseError::adapter(old, message));
+    }
+    for entry in fs::read_dir(old).map_err(BaseError::io(old))? {
+        let path = entry.map_err(BaseError::io(old))?.path();
+        let Some(name) = path.file_name() else { continue };
+        if name == CONFIG_FILE || name == TENSOR_FILE {
+            continue;
+        }
+        if !path.is_file() {
+            let message =
+                format!("expected only files in the adapter to replace, got the folder {}", path.display());
+            return Err(BaseError::adapter(old, message));
+        }
+        fs::copy(&path, new.join(name)).map_err(BaseError::io(&path))?;
+    }
+    Ok(())
+}
+
+/// Reads an adapter folder and checks everything that can be checked without its base; see
+/// [`Adapter::check_against`].
+pub fn read_adapter(dir: &Path) -> Result<Adapter> {
+    let path = dir.join(CONFIG_FILE);
+    let text = match fs::read_to_string(&path) {
+        Ok(text) => text,
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => {
+            let aside = previous(dir);
+            let hint = if aside.is_dir() {
+                format!("; an interrupted write left the older adapter in {}: rename it", aside.display())
+            } else {
+                String::new()
+            };
+            let message = format!("expected a folder with {CONFIG_FILE}, there is none{hint}");
+            return Err(BaseError::adapter(dir, message));
+        }
+        Err(e) => return Err(BaseError::io(&path)(e)),
+    };
+    let value: Value = serde_json::from_str(&text).map_err(|e| {
+        BaseError::adapter(&path, format!("expected complete JSON: {e}; copy the file again"))
+    })?;
+    let config = AdapterConfig::from_json(&value, &path)?;
+
+    let path = dir.join(TENSOR_FILE);
+    if !path.is_file() {
+        let hint = if dir.join("adapter_model.bin").exists() {
+            "; adapter_model.bin is not read, because reading a pickle runs code: save it again with safetensors"
+        } else {
+            ""
+        };
+        return Err(BaseError::adapter(dir, format!("expected a file {TENSOR_FILE}, there is none{hint}")));
+    }
+    let file = MappedFile::open(&path).map_err(|e| as_adapter(&path, e))?;
+    let mut tensors = BTreeMap::new();
+    for key in file.names() {
+        let Some(name) = key.strip_prefix(PREFIX) else {
+            let message = format!("expected keys that begin with \"{PREFIX}\", got {key}");
+            return Err(BaseError::adapter(&path, message));
+        };
+        tensors.insert(name.to_string(), file.read_f32(&key).map_err(|e| as_adapter(&path, e))?);
+    }
+    let adapter = Adapter { dir: dir.to_path_buf(), config, tensors };
+    if adapter.config.ensure_weight_tying && adapter.tensors.contains_key(EMBEDDING) {
+        adapter.check_head_is_embedding()?;
+    }
+    Ok(adapter)
+}
+
+impl Adapter {
+    /// Where LoRA sits and how strong it is; rsLoRA's alpha/√r is expressed as the equal alpha.
+    pub fn lora(&self) -> LoraConfig {
+        self.config.lora()
+    }
+
+    /// The RoPE scaling the adapter was trained with, if the adapter says.
+    pub fn rope_scaling(&self) -> Option<&RopeScaling> {
+        self.config.megacontext.as_ref().map(|own| &own.rope_scaling)
+    }
+
+    /// Refuses a model whose RoPE scaling is not the one the adapter was trained with. An adapter that does not say
+    /// fits any.
+    pub fn check_rope(&self, scaling: &RopeScaling) -> Result<()> {
+        match self.rope_scaling() {
+            Some(trained) if trained != scaling => Err(self.refuse(format!(
+                "trained with RoPE scaling {trained}, got a model with {scaling}; use the adapter's scaling, or train \
+                 an adapter for this one"
+            ))),
+            _ => Ok(()),
+        }
+    }
+
+    /// Refuses a base that the adapter was not made for: other weights, another RoPE scaling, tensors missing, too
+    /// many, or of another shape. `base_fingerprint` is `Weights::fingerprint` of the base.
+    pub fn check_against(&self, base: &LlamaConfig, base_fingerprint: &str) -> Result<()> {
+        if let Some(own) = &self.config.megacontext {
+            if own.base_fingerprint != base_fingerprint {
+                return Err(self.refuse(format!(
+                    "made for the base with fingerprint {}, got a base with {}; use the base it was trained on{}",
+                    short(&own.base_fingerprint),
+                    short(base_fingerprint),
+                    self.config
+                        .base_model_name_or_path
+                        .as_ref()
+                        .map_or_else(String::new, |name| format!(" ({name})")),
+                )));
+            }
+            if own.base_rope_scaling.as_ref().is_some_and(|scaling| *scaling != base.rope_scaling) {
+                return Err(self.refuse(format!(
+                    "made for a base with RoPE scaling {}, got one with {}",
+                    own.base_rope_scaling.as_ref().unwrap_or(&RopeScaling::None),
+                    base.rope_scaling
+                )));
+            }
+        }
+        let expected = self.expected(base)?;
+        for (name, shape) in &expected {
+            let Some(tensor) = self.tensors.get(name) else {
+                return Err(self.refuse_tensors(format!("expected tensor {PREFIX}{name}, there is none")));
+            };
+            if tensor.dims() != shape {
+                return Err(self.refuse_tensors(format!(
+                    "tensor {PREFIX}{name}: expected shape {shape:?} for this base, got {:?}",
+                    tensor.dims()
+                )));
+            }
+        }
+        if let Some(name) = self.tensors.keys().find(|name| !expected.contains_key(*name)) {
+            return Err(self.refuse_tensors(format!(
+                "got tensor {PREFIX}{name}, which adapter_config.json and this base do not account for"
+            )));
+        }
+        if base.tie_word_embeddings && [EMBEDDING, HEAD].iter().any(|name| self.tensors.contains_key(*name)) {
+            self.check_head_is_embedding()?;
+        }
+        Ok(())
+    }
+
+    /// What a model of this configuration takes over: our names and f32 values. The second copy of a tied embedding is
+    /// left out.
+    pub fn parameters(&self, base: &LlamaConfig) -> impl Iterator<Item = (&str, &Tensor)> {
+        let tied = base.tie_word_embeddings;
+        self.tensors
+            .iter()
+            .filter(move |(name, _)| !(tied && *name == HEAD))
+            .map(|(name, t)| (name.as_str(), t))
+    }
+
+    /// Puts the adapter's tensors into a model's parameters: LoRA factors added, trained base tensors replaced. Call
+    /// [`Adapter::check_against`] before.
+    pub fn load_into(&self, base: &LlamaConfig, params: &mut ParamStore) -> Result<()> {
+        for (name, tensor) in self.parameters(base) {
+            params.insert(name, Group::of_name(name), tensor.clone())?;
+        }
+        Ok(())
+    }
+
+    /// Name and shape of every tensor that the description asks for on this base.
+    fn expected(&self, base: &LlamaConfig) -> Result<BTreeMap<String, Vec<usize>>> {
+        let lora = self.lora();
+        lora.validate(base).map_err(|e| match e {
+            BaseError::Lora { message } => self.refuse(format!("not for this base: {message}")),
+            other => other,
+        })?;
+        let mut expected = BTreeMap::new();
+        for (module, out, inp) in lora.modules(base) {
+            expected.insert(format!("{module}.lora_A.weight"), vec![lora.r, inp]);
+            expected.insert(format!("{module}.lora_B.weight"), vec![out, lora.r]);
+        }
+        let mut modules = base.tensors();
+        if base.tie_word_embeddings {
+            modules.push((HEAD.to_string(), vec![base.vocab_size, base.hidden_size]));
+        }
+        for entry in &self.config.modules_to_save {
+            let mut matched = false;
+            for (name, shape) in &modules {
+                let module = name.strip_suffix(".weight").unwrap_or(name);
+                if module.ends_with(entry.as_str()) {
+                    if Group::of_name(name) == Group::Base {
+                        return Err(self.refuse(format!(
+                            "modules_to_save: expected embeddings, norms or lm_head, got \"{entry}\", which is {module}"
+                        )));
+                    }
+                    matched = true;
+                    expected.insert(name.clone(), shape.clone());
+                }
+            }
+            if !matched {
+                return Err(self.refuse(format!("modules_to_save: \"{entry}\" is no module of this base")));
+            }
+        }
+        // PEFT with ensure_weight_tying saves the head without listing it.
+        if self.config.ensure_weight_tying && base.tie_word_embeddings && expected.contains_key(EMBEDDING) {
+            expected.insert(HEAD.to_string(), vec![base.vocab_size, base.hidden_size]);
+        }
+        Ok(expected)
+    }
+
+    fn check_head_is_embedding(&self) -> Result<()> {
+        let (Some(head), Some(embedding)) = (self.tensors.get(HEAD), self.tensors.get(EMBEDDING)) else {
+            return Err(self.refuse_tensors(format!(
+                "expected the trained embedding of a tied model twice, as {PREFIX}{EMBEDDING} and as {PREFIX}{HEAD} \
+                 (PEFT leaves the one that is missing at the base's values), there is one"
+            )));
+        };
+        let same = head.dims() == embedding.dims() && {
+            let bits = |t: &Tensor| -> Result<Vec<u32>> {
+                Ok(t.flatten_all()?.to_vec1::<f32>()?.into_iter().map(f32::to_bits).collect())
+            };
+            bits(head)? == bits(embedding)?
+        };
+        if same {
+            return Ok(());
+        }
+        Err(self.refuse_tensors(format!(
+            "expected {PREFIX}{HEAD} to equal the trained embedding of this tied model, it differs; untie the base first"
+        )))
+    }
+
+    fn refuse(&self, message: String) -> BaseError {
+        BaseError::adapter(&self.dir, message)
+    }
+
+    fn refuse_tensors(&self, message: String) -> BaseError {
+        BaseError::adapter(&self.dir.join(TENSOR_FILE), message)
+    }
+}
+
+/// The module that a LoRA factor belongs to.
+fn lora_module(name: &str) -> Option<&str> {
+    name.strip_suffix(".lora_A.weight").or_else(|| name.strip_suffix(".lora_B.weight"))
+}
+
+fn short(fingerprint: &str) -> String {
+    fingerprint.chars().take(12).chain("…".chars()).collect()
+}
+
+fn as_adapter(path: &Path, error: BaseError) -> BaseError {
+    match error {
+        BaseError::Weights { tensor: Some(tensor), message, .. } => {
+            BaseError::adapter(path, format!("tensor {tensor}: {message}"))
+        }
+        BaseError::Weights { tensor: None, message, .. } => BaseError::adapter(path, message),
+        other => other,
+    }
+}

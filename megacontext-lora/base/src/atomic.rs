@@ -1,0 +1,165 @@
+//! Folders that appear whole or not at all.
+//!
+//! A folder is built as a hidden sibling of its target, every file and the folder itself are synced to disk, and one
+//! rename puts it in place. What an interruption leaves behind is the hidden sibling, never a half-written target.
+//!
+//! Replacing an older folder takes two renames (the portable way). Between them the target is absent for a moment; the
+//! older folder then lies beside it under the name that [`previous`] gives.
+//!
+//! Errors: `BaseError::Io` with the path the system refused; a full disk shows up before anything is in place.
+
+use std::fs::{self, File};
+use std::io;
+use std::path::{Path, PathBuf};
+
+use tempfile::TempDir;
+
+use crate::error::{BaseError, Result};
+
+/// A folder being built. Dropped without [`AtomicDir::commit`], it vanishes.
+pub struct AtomicDir {
+    target: PathBuf,
+    parent: PathBuf,
+    temp: TempDir,
+}
+
+impl AtomicDir {
+    /// Starts a folder that will become `target`. Its parent is created where missing.
+    pub fn new(target: &Path) -> Result<Self> {
+        let Some(name) = target.file_name() else {
+            let source =
+                io::Error::new(io::ErrorKind::InvalidInput, "expected the path of a folder to write");
+            return Err(BaseError::Io { path: target.to_path_buf(), source });
+        };
+        let parent = match target.parent() {
+            Some(parent) if !parent.as_os_str().is_empty() => parent.to_path_buf(),
+            _ => PathBuf::from("."),
+        };
+        fs::create_dir_all(&parent).map_err(BaseError::io(&parent))?;
+        let mut builder = tempfile::Builder::new();
+        let prefix = format!(".{}.", name.to_string_lossy());
+        builder.prefix(&prefix).suffix(".tmp");
+        #[cfg(unix)]
+        {
+            use std::os::unix::fs::PermissionsExt;
+            builder.permissions(fs::Permissions::from_mode(0o777));
+        }
+        let temp = builder.tempdir_in(&parent).map_err(BaseError::io(&parent))?;
+        Ok(Self { target: target.to_path_buf(), parent, temp })
+    }
+
+    /// Where to write the files.
+    pub fn path(&self) -> &Path {
+        self.temp.path()
+    }
+
+    /// Puts the folder in place. An older one is replaced; the caller has made sure that it may be.
+    pub fn commit(self) -> Result<()> {
+        sync_tree(self.temp.path())?;
+        let aside = previous(&self.target);
+        let replacing = self.target.symlink_metadata().is_ok();
+        if replacing {
+            if aside.exists() {
+                fs::remove_dir_all(&aside).map_err(BaseError::io(&aside))?;
+            }
+            fs::rename(&self.target, &aside).map_err(BaseError::io(&self.target))?;
+        }
+        if let Err(source) = fs::rename(self.temp.path(), &self.target) {
+            if replacing {
+                // Best effort: the error below is the one to report.
+                fs::rename(&aside, &self.target).ok();
+            }
+            return Err(BaseError::Io { path: self.target.clone(), source });
+        }
+        // The hidden name is gone: nothing is left for the guard to remove.
+        let _ = self.temp.keep();
+        sync(&self.parent)?;
+        if aside.exists() {
+            fs::remove_dir_all(&aside).map_err(BaseError::io(&aside))?;
+        }
+        Ok(())
+    }
+}
+
+/// Where the older folder lies while `target` is being replaced.
+pub fn previous(target: &Path) -> PathBuf {
+    let name = target.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default();
+    target.with_file_name(format!(".{name}.previous"))
+}
+
+/// Is there nothing at `path`, or an empty folder?
+pub fn is_vacant(path: &Path) -> bool {
+    match fs::read_dir(path) {
+        Ok(mut entries) => entries.next().is_none(),
+        Err(e) => e.kind() == io::ErrorKind::NotFound,
+    }
+}
+
+fn sync_tree(dir: &Path) -> Result<()> {
+    for entry in fs::read_dir(dir).map_err(BaseError::io(dir))? {
+        let path = entry.map_err(BaseError::io(dir))?.path();
+        if path.is_dir() { sync_tree(&path)? } else { sync(&path)? }
+    }
+    sync(dir)
+}
+
+fn sync(path: &Path) -> Result<()> {
+    File::open(path).and_then(|file| file.sync_all()).map_err(BaseError::io(path))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn entries(dir: &Path) -> Vec<String> {
+        let mut names: Vec<String> =
+            fs::read_dir(dir).unwrap().map(|e| e.unwrap().file_name().into_string().unwrap()).collect();
+        names.sort();
+        names
+    }
+
+    #[test]
+    fn appears_on_commit_and_leaves_nothing_else() {
+        let root = tempfile::tempdir().unwrap();
+        let target = root.path().join("a/b/out");
+        let dir = AtomicDir::new(&target).unwrap();
+        fs::write(dir.path().join("x"), "1").unwrap();
+        assert!(!target.exists());
+        dir.commit().unwrap();
+        assert_eq!(fs::read_to_string(target.join("x")).unwrap(), "1");
+        assert_eq!(entries(target.parent().unwrap()), ["out"]);
+    }
+
+    #[test]
+    fn vanishes_without_commit() {
+        let root = tempfile::tempdir().unwrap();
+        let dir = AtomicDir::new(&root.path().join("out")).unwrap();
+        fs::write(dir.path().join("x"), "1").unwrap();
+        drop(dir);
+        assert_eq!(entries(root.path()), [] as [&str; 0]);
+    }
+
+    #[test]
+    fn replaces_whole() {
+        let root = tempfile::tempdir().unwrap();
+        let target = root.path().join("out");
+        for (file, stale) in [("old", false), ("new", true)] {
+            if stale {
+                fs::create_dir(previous(&target)).unwrap();
+            }
+            let dir = AtomicDir::new(&target).unwrap();
+            fs::write(dir.path().join(file), "1").unwrap();
+            dir.commit().unwrap();
+        }
+        assert_eq!(entries(&target), ["new"]);
+        assert_eq!(entries(root.path()), ["out"]);
+    }
+
+    #[test]
+    fn target_below_a_file_is_refused() {
+        let root = tempfile::tempdir().unwrap();
+        fs::write(root.path().join("file"), "").unwrap();
+        let error = AtomicDir::new(&root.path().join("file/out")).err().unwrap().to_string();
+        assert!(error.contains("file"), "{error}");
+    }
+}
