@@ -1,11 +1,16 @@
 //! What a run leaves on disk (DESIGN.md §8), and how an interrupted one finds its way back.
 //!
 //! [`folder`] guards the run folder and writes its small files, [`checkpoint`] holds what training needs to go on,
-//! [`metrics`] is the log of what was measured, [`summary`] the outcome. Each file is whole or absent, or is cut back to
-//! what the checkpoint knows, so that an interrupted and an uninterrupted run end with the same bytes.
+//! [`metrics`] is the log of what was measured and [`tensorboard`] the same for TensorBoard ([`Telemetry`] writes both),
+//! [`summary`] the outcome. Each file is whole or absent, or is cut back to what the checkpoint knows, so that an
+//! interrupted and an uninterrupted run end with the same bytes.
 
 pub mod checkpoint;
 pub mod folder;
 pub mod metrics;
 pub mod summary;
+mod telemetry;
 mod tensor_file;
+pub mod tensorboard;
+
+pub use telemetry::Telemetry;
