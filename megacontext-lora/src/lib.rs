@@ -1,4 +1,5 @@
 //! Being written.
+pub mod corpus;
 pub mod data;
 pub mod error;
 pub mod run;
