@@ -274,7 +274,7 @@ impl Adapter {
             for (name, shape) in &modules {
                 let module = name.strip_suffix(".weight").unwrap_or(name);
                 if module.ends_with(entry.as_str()) {
-                    if Group::of_name(name) == Group::Base {
+                    if AdapterConfig::saved_module(name).is_none() {
                         return Err(self.refuse(format!(
                             "modules_to_save: expected embeddings, norms or lm_head, got \"{entry}\", which is {module}"
                         )));
