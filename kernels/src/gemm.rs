@@ -76,3 +76,17 @@ pub(crate) fn matmul(out: &mut [f32], a: Mat, b: Mat, scale: f32, accumulate: bo
         );
     }
 }
+
+/// Floating-point operations per second of a 512-cubed product on this machine now, for planning: the best of a few.
+pub fn measured_flops() -> f64 {
+    const N: usize = 512;
+    let a = vec![0.5f32; N * N];
+    let mut out = vec![0f32; N * N];
+    let mut best = f64::INFINITY;
+    for _ in 0..5 {
+        let start = std::time::Instant::now();
+        matmul(&mut out, Mat::new(&a, N, N), Mat::new(&a, N, N), 1.0, false);
+        best = best.min(start.elapsed().as_secs_f64());
+    }
+    2.0 * (N * N * N) as f64 / best.max(1e-9)
+}

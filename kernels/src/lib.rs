@@ -12,3 +12,5 @@ pub mod mlp;
 pub mod norm;
 pub mod rope;
 pub mod vjp;
+
+pub use gemm::measured_flops;

@@ -19,7 +19,7 @@ use super::tile::{Matrix, Output, View, add_row, dot, multiply, softmax_backward
 /// Entries in a block.
 const BLOCK: usize = 256;
 /// Queries in a tile.
-const QUERIES: usize = 128;
+const QUERIES: usize = 96;
 
 /// The operands of a backward pass.
 #[derive(Clone, Copy)]

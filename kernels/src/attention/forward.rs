@@ -13,7 +13,7 @@ use super::pattern::{Bounds, Plan};
 use super::tile::{Matrix, Output, View, exp_sum, largest, multiply, scale_row};
 
 /// Queries in a tile.
-const QUERIES: usize = 128;
+const QUERIES: usize = 96;
 /// Keys in a tile.
 const KEYS: usize = 512;
 

@@ -140,7 +140,8 @@ impl Optimizer {
             let flat = |v: &[f32]| Tensor::from_slice(v, v.len(), &Device::Cpu);
             tensors.push((format!("exp_avg.{name}"), flat(&m.exp_avg)?));
             tensors.push((format!("exp_avg_sq.{name}"), flat(&m.exp_avg_sq)?));
-            tensors.push((format!("step.{name}"), Tensor::new(&[m.step as i64], &Device::Cpu)?));
+            // f32 like the rest of the file: exact up to 16.7 million steps.
+            tensors.push((format!("step.{name}"), Tensor::new(&[m.step as f32], &Device::Cpu)?));
         }
         Ok(tensors)
     }
@@ -167,7 +168,7 @@ impl Optimizer {
                 Ok(values)
             };
             let moments = Moments {
-                step: step.flatten_all()?.to_vec1::<i64>()?.first().copied().unwrap_or(0) as u64,
+                step: step.flatten_all()?.to_vec1::<f32>()?.first().copied().unwrap_or(0.0) as u64,
                 exp_avg: moment("exp_avg")?,
                 exp_avg_sq: moment("exp_avg_sq")?,
             };

@@ -1,0 +1,108 @@
+//! The job `eval_ppl`: perplexity of a model, with or without an adapter, at several context lengths.
+//!
+//! Every length scores the same tokens, dense unless S²-Attn is asked for. Documents are used as they are given: hold
+//! out what you want held out.
+
+use std::path::PathBuf;
+
+use megacontext_base::rope::RopeScaling;
+use megacontext_kernels::attention::Pattern;
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
+
+use crate::data::documents::tokenize;
+use crate::error::{PluginError, Result};
+use crate::host::HostApi;
+use crate::jobs::{ModelDir, parse, to_value, with_threads};
+use crate::train::config::{Attention, GroupSize, StageConfig};
+use crate::train::eval::{Protocol, perplexity, select};
+
+/// What the job is told.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct EvalPpl {
+    /// Model folder.
+    pub base: PathBuf,
+    /// Adapter folder.
+    pub adapter: Option<PathBuf>,
+    /// Files, folders, globs, or `corpus:held-out`.
+    pub data: Vec<String>,
+    /// Context lengths in tokens.
+    pub contexts: Vec<usize>,
+    /// Tokens the window moves by; none means half the context.
+    pub stride: Option<usize>,
+    /// Stop after about so many scored tokens.
+    pub max_tokens: usize,
+    /// Attention; dense is what the model is used with.
+    pub attention: Attention,
+    /// Group size for S²-Attn.
+    pub group: GroupSize,
+    /// Interpolation factor instead of the adapter's or the model's own.
+    pub factor: Option<f64>,
+    /// Threads; none means all.
+    pub threads: Option<usize>,
+}
+
+impl Default for EvalPpl {
+    fn default() -> Self {
+        Self {
+            base: PathBuf::new(),
+            adapter: None,
+            data: Vec::new(),
+            contexts: Vec::new(),
+            stride: None,
+            max_tokens: 65_536,
+            attention: Attention::Dense,
+            group: GroupSize::Part(0.25),
+            factor: None,
+            threads: None,
+        }
+    }
+}
+
+/// Runs the job.
+pub fn run(params: Value, host: &dyn HostApi) -> Result<Value> {
+    let job: EvalPpl = parse(params)?;
+    with_threads(job.threads, || evaluate(&job, host))?
+}
+
+fn evaluate(job: &EvalPpl, host: &dyn HostApi) -> Result<Value> {
+    let Some(&longest) = job.contexts.iter().max() else {
+        return Err(PluginError::usage("contexts: expected at least one length, got none"));
+    };
+    if let Some(bad) = job.contexts.iter().find(|c| **c < 2) {
+        return Err(PluginError::usage(format!("contexts: expected at least 2 tokens, got {bad}")));
+    }
+    if job.stride == Some(0) {
+        return Err(PluginError::usage("stride: expected at least 1 token, got 0"));
+    }
+    let model = ModelDir::open(&job.base)?;
+    let documents = super::extend::load_data(&job.data)?;
+    let (decoder, mut scaling, _) = model.decoder_with(job.adapter.as_deref())?;
+    if let Some(factor) = job.factor {
+        scaling = RopeScaling::from_factor(factor).map_err(PluginError::usage)?;
+    }
+    let tokens = select(&tokenize(&documents, &model.encoder()), longest, job.max_tokens);
+    let mut results = Vec::new();
+    for &context in &job.contexts {
+        let stage =
+            StageConfig { context, attention: job.attention, group: job.group, factor: None, steps: 1 };
+        let pattern = stage.pattern();
+        if let Pattern::ShiftedSparse { group } = pattern
+            && group < 2
+        {
+            return Err(PluginError::usage(format!("group: expected at least 2 tokens, got {group}")));
+        }
+        let protocol = Protocol { context, stride: job.stride, pattern, scaling: scaling.clone() };
+        let result = perplexity(&decoder, &tokens, &protocol, host)?;
+        host.event("evaluation", &to_value(&result)?);
+        results.push(result);
+    }
+    to_value(json!({
+        "base": job.base,
+        "adapter": job.adapter,
+        "rope": scaling.to_string(),
+        "scoring": "strided, each token once, in the first window that reaches it",
+        "results": results,
+    }))
+}

@@ -1,0 +1,472 @@
+//! The job `extend`: a model's context grows, stage by stage, and the adapter that does it is written.
+//!
+//! Order: everything is read, checked and planned; then the run folder is made; the base model is measured as it came
+//! and with its positions interpolated; the stages train; the adapted model is measured dense and sparse; adapter,
+//! summary and report are written. A checkpoint holds what was measured so far, so that a resumed run repeats nothing.
+//!
+//! Units: tokens, seconds, bytes. Errors: before the run folder exists, anything about settings, model, data, memory.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::time::Instant;
+
+use megacontext_base::adapter::{AdapterConfig, MegacontextKey, write_adapter};
+use megacontext_base::decoder::Decoder;
+use megacontext_base::params::Group;
+use megacontext_base::rope::RopeScaling;
+use megacontext_kernels::attention::Pattern;
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
+
+use crate::corpus;
+use crate::data::documents::{Document, load, tokenize};
+use crate::data::packing::{TokenStream, split_holdout};
+use crate::error::{PluginError, Result};
+use crate::host::HostApi;
+use crate::jobs::{ModelDir, model_error, parse, to_value, with_threads};
+use crate::report;
+use crate::run::checkpoint::{load_latest, save};
+use crate::run::folder::{RunFolder, config_toml};
+use crate::run::metrics::{EvaluationRecord, Keep, Record, StageRecord, TrainRecord, wall_time};
+use crate::run::summary::{
+    BaseSummary, ByContext, DataSummary, GroupSummary, Perplexity, SUMMARY, StageSummary, Summary,
+};
+use crate::run::Telemetry;
+use crate::train::config::{ExtendConfig, StageConfig};
+use crate::train::eval::{Protocol, perplexity, select};
+use crate::train::plan::{self, Plan, peak_bytes, since};
+use crate::train::trainer::Trainer;
+
+/// Stands for text found on this machine that the embedded model never saw.
+pub const HELD_OUT_CORPUS: &str = "corpus:held-out";
+/// Bytes of held-out text below which the project's own files are added.
+const ENOUGH_TEXT: usize = 2_000_000;
+/// Steps averaged for a stage's first and last loss.
+const EDGE_STEPS: usize = 5;
+
+/// The job's parameters: the settings, and whether to take an interrupted run up again.
+#[derive(Clone, Debug, Deserialize)]
+struct Params {
+    #[serde(default)]
+    resume: bool,
+    #[serde(flatten)]
+    config: serde_json::Map<String, Value>,
+}
+
+/// What a checkpoint knows besides tensors.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+struct State {
+    config_hash: String,
+    seed: u64,
+    stage: usize,
+    metric_lines: u64,
+    seconds: f64,
+    tokens: u64,
+    perplexity: Perplexity,
+    evaluated: BTreeMap<usize, u64>,
+    stage_seconds: Vec<f64>,
+    seconds_by_part: BTreeMap<String, f64>,
+}
+
+/// Documents of `data`, the held-out corpus of this machine among them where it is asked for.
+pub fn load_data(data: &[String]) -> Result<Vec<Document>> {
+    if data.is_empty() {
+        return Err(PluginError::usage("data: expected at least one file, folder or glob, got none"));
+    }
+    let (corpus, paths): (Vec<String>, Vec<String>) = data.iter().cloned().partition(|d| d == HELD_OUT_CORPUS);
+    let mut documents = if paths.is_empty() { Vec::new() } else { load(&paths)? };
+    if !corpus.is_empty() {
+        let workspace = Path::new(env!("CARGO_MANIFEST_DIR")).parent().filter(|p| p.is_dir());
+        documents.extend(corpus::quickstart_documents(ENOUGH_TEXT, &corpus::Roots::find(), workspace).documents);
+    }
+    Ok(documents)
+}
+
+/// Text ready for a run.
+struct Text {
+    stream: Vec<u32>,
+    held_out: Vec<Vec<u32>>,
+    summary: DataSummary,
+}
+
+fn read_text(config: &ExtendConfig, model: &ModelDir) -> Result<Text> {
+    let documents = load_data(&config.data)?;
+    let (mut train, mut held_out) = split_holdout(documents, config.holdout, config.seed);
+    if held_out.is_empty() || train.is_empty() {
+        // A single source: its last part is held out instead of a document.
+        train.append(&mut held_out);
+        let Some(last) = train.last_mut() else { return Err(PluginError::data("data: there is no text in it")) };
+        let cut = last.text.floor_char_boundary((last.text.len() as f64 * (1.0 - config.holdout)) as usize);
+        let tail = last.text.split_off(cut);
+        held_out.push(Document::new(format!("{} (its last part)", last.name), tail));
+    }
+    let encode = model.encoder();
+    let stream = TokenStream::join(&tokenize(&train, &encode), model.eos()?);
+    let longest = config.context.max(config.eval.contexts.iter().copied().max().unwrap_or(0));
+    let all = tokenize(&held_out, &encode);
+    let summary = DataSummary {
+        sources: config.data.clone(),
+        train_documents: train.len(),
+        train_tokens: stream.len() as u64,
+        held_out_documents: held_out.len(),
+        held_out_tokens: all.iter().map(|d| d.len() as u64).sum(),
+    };
+    let held_out = select(&all, longest, config.eval.max_tokens);
+    if held_out.is_empty() {
+        return Err(PluginError::data("data: the held-out documents have no text to evaluate on"));
+    }
+    Ok(Text { stream: stream.tokens, held_out, summary })
+}
+
+/// Runs the job.
+pub fn run(params: Value, host: &dyn HostApi) -> Result<Value> {
+    let params: Params = parse(params)?;
+    let config = ExtendConfig::from_json(Value::Object(params.config))?;
+    let threads = config.threads;
+    with_threads(threads, || Run::prepare(config, params.resume, host)?.finish())?
+}
+
+/// Checks settings, model, data and memory, and says what the run would cost; writes nothing.
+pub fn dry_run(config: ExtendConfig, host: &dyn HostApi) -> Result<Plan> {
+    let model = ModelDir::open(&config.base)?;
+    let config = config.resolve(&model.config)?;
+    let text = read_text(&config, &model)?;
+    let plan = plan::plan(&model.config, &config, text.stream.len())?;
+    host.event("plan", &plan_event(&plan)?);
+    Ok(plan)
+}
+
+fn plan_event(plan: &Plan) -> Result<Value> {
+    let mut value = to_value(plan)?;
+    value["text"] = json!(plan.text());
+    Ok(value)
+}
+
+struct Run<'h> {
+    host: &'h dyn HostApi,
+    config: ExtendConfig,
+    model: ModelDir,
+    data: DataSummary,
+    held_out: Vec<Vec<u32>>,
+    plan: Plan,
+    trainer: Trainer,
+    folder: RunFolder,
+    telemetry: Telemetry,
+    state: State,
+    started: Instant,
+}
+
+impl<'h> Run<'h> {
+    fn prepare(config: ExtendConfig, resume: bool, host: &'h dyn HostApi) -> Result<Self> {
+        let started = Instant::now();
+        let model = ModelDir::open(&config.base)?;
+        let config = config.resolve(&model.config)?;
+        let text = read_text(&config, &model)?;
+        let plan = plan::plan(&model.config, &config, text.stream.len())?;
+        host.event("plan", &plan_event(&plan)?);
+
+        let mut decoder = model.decoder()?;
+        decoder.attach_lora(config.lora.clone(), config.seed).map_err(model_error)?;
+        let mut groups = vec![Group::Lora];
+        groups.extend(config.train_embeddings.then_some(Group::Embeddings));
+        groups.extend(config.train_norms.then_some(Group::Norms));
+        let trainer = Trainer::new(
+            decoder,
+            &groups,
+            config.optimizer.clone(),
+            config.batch.clone(),
+            config.stages.clone(),
+            text.stream,
+            config.seed,
+            plan.memory.recompute,
+        )?;
+
+        let config_hash = config.identity()?;
+        let toml = config_toml(&config)?;
+        let folder = RunFolder::open(&config.out, resume)?;
+        let mut warnings = Vec::new();
+        let loaded =
+            if resume { load_latest(folder.path(), &config_hash, &mut |w| warnings.push(w))? } else { None };
+        folder.write("config.toml", toml.as_bytes())?;
+        let run = match loaded {
+            None => {
+                let telemetry = Telemetry::create(&folder, &toml)?;
+                let stage_seconds = vec![0.0; config.stages.len()];
+                let state = State { config_hash, seed: config.seed, stage_seconds, ..State::default() };
+                let (data, held_out) = (text.summary, text.held_out);
+                Run { host, config, model, data, held_out, plan, trainer, folder, telemetry, state, started }
+            }
+            Some(loaded) => {
+                let state: State = serde_json::from_value(loaded.state)
+                    .map_err(|e| PluginError::data(format!("{}: state.json: {e}", loaded.path.display())))?;
+                let keep = Keep::Lines(state.metric_lines);
+                let telemetry = Telemetry::resume(&folder, &toml, keep, &mut |w| warnings.push(w))?;
+                let mut trainer = trainer;
+                let (trained, optim) = (loaded.tensors.into_iter().collect(), loaded.optim.into_iter().collect());
+                trainer.restore(loaded.step as usize, &trained, &optim)?;
+                let (data, held_out) = (text.summary, text.held_out);
+                Run { host, config, model, data, held_out, plan, trainer, folder, telemetry, state, started }
+            }
+        };
+        for warning in warnings {
+            run.say(&warning);
+        }
+        if resume {
+            let (step, steps) = (run.trainer.step_count(), run.trainer.steps());
+            run.say(&format!("resuming after step {step} of {steps}"));
+        }
+        Ok(run)
+    }
+
+    fn say(&self, message: &str) {
+        self.host.event("log", &json!({ "message": message }));
+    }
+
+    fn original(&self) -> usize {
+        self.model.config.original_context()
+    }
+
+    /// Perplexity of one model at every context length; records each.
+    fn evaluate(&mut self, name: &str, scaling: &RopeScaling, sparse: Option<&StageConfig>) -> Result<ByContext> {
+        let mut results = ByContext::new();
+        for context in self.config.eval.contexts.clone() {
+            let start = Instant::now();
+            let pattern = match sparse {
+                Some(stage) => StageConfig { context, ..stage.clone() }.pattern(),
+                None => Pattern::Dense,
+            };
+            let protocol =
+                Protocol { context, stride: self.config.eval.stride, pattern, scaling: scaling.clone() };
+            let result = perplexity(&self.trainer.decoder, &self.held_out, &protocol, self.host)?;
+            let attention = if sparse.is_some() { "s2" } else { "dense" };
+            let mut event = to_value(&result)?;
+            event["model"] = json!(name);
+            self.host.event("evaluation", &event);
+            self.telemetry.record(Record::Evaluation(EvaluationRecord {
+                step: self.trainer.step_count() as u64,
+                model: name.to_string(),
+                context,
+                attention: attention.to_string(),
+                perplexity: result.perplexity,
+                tokens: result.tokens as u64,
+                wall_time: wall_time(),
+                wall_seconds: since(start),
+            }))?;
+            self.state.evaluated.insert(context, result.tokens as u64);
+            *self.state.seconds_by_part.entry("evaluation".to_string()).or_insert(0.0) += since(start);
+            results.insert(context, result.perplexity);
+        }
+        Ok(results)
+    }
+
+    fn checkpoint(&mut self, before: f64) -> Result<()> {
+        self.telemetry.sync()?;
+        self.state.metric_lines = self.telemetry.lines();
+        self.state.stage = self.trainer.position().map_or(self.config.stages.len(), |(stage, _)| stage);
+        let mut state = self.state.clone();
+        state.seconds = before + since(self.started);
+        let (trained, optim) = self.trainer.tensors()?;
+        let step = self.trainer.step_count();
+        let keep = self.config.checkpoint.keep;
+        let path = save(self.folder.path(), step as u64, &to_value(&state)?, &trained, &optim, keep)?;
+        self.host.event("checkpoint", &json!({ "path": path, "step": step }));
+        Ok(())
+    }
+
+    fn train(&mut self, before: f64) -> Result<()> {
+        let steps = self.trainer.steps();
+        let first = self.trainer.step_count();
+        let begun = Instant::now();
+        let mut seen = 0usize;
+        while let Some((stage, stage_step)) = self.trainer.position() {
+            if self.host.cancelled() {
+                self.checkpoint(before)?;
+                return Err(PluginError::cancelled(format!(
+                    "stopped after step {} of {steps}; go on with --resume and the same settings",
+                    self.trainer.step_count()
+                )));
+            }
+            if stage_step == 0 {
+                let settings = &self.config.stages[stage];
+                let group = match settings.pattern() {
+                    Pattern::ShiftedSparse { group } => Some(group),
+                    _ => None,
+                };
+                self.telemetry.record(Record::Stage(StageRecord {
+                    step: self.trainer.step_count() as u64,
+                    stage,
+                    context: settings.context,
+                    attention: if group.is_some() { "s2" } else { "dense" }.to_string(),
+                    group,
+                    factor: settings.scaling(self.original())?.factor(),
+                    steps: settings.steps as u64,
+                    wall_time: wall_time(),
+                }))?;
+            }
+            let start = Instant::now();
+            let report = self.trainer.step()?;
+            let seconds = since(start);
+            seen += report.tokens;
+            self.state.tokens += report.tokens as u64;
+            self.state.stage_seconds[stage] += seconds;
+            self.telemetry.record(Record::Train(TrainRecord {
+                step: report.step as u64,
+                stage,
+                context: report.context,
+                loss: report.loss,
+                lr: report.lr,
+                grad_norm: report.grad_norm,
+                tokens: self.state.tokens,
+                wall_time: wall_time(),
+                wall_seconds: seconds,
+                wall_tokens_per_s: report.tokens as f64 / seconds,
+            }))?;
+            let elapsed = since(begun);
+            self.host.event(
+                "progress",
+                &json!({
+                    "job": "extend", "stage": stage + 1, "stages": self.config.stages.len(),
+                    "step": report.step, "steps": steps, "loss": report.loss, "lr": report.lr,
+                    "context": report.context, "tokens_per_s": seen as f64 / elapsed,
+                    "eta_s": elapsed / (report.step - first) as f64 * (steps - report.step) as f64,
+                }),
+            );
+            if report.step % self.config.checkpoint.every == 0 || report.step == steps {
+                self.checkpoint(before)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn finish(mut self) -> Result<Value> {
+        let before = self.state.seconds;
+        let last = self.config.stages.last().cloned().ok_or_else(|| PluginError::usage("stages: got none"))?;
+        let scaling = last.scaling(self.original())?;
+        if self.trainer.step_count() == 0 && self.state.perplexity.base.is_empty() {
+            self.say("measuring the base model as it came");
+            let own = self.model.config.rope_scaling.clone();
+            self.state.perplexity.base = self.evaluate("base", &own, None)?;
+            self.say("measuring the base model with interpolated positions");
+            self.state.perplexity.interpolated = self.evaluate("interpolated", &scaling, None)?;
+            self.checkpoint(before)?;
+        }
+        self.train(before)?;
+        self.say("measuring the adapted model");
+        let adapted = self.evaluate("adapted", &scaling, None)?;
+        let sparse = match last.pattern() {
+            Pattern::ShiftedSparse { .. } => self.evaluate("adapted", &scaling, Some(&last))?,
+            _ => ByContext::new(),
+        };
+        self.write_adapter(&scaling)?;
+        self.telemetry.sync()?;
+        let gap = sparse.get(&last.context).zip(adapted.get(&last.context)).map(|(s, d)| s / d - 1.0);
+        self.state.perplexity.adapted = adapted;
+        let summary = self.summary(before, sparse, gap)?;
+        self.folder.write("report.html", report::render(&summary, self.telemetry.records()).as_bytes())?;
+        self.folder.write_json(SUMMARY, &summary)?;
+        to_value(&summary)
+    }
+
+    fn write_adapter(&self, scaling: &RopeScaling) -> Result<()> {
+        let decoder: &Decoder = &self.trainer.decoder;
+        let trained: Vec<_> =
+            decoder.params().trainable().into_iter().map(|(name, t)| (name, t.detach())).collect();
+        let whole = trained.iter().map(|(name, _)| name.as_str()).filter(|n| Group::of_name(n) != Group::Lora);
+        let base = &self.model.config;
+        let own = MegacontextKey {
+            base_fingerprint: self.model.weights.fingerprint(),
+            rope_scaling: scaling.clone(),
+            base_rope_scaling: Some(base.rope_scaling.clone()),
+            original_max_position_embeddings: base.original_context(),
+            context_length: self.config.context,
+        };
+        let config = AdapterConfig::new(&self.config.lora, base, whole, &self.config.base, own).map_err(model_error)?;
+        write_adapter(&self.folder.path().join("adapter"), &config, &trained).map_err(model_error)
+    }
+
+    fn summary(&self, before: f64, sparse: ByContext, gap: Option<f64>) -> Result<Summary> {
+        let params = self.trainer.decoder.params();
+        let mut groups: BTreeMap<Group, GroupSummary> = BTreeMap::new();
+        for name in params.names() {
+            let group = Group::of_name(name);
+            let entry = groups.entry(group).or_insert_with(|| GroupSummary {
+                name: group.to_string(),
+                trained: params.learns(group),
+                ..Default::default()
+            });
+            entry.tensors += 1;
+            entry.parameters += params.get(name).map_or(0, |t| t.elem_count() as u64);
+        }
+        let losses = |stage: usize| -> Vec<f64> {
+            let of_stage = |r: &Record| match r {
+                Record::Train(t) if t.stage == stage => Some(t.loss),
+                _ => None,
+            };
+            self.telemetry.records().iter().filter_map(of_stage).collect()
+        };
+        let mean = |values: &[f64]| values.iter().sum::<f64>() / values.len().max(1) as f64;
+        let mut stages = Vec::new();
+        for (index, stage) in self.config.stages.iter().enumerate() {
+            let losses = losses(index);
+            let edge = EDGE_STEPS.min(losses.len());
+            let (rows, micro) = self.config.batch.shape(stage.context);
+            let group = match stage.pattern() {
+                Pattern::ShiftedSparse { group } => Some(group),
+                _ => None,
+            };
+            stages.push(StageSummary {
+                context: stage.context,
+                attention: if group.is_some() { "s2" } else { "dense" }.to_string(),
+                group,
+                factor: stage.scaling(self.original())?.factor(),
+                steps: stage.steps as u64,
+                tokens: (rows * micro * stage.context * stage.steps) as u64,
+                first_loss: mean(&losses[..edge]),
+                last_loss: mean(&losses[losses.len() - edge..]),
+                seconds: self.state.stage_seconds[index],
+            });
+        }
+        let memory = &self.plan.memory;
+        let planned = [
+            ("weights", memory.weights),
+            ("gradients", memory.gradients),
+            ("optimizer", memory.optimizer),
+            ("activations", memory.activations),
+            ("workspace", memory.workspace),
+            ("loss_chunk", memory.loss_chunk),
+            ("data", memory.data),
+        ];
+        let c = &self.model.config;
+        let parameters: usize = c.tensors().iter().map(|(_, s)| s.iter().product::<usize>()).sum();
+        let mut seconds_by_part = self.state.seconds_by_part.clone();
+        seconds_by_part.insert("training".to_string(), self.state.stage_seconds.iter().sum());
+        Ok(Summary {
+            perplexity: self.state.perplexity.clone(),
+            perplexity_sparse: sparse,
+            sparse_dense_gap: gap,
+            evaluated_tokens: self.state.evaluated.clone(),
+            seconds: before + since(self.started),
+            seconds_by_part,
+            peak_bytes: peak_bytes().unwrap_or(0),
+            planned_bytes: planned.map(|(k, v)| (k.to_string(), v)).into(),
+            seed: self.config.seed,
+            threads: rayon::current_num_threads(),
+            steps: self.trainer.steps() as u64,
+            context: self.config.context,
+            command: format!("mclora extend --config {}", self.folder.path().join("config.toml").display()),
+            stages,
+            groups: groups.into_values().collect(),
+            base: BaseSummary {
+                path: self.config.base.display().to_string(),
+                fingerprint: self.model.weights.fingerprint(),
+                parameters: parameters as u64,
+                context: self.original(),
+                layers: c.num_hidden_layers,
+                hidden_size: c.hidden_size,
+                vocab_size: c.vocab_size,
+            },
+            data: self.data.clone(),
+            versions: [("megacontext-lora".to_string(), env!("CARGO_PKG_VERSION").to_string())].into(),
+        })
+    }
+}

@@ -1,0 +1,76 @@
+//! The job `logits`: logits of given tokens, written to a file, for comparison with another implementation.
+//!
+//! Shapes: tokens T or B×T of equal length; the file holds `tokens` [B, T] (i64) and `logits` [B, T, V] (f32), dense.
+
+use std::collections::HashMap;
+use std::path::PathBuf;
+
+use candle_core::{Device, Tensor};
+use megacontext_base::decoder::Forward;
+use megacontext_base::rope::RopeTables;
+use megacontext_kernels::attention::{Pattern, Rows};
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
+
+use crate::error::{IoResultExt, PluginError, Result};
+use crate::host::HostApi;
+use crate::jobs::{ModelDir, model_error, parse, to_value};
+
+/// What the job is told.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct LogitsJob {
+    /// Model folder.
+    pub base: PathBuf,
+    /// Adapter folder.
+    pub adapter: Option<PathBuf>,
+    /// JSON file: a list of token ids, or a list of such lists of one length.
+    pub tokens: PathBuf,
+    /// The safetensors file to write.
+    pub out: PathBuf,
+}
+
+#[derive(Deserialize)]
+#[serde(untagged)]
+enum Tokens {
+    Row(Vec<u32>),
+    Rows(Vec<Vec<u32>>),
+}
+
+/// Runs the job.
+pub fn run(params: Value, _: &dyn HostApi) -> Result<Value> {
+    let job: LogitsJob = parse(params)?;
+    let text = std::fs::read_to_string(&job.tokens).at(&job.tokens)?;
+    let bad = |message: String| PluginError::data(format!("{}: {message}", job.tokens.display()));
+    let rows = match serde_json::from_str(&text).map_err(|e| bad(format!("expected token ids as JSON: {e}")))? {
+        Tokens::Row(row) => vec![row],
+        Tokens::Rows(rows) => rows,
+    };
+    let length = rows.first().map_or(0, Vec::len);
+    if length == 0 || rows.iter().any(|r| r.len() != length) {
+        return Err(bad("expected rows of one length, at least 1 token each".to_string()));
+    }
+    let model = ModelDir::open(&job.base)?;
+    let vocab = model.config.vocab_size;
+    let flat: Vec<u32> = rows.iter().flatten().copied().collect();
+    if let Some(id) = flat.iter().find(|id| **id as usize >= vocab) {
+        return Err(bad(format!("expected token ids below {vocab}, got {id}")));
+    }
+    let (decoder, scaling, _) = model.decoder_with(job.adapter.as_deref())?;
+    let c = decoder.config();
+    let rope = RopeTables::sequence(c.head_dim, c.rope_theta, &scaling, length)?;
+    let all = Rows::default();
+    let with = Forward { pattern: Pattern::Dense, rope: &rope, rows: &all, dropout_seed: None };
+    let x = decoder.embed(&flat, rows.len()).map_err(model_error)?;
+    let logits = decoder.logits(&x, &with).map_err(model_error)?;
+    let ids: Vec<i64> = flat.iter().map(|t| i64::from(*t)).collect();
+    let tensors = HashMap::from([
+        ("tokens".to_string(), Tensor::from_vec(ids, (rows.len(), length), &Device::Cpu)?),
+        ("logits".to_string(), logits),
+    ]);
+    candle_core::safetensors::save(&tensors, &job.out)
+        .map_err(|e| PluginError::io(&job.out, std::io::Error::other(e)))?;
+    to_value(json!({
+        "out": job.out, "shape": [rows.len(), length, vocab], "rope": scaling.to_string(), "attention": "dense",
+    }))
+}

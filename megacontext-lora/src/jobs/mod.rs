@@ -1,0 +1,147 @@
+//! The jobs a session runs as a whole, by name: JSON parameters in, JSON result out, events on the way.
+//!
+//! | kind | parameters | result |
+//! |---|---|---|
+//! | `extend` | [`crate::train::config::ExtendConfig`] | [`crate::run::summary::Summary`] |
+//! | `pretrain` | [`pretrain::PretrainConfig`] | losses of the model and of the n-gram baselines |
+//! | `eval_ppl` | [`eval_ppl::EvalPpl`] | a list of perplexities |
+//! | `merge` | [`merge::Merge`] | what was merged and where it is |
+//! | `logits` | [`logits::LogitsJob`] | where the logits are |
+//!
+//! Errors: an unknown kind, naming the ones there are; a parameter that does not exist, by name.
+
+use std::path::Path;
+
+use megacontext_base::adapter::{Adapter, read_adapter};
+use megacontext_base::config::LlamaConfig;
+use megacontext_base::decoder::Decoder;
+use megacontext_base::error::BaseError;
+use megacontext_base::rope::RopeScaling;
+use megacontext_base::tokenizer::Tokenizer;
+use megacontext_base::weights::Weights;
+use serde::de::DeserializeOwned;
+use serde_json::Value;
+
+use crate::error::{Kind, PluginError, Result};
+use crate::host::HostApi;
+
+pub mod eval_ppl;
+pub mod extend;
+pub mod logits;
+pub mod merge;
+pub mod pretrain;
+
+/// Names of all jobs.
+pub const KINDS: [&str; 5] = ["extend", "pretrain", "eval_ppl", "merge", "logits"];
+
+/// Runs a job to its end.
+///
+/// # Errors
+/// Those of the job; an unknown kind is [`Kind::Usage`].
+pub fn run(kind: &str, params: Value, host: &dyn HostApi) -> Result<Value> {
+    match kind {
+        "extend" => extend::run(params, host),
+        "pretrain" => pretrain::run(params, host),
+        "eval_ppl" => eval_ppl::run(params, host),
+        "merge" => merge::run(params, host),
+        "logits" => logits::run(params, host),
+        other => Err(PluginError::usage(format!("job: expected one of {KINDS:?}, got \"{other}\""))),
+    }
+}
+
+/// Reads a job's parameters.
+pub(crate) fn parse<T: DeserializeOwned>(params: Value) -> Result<T> {
+    serde_json::from_value(params).map_err(|e| PluginError::usage(format!("parameters: {e}")))
+}
+
+/// Turns a result into JSON.
+pub(crate) fn to_value(value: impl serde::Serialize) -> Result<Value> {
+    serde_json::to_value(value).map_err(|e| PluginError::internal(format!("result: {e}")))
+}
+
+/// An error of the base crate, with the kind a host can act on.
+pub fn model_error(error: BaseError) -> PluginError {
+    let kind = match &error {
+        BaseError::Config { .. } | BaseError::Weights { .. } | BaseError::Tokenizer { .. } => Kind::Model,
+        BaseError::Adapter { .. } => Kind::Adapter,
+        BaseError::Io { .. } => Kind::Io,
+        BaseError::Lora { .. } => Kind::Usage,
+        _ => Kind::Internal,
+    };
+    PluginError::new(kind, error.to_string())
+}
+
+/// A model folder, opened and checked but not yet in memory.
+pub struct ModelDir {
+    /// Sizes and settings.
+    pub config: LlamaConfig,
+    /// Memory-mapped weights.
+    pub weights: Weights,
+    /// Its tokenizer.
+    pub tokenizer: Tokenizer,
+}
+
+impl ModelDir {
+    /// Opens a Hugging Face folder.
+    pub fn open(dir: &Path) -> Result<Self> {
+        if dir.as_os_str().is_empty() {
+            return Err(PluginError::usage("base: expected a model folder, got none"));
+        }
+        let config = LlamaConfig::from_dir(dir).map_err(model_error)?;
+        let weights = Weights::open(dir).map_err(model_error)?;
+        weights.check(&config.tensors()).map_err(model_error)?;
+        let tokenizer = Tokenizer::from_dir(dir).map_err(model_error)?;
+        if tokenizer.vocab_size() > config.vocab_size {
+            return Err(PluginError::model(format!(
+                "{}: expected a tokenizer of at most {} entries, the model's vocab_size, got {}",
+                dir.display(),
+                config.vocab_size,
+                tokenizer.vocab_size()
+            )));
+        }
+        Ok(Self { config, weights, tokenizer })
+    }
+
+    /// The decoder, in memory.
+    pub fn decoder(&self) -> Result<Decoder> {
+        Decoder::from_weights(self.config.clone(), &self.weights).map_err(model_error)
+    }
+
+    /// The decoder with an adapter on it, and the scaling the adapter was trained with.
+    pub fn decoder_with(&self, adapter: Option<&Path>) -> Result<(Decoder, RopeScaling, Option<Adapter>)> {
+        let mut decoder = self.decoder()?;
+        let Some(dir) = adapter else { return Ok((decoder, self.config.rope_scaling.clone(), None)) };
+        let adapter = read_adapter(dir).map_err(model_error)?;
+        adapter.check_against(&self.config, &self.weights.fingerprint()).map_err(model_error)?;
+        adapter.load_into(&self.config, decoder.params_mut()).map_err(model_error)?;
+        decoder.set_lora(Some(adapter.lora())).map_err(model_error)?;
+        let scaling = adapter.rope_scaling().unwrap_or(&self.config.rope_scaling).clone();
+        Ok((decoder, scaling, Some(adapter)))
+    }
+
+    /// A function that tokenises text; what cannot be encoded is counted as nothing and reported by the caller.
+    pub fn encoder(&self) -> impl Fn(&str) -> Vec<u32> + Sync + '_ {
+        |text| self.tokenizer.encode(text).unwrap_or_default()
+    }
+
+    /// The token that ends a document.
+    pub fn eos(&self) -> Result<u32> {
+        self.tokenizer.eos_id().or(self.config.eos_token_id).ok_or_else(|| {
+            PluginError::model("expected an end-of-sequence token in config.json or tokenizer_config.json, got none")
+        })
+    }
+}
+
+/// Uses so many threads for everything the job does; none keeps the default.
+pub(crate) fn with_threads<R: Send>(threads: Option<usize>, f: impl FnOnce() -> R + Send) -> Result<R> {
+    match threads {
+        None => Ok(f()),
+        Some(threads) => {
+            let pool = rayon::ThreadPoolBuilder::new()
+                .num_threads(threads)
+                .build()
+                .map_err(|e| PluginError::usage(format!("threads: {threads}: {e}")))?;
+            Ok(pool.install(f))
+        }
+    }
+}

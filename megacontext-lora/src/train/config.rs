@@ -1,0 +1,473 @@
+//! Settings of an extension run, as they stand in `config.toml` and in the parameters of the job `extend`.
+//!
+//! Source of the defaults: the LongLoRA recipe (Chen et al. 2023): rank 8, alpha 16, no dropout, embeddings and norms
+//! trained, AdamW with β2 0.95, no weight decay, constant learning rate after a short warm-up, S²-Attn with groups of
+//! a quarter of the context. The stages are ours: the context doubles until it is reached, instead of in one jump.
+//!
+//! Units: contexts and groups in tokens, factors relative to the base model's original context.
+//! Errors: every value out of range names its key, what was expected and what came. An unknown key is refused.
+
+use std::path::PathBuf;
+
+use megacontext_base::config::LlamaConfig;
+use megacontext_base::gradients::AdamWConfig;
+use megacontext_base::lora::LoraConfig;
+use megacontext_base::rope::RopeScaling;
+use megacontext_kernels::attention::Pattern;
+use serde::{Deserialize, Serialize};
+
+use crate::error::{PluginError, Result};
+
+/// Everything a run is told.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct ExtendConfig {
+    /// The base model's folder.
+    pub base: PathBuf,
+    /// Files, folders and globs with text; `corpus:held-out` stands for text found on this machine.
+    pub data: Vec<String>,
+    /// The run folder.
+    pub out: PathBuf,
+    /// The context to reach, in tokens.
+    pub context: usize,
+    /// Seed of initial values, data order and hold-out.
+    pub seed: u64,
+    /// Share of the documents kept for evaluation.
+    pub holdout: f64,
+    /// LoRA on the attention projections.
+    pub lora: LoraConfig,
+    /// Train the token embeddings in full.
+    pub train_embeddings: bool,
+    /// Train the normalisation gains in full.
+    pub train_norms: bool,
+    /// Optimiser and learning rate.
+    pub optimizer: OptimizerConfig,
+    /// How many tokens a step sees.
+    pub batch: BatchConfig,
+    /// Stages; none means [`default_stages`].
+    pub stages: Vec<StageConfig>,
+    /// Optimiser steps shared out over the default stages.
+    pub steps: usize,
+    /// Perplexity before and after.
+    pub eval: EvalConfig,
+    /// When to write checkpoints.
+    pub checkpoint: CheckpointConfig,
+    /// Recompute blocks in the backward pass.
+    pub activation_checkpointing: Recompute,
+    /// Refuse to run beyond this many bytes; none means what the machine has free.
+    pub memory_budget_bytes: Option<u64>,
+    /// Threads; none means all cores.
+    pub threads: Option<usize>,
+}
+
+impl Default for ExtendConfig {
+    fn default() -> Self {
+        Self {
+            base: PathBuf::new(),
+            data: Vec::new(),
+            out: PathBuf::from("runs/extend"),
+            context: 0,
+            seed: 0,
+            holdout: 0.1,
+            lora: LoraConfig::default(),
+            train_embeddings: true,
+            train_norms: true,
+            optimizer: OptimizerConfig::default(),
+            batch: BatchConfig::default(),
+            stages: Vec::new(),
+            steps: 300,
+            eval: EvalConfig::default(),
+            checkpoint: CheckpointConfig::default(),
+            activation_checkpointing: Recompute::Auto,
+            memory_budget_bytes: None,
+            threads: None,
+        }
+    }
+}
+
+/// AdamW and the learning-rate schedule.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct OptimizerConfig {
+    /// Peak learning rate.
+    pub lr: f64,
+    /// Shape of the schedule after the warm-up.
+    pub schedule: Schedule,
+    /// Steps of linear warm-up at the start of every stage, since every stage changes the angles.
+    pub warmup_steps: usize,
+    /// Decay of the two moments.
+    pub betas: [f64; 2],
+    /// Added to the root of the second moment.
+    pub eps: f64,
+    /// Decoupled weight decay; norms, biases and embeddings are left out.
+    pub weight_decay: f64,
+    /// Largest global gradient norm, 0 for no clipping.
+    pub clip: f64,
+}
+
+impl Default for OptimizerConfig {
+    fn default() -> Self {
+        let adamw = AdamWConfig::default();
+        Self {
+            lr: 2e-4,
+            schedule: Schedule::Constant,
+            warmup_steps: 20,
+            betas: adamw.betas,
+            eps: adamw.eps,
+            weight_decay: adamw.weight_decay,
+            clip: adamw.clip,
+        }
+    }
+}
+
+impl OptimizerConfig {
+    /// The part the optimiser keeps.
+    pub fn adamw(&self) -> AdamWConfig {
+        AdamWConfig { betas: self.betas, eps: self.eps, weight_decay: self.weight_decay, clip: self.clip }
+    }
+
+    /// Learning rate of step `stage_step` of a stage (from 0) that is step `step` of `steps` of the run.
+    ///
+    /// Linear warm-up, then constant, or a cosine over the whole run down to a tenth of the peak.
+    pub fn lr_at(&self, stage_step: usize, step: usize, steps: usize) -> f64 {
+        let warm = ((stage_step + 1) as f64 / self.warmup_steps.max(1) as f64).min(1.0);
+        let shape = match self.schedule {
+            Schedule::Constant => 1.0,
+            Schedule::Cosine => {
+                let done = step as f64 / steps.max(1) as f64;
+                0.1 + 0.45 * (1.0 + (std::f64::consts::PI * done).cos())
+            }
+        };
+        self.lr * warm * shape
+    }
+
+    fn validate(&self) -> Result<()> {
+        let positive = |key: &str, value: f64| {
+            if value.is_finite() && value > 0.0 {
+                Ok(())
+            } else {
+                Err(PluginError::usage(format!("optimizer.{key}: expected a positive number, got {value}")))
+            }
+        };
+        positive("lr", self.lr)?;
+        positive("eps", self.eps)?;
+        for beta in self.betas {
+            if !(0.0..1.0).contains(&beta) {
+                return Err(PluginError::usage(format!("optimizer.betas: expected 0 <= beta < 1, got {beta}")));
+            }
+        }
+        for (key, value) in [("weight_decay", self.weight_decay), ("clip", self.clip)] {
+            if !value.is_finite() || value < 0.0 {
+                return Err(PluginError::usage(format!("optimizer.{key}: expected 0 or more, got {value}")));
+            }
+        }
+        Ok(())
+    }
+}
+
+/// What the learning rate does after the warm-up.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Schedule {
+    /// Stays.
+    Constant,
+    /// Falls along a cosine to a tenth.
+    Cosine,
+}
+
+/// Tokens of a step.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct BatchConfig {
+    /// Tokens an optimiser step sees, at least one sequence.
+    pub tokens_per_step: usize,
+    /// Tokens held in memory at once; a step is split into micro-batches of at most this many, at least one sequence.
+    pub micro_batch_tokens: usize,
+}
+
+impl Default for BatchConfig {
+    fn default() -> Self {
+        Self { tokens_per_step: 8192, micro_batch_tokens: 8192 }
+    }
+}
+
+impl BatchConfig {
+    /// (rows of a micro-batch, micro-batches of a step) at a context length.
+    pub fn shape(&self, context: usize) -> (usize, usize) {
+        let rows = (self.tokens_per_step / context).max(1);
+        let micro = (self.micro_batch_tokens / context).clamp(1, rows);
+        (micro, rows.div_ceil(micro))
+    }
+}
+
+/// Attention while training.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Attention {
+    /// Shifted sparse attention (S²-Attn).
+    S2,
+    /// Causal attention over everything.
+    Dense,
+}
+
+/// Group size of S²-Attn.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(untagged)]
+pub enum GroupSize {
+    /// So many tokens.
+    Tokens(u64),
+    /// So large a part of the context, 0 < part ≤ 1.
+    Part(f64),
+}
+
+/// One stage of a run.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct StageConfig {
+    /// Length of the training sequences in tokens.
+    pub context: usize,
+    /// Attention while training; evaluation is dense.
+    #[serde(default = "s2")]
+    pub attention: Attention,
+    /// Group size of S²-Attn.
+    #[serde(default = "quarter")]
+    pub group: GroupSize,
+    /// Interpolation factor, from the original context; none means context / original context.
+    #[serde(default)]
+    pub factor: Option<f64>,
+    /// Optimiser steps.
+    pub steps: usize,
+}
+
+fn s2() -> Attention {
+    Attention::S2
+}
+
+fn quarter() -> GroupSize {
+    GroupSize::Part(0.25)
+}
+
+impl StageConfig {
+    /// The attention pattern, with the group in tokens.
+    pub fn pattern(&self) -> Pattern {
+        match (self.attention, self.group) {
+            (Attention::Dense, _) => Pattern::Dense,
+            (Attention::S2, GroupSize::Tokens(group)) => Pattern::ShiftedSparse { group: group as usize },
+            (Attention::S2, GroupSize::Part(part)) => {
+                Pattern::ShiftedSparse { group: (self.context as f64 * part).round() as usize }
+            }
+        }
+    }
+
+    /// The scaling of this stage on a base of the given original context.
+    pub fn scaling(&self, original: usize) -> Result<RopeScaling> {
+        let factor = self.factor.unwrap_or(self.context as f64 / original as f64).max(1.0);
+        RopeScaling::from_factor(factor).map_err(PluginError::usage)
+    }
+}
+
+/// Perplexity evaluation.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct EvalConfig {
+    /// Context lengths; empty means the original context and its doublings up to the one to reach.
+    pub contexts: Vec<usize>,
+    /// Tokens the window moves by; none means half the context.
+    pub stride: Option<usize>,
+    /// Stop after about so many scored tokens.
+    pub max_tokens: usize,
+}
+
+impl Default for EvalConfig {
+    fn default() -> Self {
+        Self { contexts: Vec::new(), stride: None, max_tokens: 65_536 }
+    }
+}
+
+/// Checkpoints.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct CheckpointConfig {
+    /// Steps between two.
+    pub every: usize,
+    /// How many to keep.
+    pub keep: usize,
+}
+
+impl Default for CheckpointConfig {
+    fn default() -> Self {
+        Self { every: 50, keep: 2 }
+    }
+}
+
+/// Activation checkpointing.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Recompute {
+    /// When the plan does not fit without.
+    Auto,
+    /// Always.
+    On,
+    /// Never.
+    Off,
+}
+
+/// The context doubles from the original until it is reached; `steps` are shared out so that the last stage has half.
+pub fn default_stages(original: usize, context: usize, steps: usize) -> Vec<StageConfig> {
+    let mut lengths = Vec::new();
+    let mut length = original * 2;
+    while length < context {
+        lengths.push(length);
+        length *= 2;
+    }
+    let early = lengths.len();
+    let share = if early == 0 { 0 } else { (steps / 2 / early).max(1) };
+    let stage = |context, steps| StageConfig { context, attention: s2(), group: quarter(), factor: None, steps };
+    let mut stages: Vec<StageConfig> = lengths.into_iter().map(|c| stage(c, share)).collect();
+    stages.push(stage(context, steps.saturating_sub(share * early).max(1)));
+    stages
+}
+
+impl ExtendConfig {
+    /// Reads a job's parameters.
+    pub fn from_json(value: serde_json::Value) -> Result<Self> {
+        serde_json::from_value(value).map_err(|e| PluginError::usage(format!("configuration: {e}")))
+    }
+
+    /// Fills what was left open and refuses what cannot be run on this model.
+    pub fn resolve(mut self, model: &LlamaConfig) -> Result<Self> {
+        let usage = |message: String| Err(PluginError::usage(message));
+        let original = model.original_context();
+        if self.context < 2 {
+            return usage(format!("context: expected a number of tokens of at least 2, got {}", self.context));
+        }
+        if self.data.is_empty() {
+            return usage("data: expected at least one file, folder or glob, got none".into());
+        }
+        if !(0.0..1.0).contains(&self.holdout) || self.holdout == 0.0 {
+            return usage(format!("holdout: expected a share between 0 and 1, got {}", self.holdout));
+        }
+        self.lora.validate(model).map_err(|e| PluginError::usage(e.to_string()))?;
+        self.optimizer.validate()?;
+        if self.steps == 0 {
+            return usage("steps: expected at least 1, got 0".into());
+        }
+        if self.stages.is_empty() {
+            self.stages = default_stages(original, self.context, self.steps);
+        }
+        self.steps = self.stages.iter().map(|s| s.steps).sum();
+        for (i, stage) in self.stages.iter_mut().enumerate() {
+            let at = format!("stages[{i}]");
+            if stage.context < 2 {
+                return usage(format!("{at}.context: expected at least 2 tokens, got {}", stage.context));
+            }
+            if stage.steps == 0 {
+                return usage(format!("{at}.steps: expected at least 1, got 0"));
+            }
+            if let GroupSize::Part(part) = stage.group
+                && !(part > 0.0 && part <= 1.0)
+            {
+                return usage(format!("{at}.group: expected a part of the context, 0 < group <= 1, got {part}"));
+            }
+            if let Pattern::ShiftedSparse { group } = stage.pattern()
+                && group < 2
+            {
+                return usage(format!("{at}.group: expected at least 2 tokens, got {group}"));
+            }
+            if let Some(factor) = stage.factor {
+                RopeScaling::from_factor(factor).map_err(|e| PluginError::usage(format!("{at}.factor: {e}")))?;
+            }
+            stage.factor = Some(stage.scaling(original)?.factor());
+        }
+        let last = self.stages.last().map_or(0, |s| s.context);
+        if last != self.context {
+            return usage(format!(
+                "stages: expected the last one to reach the context {}, got {last}",
+                self.context
+            ));
+        }
+        if self.eval.contexts.is_empty() {
+            let mut context = original.min(self.context);
+            while context < self.context {
+                self.eval.contexts.push(context);
+                context *= 2;
+            }
+            self.eval.contexts.push(self.context);
+        }
+        self.eval.contexts.sort_unstable();
+        self.eval.contexts.dedup();
+        if let Some(bad) = self.eval.contexts.iter().find(|c| **c < 2) {
+            return usage(format!("eval.contexts: expected at least 2 tokens, got {bad}"));
+        }
+        if self.eval.stride == Some(0) {
+            return usage("eval.stride: expected at least 1 token, got 0".into());
+        }
+        if self.eval.max_tokens == 0 {
+            return usage("eval.max_tokens: expected at least 1, got 0".into());
+        }
+        if self.batch.tokens_per_step == 0 || self.batch.micro_batch_tokens == 0 {
+            return usage("batch: expected tokens_per_step and micro_batch_tokens of at least 1, got 0".into());
+        }
+        if self.checkpoint.every == 0 || self.checkpoint.keep == 0 {
+            return usage("checkpoint: expected every and keep of at least 1, got 0".into());
+        }
+        if self.threads == Some(0) {
+            return usage("threads: expected at least 1, got 0".into());
+        }
+        Ok(self)
+    }
+
+    /// The scaling of the finished model: the last stage's.
+    pub fn final_scaling(&self, original: usize) -> Result<RopeScaling> {
+        match self.stages.last() {
+            Some(stage) => stage.scaling(original),
+            None => Ok(RopeScaling::None),
+        }
+    }
+
+    /// A hash over everything that decides the result; a checkpoint of another configuration is not resumed.
+    pub fn identity(&self) -> Result<String> {
+        use sha2::{Digest, Sha256};
+        let mut decisive = self.clone();
+        decisive.out = PathBuf::new();
+        decisive.checkpoint = CheckpointConfig::default();
+        decisive.memory_budget_bytes = None;
+        let text = serde_json::to_string(&decisive).map_err(|e| PluginError::internal(e.to_string()))?;
+        Ok(megacontext_base::params::hex(&Sha256::digest(text.as_bytes())))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn default_stages_double_and_give_the_last_half() {
+        let stages = default_stages(256, 1024, 300);
+        let shape: Vec<(usize, usize)> = stages.iter().map(|s| (s.context, s.steps)).collect();
+        assert_eq!(shape, [(512, 150), (1024, 150)]);
+        assert_eq!(stages[1].pattern(), Pattern::ShiftedSparse { group: 256 });
+        assert_eq!(default_stages(256, 256, 10).len(), 1);
+    }
+
+    #[test]
+    fn micro_batches_cover_the_step() {
+        let batch = BatchConfig { tokens_per_step: 8192, micro_batch_tokens: 2048 };
+        assert_eq!(batch.shape(1024), (2, 4));
+        assert_eq!(batch.shape(100_000), (1, 1));
+    }
+
+    #[test]
+    fn schedule_warms_up_and_falls() {
+        let o = OptimizerConfig { lr: 1.0, schedule: Schedule::Cosine, warmup_steps: 4, ..Default::default() };
+        assert_eq!(o.lr_at(0, 0, 100), 0.25);
+        assert!((o.lr_at(50, 50, 100) - 0.55).abs() < 1e-12);
+        assert!(o.lr_at(99, 100, 100) - 0.1 < 1e-12);
+    }
+
+    #[test]
+    fn unknown_key_is_refused_by_name() {
+        let error = ExtendConfig::from_json(serde_json::json!({"contxt": 1})).unwrap_err();
+        assert!(error.message.contains("contxt") && error.message.contains("context"), "{error}");
+    }
+}

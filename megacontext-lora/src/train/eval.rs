@@ -1,0 +1,153 @@
+//! Perplexity by context length.
+//!
+//! Source: the strided protocol of Press et al. 2021: windows of the full context move over a document by a stride,
+//! and each token is scored once, in the first window that reaches it. Perplexity is exp of the mean NLL in nats per
+//! token over all documents. Every model and context length scores the same tokens.
+//!
+//! Units: tokens, nats. Errors: documents too short to score anything.
+
+use megacontext_base::decoder::{Decoder, Forward};
+use megacontext_base::rope::{RopeScaling, RopeTables};
+use megacontext_kernels::attention::{Pattern, Rows};
+use megacontext_kernels::loss::IGNORE;
+use serde::Serialize;
+
+use crate::data::packing::{Window, strided_windows};
+use crate::error::{PluginError, Result};
+use crate::host::HostApi;
+use crate::jobs::model_error;
+
+/// Tokens evaluated in one forward pass, at least one window.
+const BATCH_TOKENS: usize = 8192;
+
+/// What was measured, and how.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Perplexity {
+    /// Window length in tokens.
+    pub context: usize,
+    /// Tokens the window moves by.
+    pub stride: usize,
+    /// `dense` or `s2 (group N)`.
+    pub attention: String,
+    /// Scaling of the positions.
+    pub rope: String,
+    /// Scored tokens.
+    pub tokens: usize,
+    /// Mean NLL in nats per token.
+    pub nll: f64,
+    /// exp(nll).
+    pub perplexity: f64,
+}
+
+/// How one perplexity is to be measured.
+#[derive(Clone, Debug)]
+pub struct Protocol {
+    /// Window length in tokens.
+    pub context: usize,
+    /// Tokens the window moves by; none means half the context.
+    pub stride: Option<usize>,
+    /// Attention pattern.
+    pub pattern: Pattern,
+    /// Scaling of the positions.
+    pub scaling: RopeScaling,
+}
+
+/// The word for a pattern in results and tables.
+pub fn pattern_name(pattern: Pattern) -> String {
+    match pattern {
+        Pattern::Dense => "dense".to_string(),
+        Pattern::ShiftedSparse { group } => format!("s2 (group {group})"),
+        Pattern::Bidirectional => "bidirectional".to_string(),
+    }
+}
+
+/// Chooses what to score: documents longer than `context` first, in their order, each cut to four contexts, until
+/// `max_tokens` tokens are scored.
+pub fn select(documents: &[Vec<u32>], context: usize, max_tokens: usize) -> Vec<Vec<u32>> {
+    let (long, short): (Vec<_>, Vec<_>) = documents.iter().partition(|d| d.len() > context);
+    let mut chosen = Vec::new();
+    let mut left = max_tokens;
+    for document in long.into_iter().chain(short) {
+        if left == 0 {
+            break;
+        }
+        let take = document.len().min(4 * context + 1).min(left + 1);
+        if take < 2 {
+            continue;
+        }
+        left -= take - 1;
+        chosen.push(document[..take].to_vec());
+    }
+    chosen
+}
+
+/// Measures perplexity on tokenised documents.
+///
+/// # Errors
+/// When no document has two tokens, or the host cancels.
+pub fn perplexity(
+    decoder: &Decoder,
+    documents: &[Vec<u32>],
+    protocol: &Protocol,
+    host: &dyn HostApi,
+) -> Result<Perplexity> {
+    let context = protocol.context;
+    let stride = protocol.stride.unwrap_or(context / 2).clamp(1, context);
+    let mut windows: Vec<(&[u32], Window)> = Vec::new();
+    for document in documents {
+        if document.len() >= 2 {
+            windows.extend(strided_windows(document.len(), context, stride)?.into_iter().map(|w| (&document[..], w)));
+        }
+    }
+    if windows.is_empty() {
+        return Err(PluginError::data("evaluation: expected a document of at least 2 tokens, got none"));
+    }
+    let c = decoder.config();
+    let mut sum = 0f64;
+    let mut scored = 0usize;
+    for batch in windows.chunks((BATCH_TOKENS / context).max(1)) {
+        if host.cancelled() {
+            return Err(PluginError::cancelled("the host asked to stop during evaluation"));
+        }
+        let longest = batch.iter().map(|(_, w)| w.inputs().len()).max().unwrap_or(1);
+        let mut tokens = vec![0u32; batch.len() * longest];
+        let mut targets = vec![IGNORE; batch.len() * longest];
+        for (row, (document, window)) in batch.iter().enumerate() {
+            let inputs = window.inputs();
+            tokens[row * longest..][..inputs.len()].copy_from_slice(&document[inputs]);
+            for target in window.targets() {
+                targets[row * longest + target - 1 - window.start] = document[target];
+            }
+            scored += window.targets().len();
+        }
+        let rope = RopeTables::sequence(c.head_dim, c.rope_theta, &protocol.scaling, longest)?;
+        let rows = Rows { lengths: Some(batch.iter().map(|(_, w)| w.inputs().len()).collect()), segments: None };
+        let with = Forward { pattern: protocol.pattern, rope: &rope, rows: &rows, dropout_seed: None };
+        let x = decoder.embed(&tokens, batch.len()).map_err(model_error)?;
+        let nll = decoder.nll(&x, &targets, &with).map_err(model_error)?;
+        sum += nll.iter().map(|v| f64::from(*v)).sum::<f64>();
+    }
+    let nll = sum / scored as f64;
+    Ok(Perplexity {
+        context,
+        stride,
+        attention: pattern_name(protocol.pattern),
+        rope: protocol.scaling.to_string(),
+        tokens: scored,
+        nll,
+        perplexity: nll.exp(),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn long_documents_are_scored_first_and_the_budget_holds() {
+        let documents = vec![vec![1; 5], vec![2; 100], vec![3; 1000]];
+        let chosen = select(&documents, 50, 200);
+        assert_eq!(chosen.iter().map(|d| d[0]).collect::<Vec<_>>(), [2, 3]);
+        assert_eq!(chosen.iter().map(|d| d.len() - 1).sum::<usize>(), 200);
+    }
+}
