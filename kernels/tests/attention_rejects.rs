@@ -1,5 +1,7 @@
 //! Each input that attention refuses, with what it says.
 
+#![allow(clippy::unwrap_used)]
+
 #[path = "attention/support.rs"]
 #[allow(dead_code)]
 mod support;
