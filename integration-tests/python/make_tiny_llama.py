@@ -131,8 +131,10 @@ def write_peft(folder, base):
     model.save_pretrained(folder, save_embedding_layers=False)
     (folder / "README.md").unlink(missing_ok=True)
     path = folder / "adapter_config.json"
-    text = path.read_text().replace(json.dumps(str(base)), json.dumps(base.name))
-    path.write_text(text.rstrip() + "\n")
+    description = json.loads(path.read_text())
+    description["base_model_name_or_path"] = base.name
+    description["target_modules"].sort()
+    path.write_text(json.dumps(description, indent=2, sort_keys=True) + "\n")
     save_file({"tokens": tokens, "logits": logits}, folder / "expected.safetensors")
 
 
