@@ -311,7 +311,8 @@ impl Adapter {
             return Ok(());
         }
         Err(self.refuse_tensors(format!(
-            "expected {PREFIX}{HEAD} to equal the trained embedding of this tied model, it differs; untie the base first"
+            "expected {PREFIX}{HEAD} to equal the trained embedding of this tied model, it differs; \
+             untie the base first"
         )))
     }
 

@@ -19,8 +19,9 @@ use serde_json::{Map, Value, json};
 use crate::error::{BaseError, Result};
 use crate::rope::RopeScaling;
 
-/// Sizes above this are damage rather than a model.
-const LARGEST: u64 = 1 << 31;
+/// Sizes above these are damage rather than a model; below them no product of sizes overflows.
+const LARGEST: u64 = 1 << 24;
+const MOST_LAYERS: usize = 4096;
 
 /// A Llama-family decoder's shape and constants.
 #[derive(Clone, Debug, PartialEq)]
@@ -65,7 +66,8 @@ impl LlamaConfig {
             return Err(BaseError::config(
                 dir,
                 format!(
-                    "expected a model folder with config.json, model.safetensors and tokenizer.json, but the path {what}"
+                    "expected a model folder with config.json, model.safetensors and tokenizer.json, but the path \
+                     {what}"
                 ),
             ));
         }
@@ -100,12 +102,14 @@ impl LlamaConfig {
         let num_key_value_heads = keys.size_or("num_key_value_heads", num_attention_heads)?;
         if num_attention_heads % num_key_value_heads != 0 {
             return keys.fail(format!(
-                "num_key_value_heads: expected a divisor of num_attention_heads = {num_attention_heads}, got {num_key_value_heads}"
+                "num_key_value_heads: expected a divisor of num_attention_heads = \
+                 {num_attention_heads}, got {num_key_value_heads}"
             ));
         }
         if !keys.has("head_dim") && hidden_size % num_attention_heads != 0 {
             return keys.fail(format!(
-                "num_attention_heads: expected a divisor of hidden_size = {hidden_size} (no head_dim is given), got {num_attention_heads}"
+                "num_attention_heads: expected a divisor of hidden_size = {hidden_size} (no head_dim is given), \
+                 got {num_attention_heads}"
             ));
         }
         let head_dim = keys.size_or("head_dim", hidden_size / num_attention_heads)?;
@@ -113,11 +117,21 @@ impl LlamaConfig {
             return keys
                 .fail(format!("head_dim: expected an even number (RoPE turns pairs), got {head_dim}"));
         }
+        if num_attention_heads * head_dim > LARGEST as usize {
+            return keys.fail(format!(
+                "head_dim: expected at most {LARGEST} over all {num_attention_heads} heads, got {head_dim} each"
+            ));
+        }
+        let num_hidden_layers = keys.size("num_hidden_layers")?;
+        if num_hidden_layers > MOST_LAYERS {
+            return keys
+                .fail(format!("num_hidden_layers: expected at most {MOST_LAYERS}, got {num_hidden_layers}"));
+        }
         let config = Self {
             vocab_size: keys.size("vocab_size")?,
             hidden_size,
             intermediate_size: keys.size("intermediate_size")?,
-            num_hidden_layers: keys.size("num_hidden_layers")?,
+            num_hidden_layers,
             num_attention_heads,
             num_key_value_heads,
             head_dim,
@@ -276,7 +290,8 @@ impl Keys<'_> {
                     .fail(format!("model_type: expected \"llama\" (the supported family), got \"{other}\""));
             }
             None => {
-                return self.fail("model_type: expected \"llama\" (the supported family), the key is missing");
+                return self
+                    .fail("model_type: expected \"llama\" (the supported family), the key is missing");
             }
         }
         if let Some(act) = self.get("hidden_act").filter(|v| v.as_str() != Some("silu")) {
@@ -369,7 +384,8 @@ impl Keys<'_> {
             let old = read(&old)?;
             if old != found {
                 return self.fail(format!(
-                    "rope_scaling: expected the same as rope_parameters ({found}), got {old}; remove one of the two keys"
+                    "rope_scaling: expected the same as rope_parameters ({found}), got {old}; \
+                     remove one of the two keys"
                 ));
             }
         }

@@ -1,7 +1,7 @@
 //! An adapter merged into its base: a plain model folder that any reader of Llama models loads.
 //!
-//! Source: LoRA (Hu et al. 2021), W' = W + (alpha/r)·B·A. Trained embeddings and norms replace the base's; the adapter's
-//! RoPE scaling and context length go into `config.json`, since a merged model without its scaling is a broken one.
+//! Source: LoRA (Hu et al. 2021), W' = W + (alpha/r)·B·A. Trained embeddings and norms replace the base's; the
+//! adapter's RoPE scaling and context length go into `config.json`: a merged model without its scaling is broken.
 //! A tied model stays tied: its adapters carry one embedding for both ends.
 //!
 //! Shapes: A [r, in], B [out, r], W [out, in]; products in f32. One weight at a time is in memory.

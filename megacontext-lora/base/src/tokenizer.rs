@@ -27,7 +27,8 @@ impl Tokenizer {
     /// Reads `tokenizer.json` of a model folder.
     ///
     /// The end token is `eos_token_id` of `config.json`; without one, `eos_token` of `tokenizer_config.json` or
-    /// `special_tokens_map.json`; without these, `</s>`, `<|endoftext|>` or `<|end_of_text|>` where the vocabulary has it.
+    /// `special_tokens_map.json`; without these, `</s>`, `<|endoftext|>` or `<|end_of_text|>` where the
+    /// vocabulary has it.
     pub fn from_dir(dir: &Path) -> Result<Self> {
         let path = dir.join("tokenizer.json");
         let bytes = match fs::read(&path) {

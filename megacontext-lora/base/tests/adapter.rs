@@ -1,4 +1,5 @@
 //! Adapter folders: PEFT's own is read, ours reads back, merging is the formula; one test for each thing refused.
+#![allow(clippy::unwrap_used)]
 
 use std::fs;
 use std::path::{Path, PathBuf};

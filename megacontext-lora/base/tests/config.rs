@@ -1,4 +1,5 @@
 //! Reading and writing `config.json`: what is accepted, and one test for each thing that is refused.
+#![allow(clippy::unwrap_used)]
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -190,6 +191,16 @@ fn negative_size_is_refused() {
 #[test]
 fn absurd_size_is_refused() {
     says(&refused("intermediate_size", json!(1u64 << 60)), &["intermediate_size", "whole number"]);
+}
+
+#[test]
+fn absurd_depth_is_refused() {
+    says(&refused("num_hidden_layers", json!(100_000)), &["num_hidden_layers", "at most", "100000"]);
+}
+
+#[test]
+fn absurd_head_width_is_refused() {
+    says(&refused("head_dim", json!(1 << 24)), &["head_dim", "at most"]);
 }
 
 #[test]

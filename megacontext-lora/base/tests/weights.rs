@@ -1,4 +1,5 @@
 //! Reading safetensors folders: values, and one test for each thing that is refused. Writing them again.
+#![allow(clippy::unwrap_used)]
 
 use std::fs;
 use std::path::{Path, PathBuf};
