@@ -24,7 +24,7 @@ use crate::data::packing::{TokenStream, split_holdout};
 use crate::error::{PluginError, Result};
 use crate::host::HostApi;
 use crate::jobs::{ModelDir, model_error, parse, to_value, with_threads};
-use crate::report;
+use crate::report::{self, RunReport};
 use crate::run::checkpoint::{load_latest, save};
 use crate::run::folder::{RunFolder, config_toml};
 use crate::run::metrics::{EvaluationRecord, Keep, Record, StageRecord, TrainRecord, wall_time};
@@ -362,7 +362,13 @@ impl<'h> Run<'h> {
         let gap = sparse.get(&last.context).zip(adapted.get(&last.context)).map(|(s, d)| s / d - 1.0);
         self.state.perplexity.adapted = adapted;
         let summary = self.summary(before, sparse, gap)?;
-        self.folder.write("report.html", report::render(&summary, self.telemetry.records()).as_bytes())?;
+        let page = RunReport {
+            title: String::new(),
+            summary: summary.clone(),
+            records: self.telemetry.records().to_vec(),
+            config: config_toml(&self.config)?,
+        };
+        self.folder.write("report.html", report::render(&page).as_bytes())?;
         self.folder.write_json(SUMMARY, &summary)?;
         to_value(&summary)
     }

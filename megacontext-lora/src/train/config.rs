@@ -141,7 +141,8 @@ impl OptimizerConfig {
         self.lr * warm * shape
     }
 
-    fn validate(&self) -> Result<()> {
+    /// Refuses values out of range, by key.
+    pub fn validate(&self) -> Result<()> {
         let positive = |key: &str, value: f64| {
             if value.is_finite() && value > 0.0 {
                 Ok(())
