@@ -1,0 +1,186 @@
+//! The host's side of the conversation, as a plain Rust trait.
+//!
+//! Implement [`Host`] for a struct of yours and give it to [`crate::Plugin::open_session`]. Every method has a default;
+//! `()` is a host that hears nothing and never interrupts. Methods are called from the thread that runs the job and from
+//! the plugin's own, so keep them short.
+//!
+//! A panic in a callback does not cross the ABI: it is caught, and from then on [`Host::cancelled`] answers true, so
+//! that the job ends in good order with `Cancelled`.
+//!
+//! Left out: the host's own focus allocator, which comes with LensNet.
+
+use crate::error::{AbiError, ErrorKind};
+use crate::raw::{HostBox, RawHost, RawHost_TO};
+use abi_stable::StableAbi;
+use abi_stable::sabi_trait::TD_Opaque;
+use abi_stable::std_types::{RResult, RStr, RString, RVec};
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::atomic::{AtomicBool, Ordering};
+
+/// What becomes of a phase.
+#[repr(u8)]
+#[derive(StableAbi, Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Answer {
+    /// Go on.
+    Continue,
+    /// Undo the phase: the parameters are as they were when it began.
+    RollBack,
+    /// End the job here, in good order.
+    Stop,
+}
+
+/// What a plugin tells its host and asks of it.
+pub trait Host: Send + Sync + 'static {
+    /// Something happened. Kinds: `log` {message}, `plan`, `progress` {job, stage, stages, step, steps, loss, lr,
+    /// tokens_per_s, eta_s, context}, `evaluation` {model, context, attention, perplexity}, `checkpoint` {path, step}. A
+    /// later plugin may send others: ignore what you do not know.
+    fn event(&self, kind: &str, json: &str) {
+        let _ = (kind, json);
+    }
+
+    /// Whether the running job should stop; asked at every step.
+    fn cancelled(&self) -> bool {
+        false
+    }
+
+    /// Documents `start .. start + count` of `split` (`train`, `eval`, or a name that the job's parameters gave); fewer
+    /// than `count` means that there are no more.
+    fn documents(&self, split: &str, start: u64, count: u64) -> Result<Vec<String>, AbiError> {
+        let _ = (split, start, count);
+        Ok(Vec::new())
+    }
+
+    /// A training phase begins; `RollBack` is the same as `Stop` here.
+    fn phase_entered(&self, json: &str) -> Answer {
+        let _ = json;
+        Answer::Continue
+    }
+
+    /// A training phase ended with these results.
+    fn phase_left(&self, json: &str) -> Answer {
+        let _ = json;
+        Answer::Continue
+    }
+}
+
+impl Host for () {}
+
+impl<H: Host + ?Sized> Host for std::sync::Arc<H> {
+    fn event(&self, kind: &str, json: &str) {
+        (**self).event(kind, json);
+    }
+    fn cancelled(&self) -> bool {
+        (**self).cancelled()
+    }
+    fn documents(&self, split: &str, start: u64, count: u64) -> Result<Vec<String>, AbiError> {
+        (**self).documents(split, start, count)
+    }
+    fn phase_entered(&self, json: &str) -> Answer {
+        (**self).phase_entered(json)
+    }
+    fn phase_left(&self, json: &str) -> Answer {
+        (**self).phase_left(json)
+    }
+}
+
+/// A [`Host`] as the ABI carries it.
+struct Adaptor<H> {
+    host: H,
+    panicked: AtomicBool,
+}
+
+impl<H: Host> Adaptor<H> {
+    fn guard<R>(&self, otherwise: R, call: impl FnOnce(&H) -> R) -> R {
+        if self.panicked.load(Ordering::Relaxed) {
+            return otherwise;
+        }
+        catch_unwind(AssertUnwindSafe(|| call(&self.host))).unwrap_or_else(|_| {
+            self.panicked.store(true, Ordering::Relaxed);
+            otherwise
+        })
+    }
+}
+
+impl<H: Host> RawHost for Adaptor<H> {
+    fn event(&self, kind: RStr<'_>, json: RStr<'_>) {
+        self.guard((), |h| h.event(kind.as_str(), json.as_str()));
+    }
+
+    fn cancelled(&self) -> bool {
+        self.guard(true, Host::cancelled)
+    }
+
+    fn documents(&self, split: RStr<'_>, start: u64, count: u64) -> RResult<RVec<RString>, AbiError> {
+        let panicked = Err(AbiError::new(ErrorKind::Cancelled, "a callback of the host panicked"));
+        self.guard(panicked, |h| h.documents(split.as_str(), start, count))
+            .map(|documents| documents.into_iter().map(RString::from).collect())
+            .into()
+    }
+
+    fn phase_entered(&self, json: RStr<'_>) -> Answer {
+        self.guard(Answer::Stop, |h| h.phase_entered(json.as_str()))
+    }
+
+    fn phase_left(&self, json: RStr<'_>) -> Answer {
+        self.guard(Answer::Stop, |h| h.phase_left(json.as_str()))
+    }
+}
+
+/// Puts a host into the box that the ABI takes.
+pub fn host_box(host: impl Host) -> HostBox {
+    RawHost_TO::from_value(Adaptor { host, panicked: AtomicBool::new(false) }, TD_Opaque)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::{Arc, Mutex};
+
+    #[derive(Default)]
+    struct Recorder(Mutex<Vec<String>>);
+
+    impl Host for Recorder {
+        fn event(&self, kind: &str, json: &str) {
+            assert_ne!(kind, "panic");
+            self.0.lock().unwrap().push(format!("{kind} {json}"));
+        }
+        fn documents(&self, split: &str, start: u64, count: u64) -> Result<Vec<String>, AbiError> {
+            Ok((start..start + count).map(|i| format!("{split}{i}")).collect())
+        }
+    }
+
+    #[test]
+    fn calls_reach_the_host() {
+        let recorder = Arc::new(Recorder::default());
+        let boxed = host_box(recorder.clone());
+        boxed.event("log".into(), "{}".into());
+        assert_eq!(*recorder.0.lock().unwrap(), ["log {}"]);
+        let documents = boxed.documents("train".into(), 2, 2).into_result().unwrap();
+        assert_eq!(documents.iter().map(RString::as_str).collect::<Vec<_>>(), ["train2", "train3"]);
+        assert!(!boxed.cancelled());
+        assert_eq!(boxed.phase_left("{}".into()), Answer::Continue);
+    }
+
+    #[test]
+    fn a_panicking_host_cancels_and_is_not_called_again() {
+        let recorder = Arc::new(Recorder::default());
+        let boxed = host_box(recorder.clone());
+        boxed.event("panic".into(), "{}".into());
+        assert!(boxed.cancelled());
+        assert_eq!(boxed.phase_entered("{}".into()), Answer::Stop);
+        assert_eq!(
+            boxed.documents("train".into(), 0, 1).into_result().unwrap_err().kind(),
+            ErrorKind::Cancelled
+        );
+        boxed.event("log".into(), "{}".into());
+        assert!(recorder.0.lock().unwrap().is_empty());
+    }
+
+    #[test]
+    fn the_unit_host_is_silent() {
+        let boxed = host_box(());
+        boxed.event("log".into(), "{}".into());
+        assert!(!boxed.cancelled());
+        assert!(boxed.documents("train".into(), 0, 1).into_result().unwrap().is_empty());
+    }
+}

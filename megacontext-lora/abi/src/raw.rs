@@ -1,0 +1,137 @@
+//! The ABI itself: trait objects and the root module, in abi_stable's types.
+//!
+//! A host needs none of this: it uses [`crate::Plugin`], [`crate::Session`] and [`crate::Host`]. A plugin implements
+//! [`RawSession`] and exports [`PluginModule`].
+//!
+//! How it grows: a method or field is added at the end, behind `last_prefix_field`, with a default for partners that do
+//! not have it, and leaves [`crate::ABI_REVISION`] as it is. Anything else raises the revision. JSON objects may gain keys
+//! at any time; who reads one from the other side ignores keys that it does not know, except where it is a request
+//! (config, params), whose unknown keys are errors.
+//!
+//! Panics: nothing unwinds through these calls. abi_stable aborts the process on one, so the plugin guards every method
+//! (a panicked session answers `Poisoned`) and [`crate::Host`] implementations are guarded by the adaptor.
+
+// `sabi_trait` makes items that cannot be documented from here (everything written here is), and impls inside a const.
+#![allow(missing_docs, non_local_definitions)]
+
+use crate::context::ContextView;
+use crate::dlpack::OwnedTensor;
+use crate::error::AbiError;
+use crate::host::Answer;
+use crate::tensor::{TensorView, TensorViewMut};
+use abi_stable::library::RootModule;
+use abi_stable::sabi_types::VersionStrings;
+use abi_stable::std_types::{RBox, RResult, RStr, RString, RVec};
+use abi_stable::{StableAbi, package_version_strings, sabi_trait};
+
+/// What the plugin asks of its host and tells it. See [`crate::Host`] for what each means.
+#[sabi_trait]
+pub trait RawHost: Send + Sync + 'static {
+    /// Something happened: a kind (`progress`, `log`, …) and a JSON object.
+    fn event(&self, kind: RStr<'_>, json: RStr<'_>);
+    /// Whether the running job should stop at the next step.
+    #[sabi(last_prefix_field)]
+    fn cancelled(&self) -> bool;
+    /// Documents `start .. start + count` of a split, fewer at its end.
+    fn documents(&self, _split: RStr<'_>, _start: u64, _count: u64) -> RResult<RVec<RString>, AbiError> {
+        RResult::ROk(RVec::new())
+    }
+    /// A training phase began.
+    fn phase_entered(&self, _json: RStr<'_>) -> Answer {
+        Answer::Continue
+    }
+    /// A training phase ended; the answer decides what becomes of it.
+    fn phase_left(&self, _json: RStr<'_>) -> Answer {
+        Answer::Continue
+    }
+}
+
+/// A host, owned by the session that it was given to.
+pub type HostBox = RawHost_TO<RBox<()>>;
+
+/// One opened model with its jobs. See [`crate::Session`] for what each means.
+#[sabi_trait]
+pub trait RawSession: Send + Sync + 'static {
+    /// Runs a whole job: `extend`, `pretrain`, `eval_ppl`, `merge`, `logits`.
+    fn run(&self, kind: RStr<'_>, params_json: RStr<'_>) -> RResult<RString, AbiError>;
+    /// Sizes and state, JSON.
+    fn describe(&self) -> RResult<RString, AbiError>;
+    /// Embeddings of tokens: U32 [T] to F32 [T, E].
+    fn embed(&self, tokens: TensorView<'_>, out: TensorViewMut<'_>) -> RResult<(), AbiError>;
+    /// RoPE tables of positions: F64 [N] (sigma may be empty for all 0) to F32 [N, D/2] each.
+    fn rope_tables(
+        &self,
+        mu: TensorView<'_>,
+        sigma: TensorView<'_>,
+        out_cos: TensorViewMut<'_>,
+        out_sin: TensorViewMut<'_>,
+    ) -> RResult<(), AbiError>;
+    /// Logits of every entry, F32 [T, V].
+    fn logits(&self, context: ContextView<'_>, out: TensorViewMut<'_>) -> RResult<(), AbiError>;
+    /// Negative log-likelihood of every entry's target in nats, F32 [T], NaN where none is scored.
+    fn nll(&self, context: ContextView<'_>, out: TensorViewMut<'_>) -> RResult<(), AbiError>;
+    /// What LoRA adds to one module's weight, scale included, F32 [out, in].
+    fn lora_delta(&self, module: RStr<'_>, out: TensorViewMut<'_>) -> RResult<(), AbiError>;
+    /// A copy of one parameter by its name, F32.
+    fn parameter(&self, name: RStr<'_>) -> RResult<OwnedTensor, AbiError>;
+    /// The parameter groups, JSON.
+    fn parameter_groups(&self) -> RResult<RString, AbiError>;
+    /// Begins a phase: which groups learn, and how.
+    fn enter_phase(&self, params_json: RStr<'_>) -> RResult<RString, AbiError>;
+    /// Ends the phase.
+    fn leave_phase(&self) -> RResult<RString, AbiError>;
+    /// One optimiser step on the batch given.
+    fn step(&self, params_json: RStr<'_>) -> RResult<RString, AbiError>;
+    /// Evaluates without learning.
+    fn evaluate(&self, params_json: RStr<'_>) -> RResult<RString, AbiError>;
+    /// Writes a checkpoint folder.
+    fn save(&self, path: RStr<'_>) -> RResult<RString, AbiError>;
+    /// Takes up a checkpoint folder.
+    fn resume(&self, path: RStr<'_>) -> RResult<RString, AbiError>;
+    /// Writes the adapter folder.
+    #[sabi(last_prefix_field)]
+    fn export(&self, path: RStr<'_>) -> RResult<RString, AbiError>;
+}
+
+/// A session, owned by the host.
+pub type SessionBox = RawSession_TO<RBox<()>>;
+
+/// How a plugin was built.
+#[repr(C)]
+#[derive(StableAbi, Debug, Clone)]
+pub struct RawBuildInfo {
+    /// Version of the plugin's crate.
+    pub crate_version: RString,
+    /// `rustc --version` of the compiler.
+    pub rustc: RString,
+    /// Target triple.
+    pub target: RString,
+    /// Cargo profile.
+    pub profile: RString,
+    /// CPU features: compiled in, and found at run time.
+    pub cpu_features: RVec<RString>,
+}
+
+/// What the library exports.
+#[repr(C)]
+#[derive(StableAbi)]
+#[sabi(kind(Prefix(prefix_ref = PluginModuleRef, prefix_fields = PluginModulePrefix)))]
+#[sabi(missing_field(panic))]
+pub struct PluginModule {
+    /// [`crate::ABI_REVISION`] at the time of building.
+    pub abi_revision: u32,
+    /// How it was built.
+    pub build_info: extern "C" fn() -> RawBuildInfo,
+    /// What it can do, by name.
+    pub capabilities: extern "C" fn() -> RVec<RString>,
+    /// Opens a session.
+    #[sabi(last_prefix_field)]
+    pub open_session: extern "C" fn(config_json: RStr<'_>, host: HostBox) -> RResult<SessionBox, AbiError>,
+}
+
+impl RootModule for PluginModuleRef {
+    abi_stable::declare_root_module_statics! {PluginModuleRef}
+    const BASE_NAME: &'static str = "megacontext_lora";
+    const NAME: &'static str = "megacontext-lora";
+    const VERSION_STRINGS: VersionStrings = package_version_strings!();
+}

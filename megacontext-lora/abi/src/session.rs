@@ -1,0 +1,131 @@
+//! A session as a host uses it: plain Rust over the trait object.
+//!
+//! A session is one base model, perhaps with an adapter, and the jobs that need none opened. It may be shared between
+//! threads; calls that learn exclude each other and calls that read. The JSON that goes in is validated by the plugin, so
+//! the messages are its own. After a panic inside the plugin every call answers [`crate::ErrorKind::Poisoned`].
+//!
+//! Shapes: T entries, E model width, V vocabulary, D head width, N positions. Sizes are in [`Session::describe`].
+//! Outputs go into buffers of the caller; views carry their shapes.
+
+use crate::context::ContextView;
+use crate::dlpack::OwnedTensor;
+use crate::error::{AbiError, ErrorKind};
+use crate::raw::SessionBox;
+use crate::tensor::{TensorView, TensorViewMut};
+use abi_stable::std_types::{RResult, RString};
+use serde_json::Value;
+use std::path::Path;
+
+/// Result of a session's calls.
+pub type Result<T> = std::result::Result<T, AbiError>;
+
+/// An open session.
+pub struct Session {
+    raw: SessionBox,
+}
+
+fn json(answer: RResult<RString, AbiError>) -> Result<Value> {
+    let text = answer.into_result()?;
+    serde_json::from_str(&text)
+        .map_err(|e| AbiError::new(ErrorKind::Internal, format!("the plugin answered with broken JSON: {e}")))
+}
+
+fn utf8(path: &Path) -> Result<&str> {
+    path.to_str().ok_or_else(|| {
+        AbiError::new(ErrorKind::Usage, format!("{}: expected a path in UTF-8", path.display()))
+    })
+}
+
+impl Session {
+    pub(crate) fn new(raw: SessionBox) -> Self {
+        Self { raw }
+    }
+
+    /// Runs a whole job (`extend`, `pretrain`, `eval_ppl`, `merge`, `logits`) and returns its result. Events go to the
+    /// session's host meanwhile, and the job stops with [`ErrorKind::Cancelled`] when the host says so.
+    pub fn run(&self, kind: &str, params: &Value) -> Result<Value> {
+        json(self.raw.run(kind.into(), params.to_string().as_str().into()))
+    }
+
+    /// Sizes and state: `vocab_size`, `hidden_size`, `head_dim`, `layers`, `trained_context`, `base`, `adapter`, …; the
+    /// sizes are absent when the session was opened without a base.
+    pub fn describe(&self) -> Result<Value> {
+        json(self.raw.describe())
+    }
+
+    /// Embeddings of tokens: U32 [T] to F32 [T, E].
+    pub fn embed(&self, tokens: TensorView<'_>, out: TensorViewMut<'_>) -> Result<()> {
+        self.raw.embed(tokens, out).into_result()
+    }
+
+    /// RoPE tables of the positions mu, F64 [N], blurred by sigma, F64 [N] or [0] for none: F32 [N, D/2] each.
+    pub fn rope_tables(
+        &self,
+        mu: TensorView<'_>,
+        sigma: TensorView<'_>,
+        out_cos: TensorViewMut<'_>,
+        out_sin: TensorViewMut<'_>,
+    ) -> Result<()> {
+        self.raw.rope_tables(mu, sigma, out_cos, out_sin).into_result()
+    }
+
+    /// Logits of every entry, F32 [T, V].
+    pub fn logits(&self, context: ContextView<'_>, out: TensorViewMut<'_>) -> Result<()> {
+        self.raw.logits(context, out).into_result()
+    }
+
+    /// Negative log-likelihood of every entry's target, in nats, F32 [T]; NaN where nothing is scored.
+    pub fn nll(&self, context: ContextView<'_>, out: TensorViewMut<'_>) -> Result<()> {
+        self.raw.nll(context, out).into_result()
+    }
+
+    /// What LoRA adds to the weight of a module (`model.layers.0.self_attn.q_proj`), scale included: F32 [out, in].
+    pub fn lora_delta(&self, module: &str, out: TensorViewMut<'_>) -> Result<()> {
+        self.raw.lora_delta(module.into(), out).into_result()
+    }
+
+    /// A copy of one parameter, by its name in [`Session::parameter_groups`].
+    pub fn parameter(&self, name: &str) -> Result<OwnedTensor> {
+        self.raw.parameter(name.into()).into_result()
+    }
+
+    /// The parameter groups with their tensors: `{group: {learns, parameters: [{name, shape}]}}`.
+    pub fn parameter_groups(&self) -> Result<Value> {
+        json(self.raw.parameter_groups())
+    }
+
+    /// Begins a phase in which `params.groups` learn.
+    pub fn enter_phase(&self, params: &Value) -> Result<Value> {
+        json(self.raw.enter_phase(params.to_string().as_str().into()))
+    }
+
+    /// Ends the phase. Optimiser state stays with its groups.
+    pub fn leave_phase(&self) -> Result<Value> {
+        json(self.raw.leave_phase())
+    }
+
+    /// One optimiser step on the batch that `params` gives.
+    pub fn step(&self, params: &Value) -> Result<Value> {
+        json(self.raw.step(params.to_string().as_str().into()))
+    }
+
+    /// Evaluates without learning.
+    pub fn evaluate(&self, params: &Value) -> Result<Value> {
+        json(self.raw.evaluate(params.to_string().as_str().into()))
+    }
+
+    /// Writes a checkpoint folder: beside its place first, then renamed.
+    pub fn save(&self, path: &Path) -> Result<Value> {
+        json(self.raw.save(utf8(path)?.into()))
+    }
+
+    /// Takes up a checkpoint folder.
+    pub fn resume(&self, path: &Path) -> Result<Value> {
+        json(self.raw.resume(utf8(path)?.into()))
+    }
+
+    /// Writes the adapter folder (PEFT format).
+    pub fn export(&self, path: &Path) -> Result<Value> {
+        json(self.raw.export(utf8(path)?.into()))
+    }
+}

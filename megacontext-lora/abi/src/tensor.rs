@@ -1,0 +1,540 @@
+//! Borrowed tensors: how numbers cross the ABI without a copy.
+//!
+//! A view is a pointer with dtype, device, shape and strides. It borrows: the side that made it keeps the memory alive
+//! and still for the duration of the call. The side that receives it trusts nothing and calls [`TensorView::check`]
+//! (or a reader such as [`TensorView::read`], which checks first): rank, dimensions, dtype, device, overflow, null
+//! pointer, alignment, and for outputs that no two elements share memory. What cannot be checked is that the pointer
+//! really has that much memory behind it: this is what `from_raw_parts` makes its caller promise.
+//!
+//! Shapes: dims are counted outermost first, at most [`MAX_RANK`] of them. Units: strides count elements, not bytes, and
+//! are never negative. Values are in native byte order.
+//!
+//! Left out: views into device memory other than the CPU's. The field exists so that a later plugin can take them; this
+//! one answers with [`TensorError::Device`].
+
+use abi_stable::StableAbi;
+use std::borrow::Cow;
+use std::ffi::c_void;
+use std::marker::PhantomData;
+use std::ops::Range;
+
+/// Most dimensions that a view can have.
+pub const MAX_RANK: usize = 6;
+
+/// Element type of a tensor.
+#[repr(u8)]
+#[derive(StableAbi, Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum DType {
+    /// IEEE binary32.
+    F32,
+    /// IEEE binary64.
+    F64,
+    /// The upper half of a binary32.
+    Bf16,
+    /// IEEE binary16.
+    F16,
+    /// Unsigned 32 bits: token ids.
+    U32,
+    /// Signed 64 bits.
+    I64,
+}
+
+impl DType {
+    /// Bytes of one element, which is its alignment too.
+    pub const fn size(self) -> usize {
+        match self {
+            Self::Bf16 | Self::F16 => 2,
+            Self::F32 | Self::U32 => 4,
+            Self::F64 | Self::I64 => 8,
+        }
+    }
+
+    /// As safetensors writes it.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::F32 => "F32",
+            Self::F64 => "F64",
+            Self::Bf16 => "BF16",
+            Self::F16 => "F16",
+            Self::U32 => "U32",
+            Self::I64 => "I64",
+        }
+    }
+}
+
+impl std::fmt::Display for DType {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+/// Where memory lies. The numbers are DLPack's.
+#[repr(i32)]
+#[derive(StableAbi, Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum DeviceKind {
+    /// Memory that the CPU addresses.
+    Cpu = 1,
+    /// CUDA device memory.
+    Cuda = 2,
+}
+
+/// A device: its kind and which one.
+#[repr(C)]
+#[derive(StableAbi, Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Device {
+    /// The kind.
+    pub kind: DeviceKind,
+    /// Which of that kind; 0 for the CPU.
+    pub id: i32,
+}
+
+impl Device {
+    /// The CPU.
+    pub const CPU: Self = Self { kind: DeviceKind::Cpu, id: 0 };
+}
+
+impl std::fmt::Display for Device {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self.kind {
+            DeviceKind::Cpu => f.write_str("cpu"),
+            DeviceKind::Cuda => write!(f, "cuda:{}", self.id),
+        }
+    }
+}
+
+mod sealed {
+    pub trait Sealed {}
+}
+
+/// A Rust type that is the element of a [`DType`]. Every bit pattern of it is valid.
+pub trait Element: sealed::Sealed + Copy + Default + 'static {
+    /// The dtype.
+    const DTYPE: DType;
+}
+
+macro_rules! element {
+    ($($rust:ty => $dtype:ident),*) => {$(
+        impl sealed::Sealed for $rust {}
+        impl Element for $rust {
+            const DTYPE: DType = DType::$dtype;
+        }
+    )*};
+}
+element!(f32 => F32, f64 => F64, u32 => U32, i64 => I64);
+
+/// Why a view was refused. `what` is the argument's name.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[allow(missing_docs)] // The fields are what their names say; the sentences say the rest.
+pub enum TensorError {
+    /// More dimensions than a view can have, or another number than expected.
+    #[error("{what}: expected {expected} dimensions, got {got}")]
+    Rank { what: String, expected: String, got: usize },
+    /// A dimension of another length.
+    #[error("{what}: expected the shape {expected}, got {got}")]
+    Shape { what: String, expected: String, got: String },
+    /// Another element type.
+    #[error("{what}: expected {expected}, got {got}")]
+    DType { what: String, expected: DType, got: DType },
+    /// Memory that this side cannot read.
+    #[error("{what}: expected memory on {expected}, got {got}")]
+    Device { what: String, expected: Device, got: Device },
+    /// Shape and strides span more than an address space.
+    #[error("{what}: the shape {shape} with its strides overflows the address space")]
+    Overflow { what: String, shape: String },
+    /// A negative stride.
+    #[error("{what}: expected strides of at least 0, got {got} in dimension {dim}")]
+    Stride { what: String, dim: usize, got: isize },
+    /// A null pointer under a tensor that has elements.
+    #[error("{what}: null pointer")]
+    Null { what: String },
+    /// A pointer that is not a multiple of the element's size.
+    #[error("{what}: expected a pointer aligned to {expected} bytes, got {address:#x}")]
+    Alignment { what: String, expected: usize, address: usize },
+    /// An output in which two elements share memory.
+    #[error("{what}: an output's elements overlap in memory (shape {shape}, strides {strides})")]
+    Overlap { what: String, shape: String, strides: String },
+    /// Two arguments share memory, and one of them is written.
+    #[error("{first} and {second} share memory")]
+    Shared { first: String, second: String },
+    /// A slice whose length is not the product of its dimensions.
+    #[error("{what}: the shape {shape} needs {expected} elements, the slice has {got}")]
+    Length { what: String, shape: String, expected: String, got: usize },
+}
+
+/// Shape, strides and place: what both views have in common. Fixed size, so nothing in it needs freeing.
+#[repr(C)]
+#[derive(StableAbi, Debug, Clone, Copy)]
+struct Layout {
+    data: *const c_void,
+    dtype: DType,
+    device: Device,
+    rank: usize,
+    shape: [usize; MAX_RANK],
+    strides: [isize; MAX_RANK],
+}
+
+fn text<T: std::fmt::Display>(values: &[T]) -> String {
+    let parts: Vec<_> = values.iter().map(ToString::to_string).collect();
+    format!("[{}]", parts.join(", "))
+}
+
+impl Layout {
+    fn new(data: *const c_void, dtype: DType, device: Device, shape: &[usize], strides: &[isize]) -> Self {
+        // A rank beyond MAX_RANK is kept as it is, for `check` on the other side to refuse.
+        let mut layout =
+            Self { data, dtype, device, rank: shape.len(), shape: [0; MAX_RANK], strides: [0; MAX_RANK] };
+        for (to, from) in layout.shape.iter_mut().zip(shape) {
+            *to = *from;
+        }
+        for (to, from) in layout.strides.iter_mut().zip(strides) {
+            *to = *from;
+        }
+        layout
+    }
+
+    fn contiguous<T: Element>(data: *const T, len: usize, shape: &[usize]) -> Result<Self, TensorError> {
+        let what = || "tensor view".to_owned();
+        if shape.len() > MAX_RANK {
+            return Err(TensorError::Rank {
+                what: what(),
+                expected: format!("at most {MAX_RANK}"),
+                got: shape.len(),
+            });
+        }
+        let needed = shape.iter().try_fold(1usize, |n, &d| n.checked_mul(d));
+        if needed != Some(len) {
+            return Err(TensorError::Length {
+                what: what(),
+                shape: text(shape),
+                expected: needed.map_or("more than fit".to_owned(), |n| n.to_string()),
+                got: len,
+            });
+        }
+        let strides = contiguous_strides(shape);
+        Ok(Self::new(data.cast(), T::DTYPE, Device::CPU, shape, &strides[..shape.len()]))
+    }
+
+    fn shape(&self) -> &[usize] {
+        &self.shape[..self.rank.min(MAX_RANK)]
+    }
+
+    fn strides(&self) -> &[isize] {
+        &self.strides[..self.rank.min(MAX_RANK)]
+    }
+
+    /// Number of elements; call after `check`.
+    fn len(&self) -> usize {
+        self.shape().iter().product()
+    }
+
+    /// Bytes from the first element to behind the last one, `None` if that overflows.
+    fn span_bytes(&self) -> Option<usize> {
+        if self.shape().contains(&0) {
+            return Some(0);
+        }
+        let mut last = 0usize;
+        for (&dim, &stride) in self.shape().iter().zip(self.strides()) {
+            last = last.checked_add((dim - 1).checked_mul(usize::try_from(stride).ok()?)?)?;
+        }
+        let bytes = last.checked_add(1)?.checked_mul(self.dtype.size())?;
+        (bytes <= isize::MAX as usize).then_some(bytes)
+    }
+
+    fn check(&self, what: &str, dtype: DType, dims: &[Option<usize>]) -> Result<(), TensorError> {
+        let what = what.to_owned();
+        if self.rank != dims.len() || self.rank > MAX_RANK {
+            return Err(TensorError::Rank { what, expected: dims.len().to_string(), got: self.rank });
+        }
+        if self.dtype != dtype {
+            return Err(TensorError::DType { what, expected: dtype, got: self.dtype });
+        }
+        if self.device != Device::CPU {
+            return Err(TensorError::Device { what, expected: Device::CPU, got: self.device });
+        }
+        if dims.iter().zip(self.shape()).any(|(want, got)| want.is_some_and(|w| w != *got)) {
+            let expected: Vec<_> =
+                dims.iter().map(|d| d.map_or("any".to_owned(), |d| d.to_string())).collect();
+            return Err(TensorError::Shape { what, expected: text(&expected), got: text(self.shape()) });
+        }
+        if let Some((dim, &got)) = self.strides().iter().enumerate().find(|(_, s)| **s < 0) {
+            return Err(TensorError::Stride { what, dim, got });
+        }
+        let shape = || text(self.shape());
+        let count = self.shape().iter().try_fold(1usize, |n, &d| n.checked_mul(d));
+        let (Some(count), Some(span)) = (count, self.span_bytes()) else {
+            return Err(TensorError::Overflow { what, shape: shape() });
+        };
+        // A broadcast stride of 0 makes the count larger than the span: the copy must fit as well.
+        if count.checked_mul(dtype.size()).is_none_or(|b| b > isize::MAX as usize) {
+            return Err(TensorError::Overflow { what, shape: shape() });
+        }
+        let address = self.data as usize;
+        if count > 0 && address == 0 {
+            return Err(TensorError::Null { what });
+        }
+        if !address.is_multiple_of(dtype.size()) {
+            return Err(TensorError::Alignment { what, expected: dtype.size(), address });
+        }
+        if address.checked_add(span).is_none() {
+            return Err(TensorError::Overflow { what, shape: shape() });
+        }
+        Ok(())
+    }
+
+    fn is_contiguous(&self) -> bool {
+        let mut expected = 1usize;
+        for (&dim, &stride) in self.shape().iter().zip(self.strides()).rev() {
+            if dim != 1 && usize::try_from(stride) != Ok(expected) {
+                return false;
+            }
+            expected = expected.saturating_mul(dim);
+        }
+        true
+    }
+
+    /// Sorted by stride, every dimension steps over everything that the ones before it reach: no two elements meet.
+    fn is_disjoint(&self) -> bool {
+        let mut dims: Vec<(usize, usize)> = self
+            .shape()
+            .iter()
+            .zip(self.strides())
+            .filter(|(d, _)| **d > 1)
+            .map(|(&d, &s)| (usize::try_from(s).unwrap_or(0), d))
+            .collect();
+        dims.sort_unstable();
+        let mut reach = 0usize;
+        for (stride, dim) in dims {
+            if stride <= reach {
+                return false;
+            }
+            reach = reach.saturating_add(stride.saturating_mul(dim - 1));
+        }
+        true
+    }
+
+    fn byte_range(&self) -> Range<usize> {
+        let start = self.data as usize;
+        start..start.saturating_add(self.span_bytes().unwrap_or(0))
+    }
+
+    /// Calls `f` with the offset (in elements) of every element in row-major order; call after `check`.
+    fn for_each_offset(&self, mut f: impl FnMut(usize)) {
+        let (shape, strides) = (self.shape(), self.strides());
+        let mut index = [0usize; MAX_RANK];
+        let mut offset = 0usize;
+        for _ in 0..self.len() {
+            f(offset);
+            for d in (0..shape.len()).rev() {
+                let stride = strides[d] as usize;
+                index[d] += 1;
+                offset += stride;
+                if index[d] < shape[d] {
+                    break;
+                }
+                offset -= stride * shape[d];
+                index[d] = 0;
+            }
+        }
+    }
+}
+
+/// Strides of a row-major tensor, in elements; the entries beyond the rank are 0.
+pub(crate) fn contiguous_strides(shape: &[usize]) -> [isize; MAX_RANK] {
+    let mut strides = [0isize; MAX_RANK];
+    let mut step = 1usize;
+    for d in (0..shape.len().min(MAX_RANK)).rev() {
+        strides[d] = isize::try_from(step).unwrap_or(isize::MAX);
+        step = step.saturating_mul(shape[d]);
+    }
+    strides
+}
+
+/// A tensor that the receiver reads during one call.
+#[repr(C)]
+#[derive(StableAbi, Debug, Clone, Copy)]
+pub struct TensorView<'a> {
+    layout: Layout,
+    lives: PhantomData<&'a u8>,
+}
+
+impl<'a> TensorView<'a> {
+    /// A row-major view of a slice; the product of `shape` must be its length.
+    pub fn new<T: Element>(values: &'a [T], shape: &[usize]) -> Result<Self, TensorError> {
+        Ok(Self { layout: Layout::contiguous(values.as_ptr(), values.len(), shape)?, lives: PhantomData })
+    }
+
+    /// A one-dimensional view of a slice.
+    pub fn of<T: Element>(values: &'a [T]) -> Self {
+        let layout = Layout::new(values.as_ptr().cast(), T::DTYPE, Device::CPU, &[values.len()], &[1]);
+        Self { layout, lives: PhantomData }
+    }
+
+    /// A view of memory that is not a slice. Nothing is checked here; the receiver does.
+    ///
+    /// # Safety
+    /// For `'a`, the memory that shape and strides reach from `data` is readable, initialised and written by no one.
+    pub unsafe fn from_raw_parts(
+        data: *const c_void,
+        dtype: DType,
+        device: Device,
+        shape: &[usize],
+        strides: &[isize],
+    ) -> Self {
+        Self { layout: Layout::new(data, dtype, device, shape, strides), lives: PhantomData }
+    }
+
+    /// The dimensions, outermost first.
+    pub fn shape(&self) -> &[usize] {
+        self.layout.shape()
+    }
+
+    /// The element type.
+    pub fn dtype(&self) -> DType {
+        self.layout.dtype
+    }
+
+    /// Refuses everything that this side could not read. `dims` are the expected dimensions, `None` for any length.
+    pub fn check(&self, what: &str, dtype: DType, dims: &[Option<usize>]) -> Result<(), TensorError> {
+        self.layout.check(what, dtype, dims)
+    }
+
+    /// Checks, then the values in row-major order: borrowed if they lie so, else copied.
+    pub fn read<T: Element>(&self, what: &str, dims: &[Option<usize>]) -> Result<Cow<'a, [T]>, TensorError> {
+        self.check(what, T::DTYPE, dims)?;
+        let len = self.layout.len();
+        if len == 0 {
+            return Ok(Cow::Borrowed(&[]));
+        }
+        let data = self.layout.data.cast::<T>();
+        if self.layout.is_contiguous() {
+            // SAFETY: `check` found the pointer non-null and aligned for T and the length within isize::MAX bytes; the
+            // maker of the view promised readable, initialised, unwritten memory for 'a, and T takes every bit pattern.
+            return Ok(Cow::Borrowed(unsafe { std::slice::from_raw_parts(data, len) }));
+        }
+        let mut values = Vec::with_capacity(len);
+        // SAFETY: as above, and every offset lies inside the span that `check` found free of overflow.
+        self.layout.for_each_offset(|offset| values.push(unsafe { *data.add(offset) }));
+        Ok(Cow::Owned(values))
+    }
+
+    /// Addresses from the first byte to behind the last one.
+    pub fn byte_range(&self) -> Range<usize> {
+        self.layout.byte_range()
+    }
+}
+
+/// A tensor in the caller's memory that the receiver writes during one call. The memory is initialised beforehand.
+#[repr(C)]
+#[derive(StableAbi, Debug)]
+pub struct TensorViewMut<'a> {
+    layout: Layout,
+    lives: PhantomData<&'a mut u8>,
+}
+
+impl<'a> TensorViewMut<'a> {
+    /// A row-major view of a slice; the product of `shape` must be its length.
+    pub fn new<T: Element>(values: &'a mut [T], shape: &[usize]) -> Result<Self, TensorError> {
+        let len = values.len();
+        Ok(Self { layout: Layout::contiguous(values.as_mut_ptr(), len, shape)?, lives: PhantomData })
+    }
+
+    /// A one-dimensional view of a slice.
+    pub fn of<T: Element>(values: &'a mut [T]) -> Self {
+        let len = values.len();
+        let layout = Layout::new(values.as_mut_ptr().cast(), T::DTYPE, Device::CPU, &[len], &[1]);
+        Self { layout, lives: PhantomData }
+    }
+
+    /// A view of memory that is not a slice. Nothing is checked here; the receiver does.
+    ///
+    /// # Safety
+    /// For `'a`, the memory that shape and strides reach from `data` is readable, writable, initialised and used by no
+    /// one else.
+    pub unsafe fn from_raw_parts(
+        data: *mut c_void,
+        dtype: DType,
+        device: Device,
+        shape: &[usize],
+        strides: &[isize],
+    ) -> Self {
+        Self { layout: Layout::new(data, dtype, device, shape, strides), lives: PhantomData }
+    }
+
+    /// The dimensions, outermost first.
+    pub fn shape(&self) -> &[usize] {
+        self.layout.shape()
+    }
+
+    /// The element type.
+    pub fn dtype(&self) -> DType {
+        self.layout.dtype
+    }
+
+    /// Refuses everything that this side could not write, elements that overlap included.
+    pub fn check(&self, what: &str, dtype: DType, dims: &[Option<usize>]) -> Result<(), TensorError> {
+        self.layout.check(what, dtype, dims)?;
+        if !self.layout.is_disjoint() {
+            return Err(TensorError::Overlap {
+                what: what.to_owned(),
+                shape: text(self.layout.shape()),
+                strides: text(self.layout.strides()),
+            });
+        }
+        Ok(())
+    }
+
+    /// Checks, then lets `fill` write the values in row-major order; into the memory itself if it lies so, else into a
+    /// buffer that is spread afterwards. On an error of `fill` the contents are whatever it left.
+    pub fn fill<T: Element, R, E: From<TensorError>>(
+        &mut self,
+        what: &str,
+        dims: &[Option<usize>],
+        fill: impl FnOnce(&mut [T]) -> Result<R, E>,
+    ) -> Result<R, E> {
+        self.check(what, T::DTYPE, dims)?;
+        let len = self.layout.len();
+        if len == 0 {
+            return fill(&mut []);
+        }
+        let data = self.layout.data.cast::<T>().cast_mut();
+        if self.layout.is_contiguous() {
+            // SAFETY: `check` found the pointer non-null and aligned for T and the length within isize::MAX bytes; the
+            // maker of the view promised initialised memory that only this call uses, and T takes every bit pattern.
+            return fill(unsafe { std::slice::from_raw_parts_mut(data, len) });
+        }
+        let mut values = vec![T::default(); len];
+        let result = fill(&mut values)?;
+        let mut values = values.into_iter();
+        self.layout.for_each_offset(|offset| {
+            if let Some(value) = values.next() {
+                // SAFETY: as above, and every offset lies inside the span that `check` found free of overflow.
+                unsafe { *data.add(offset) = value };
+            }
+        });
+        Ok(result)
+    }
+
+    /// Addresses from the first byte to behind the last one.
+    pub fn byte_range(&self) -> Range<usize> {
+        self.layout.byte_range()
+    }
+}
+
+/// Refuses a call in which memory that is written (`outputs`) is also another argument's.
+pub fn check_disjoint(
+    outputs: &[(&str, Range<usize>)],
+    inputs: &[(&str, Range<usize>)],
+) -> Result<(), TensorError> {
+    let meet = |a: &Range<usize>, b: &Range<usize>| {
+        !a.is_empty() && !b.is_empty() && a.start < b.end && b.start < a.end
+    };
+    for (i, (first, a)) in outputs.iter().enumerate() {
+        if let Some((second, _)) = outputs[i + 1..].iter().chain(inputs).find(|(_, b)| meet(a, b)) {
+            return Err(TensorError::Shared { first: (*first).to_owned(), second: (*second).to_owned() });
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,169 @@
+//! One test per refusal, and the round trips.
+
+use super::*;
+
+fn raw<'a>(data: *const c_void, shape: &[usize], strides: &[isize]) -> TensorView<'a> {
+    // SAFETY: these views are checked, and read only where the test says that the memory is there.
+    unsafe { TensorView::from_raw_parts(data, DType::F32, Device::CPU, shape, strides) }
+}
+
+fn raw_mut<'a>(data: *mut c_void, shape: &[usize], strides: &[isize]) -> TensorViewMut<'a> {
+    // SAFETY: as in `raw`.
+    unsafe { TensorViewMut::from_raw_parts(data, DType::F32, Device::CPU, shape, strides) }
+}
+
+const ANY: [Option<usize>; 2] = [None, None];
+
+#[test]
+fn a_slice_is_read_in_place() {
+    let values = [1f32, 2.0, 3.0, 4.0, 5.0, 6.0];
+    let view = TensorView::new(&values, &[2, 3]).unwrap();
+    let read = view.read::<f32>("x", &[Some(2), None]).unwrap();
+    assert!(matches!(read, Cow::Borrowed(_)));
+    assert_eq!(read.as_ptr(), values.as_ptr());
+    assert_eq!(&*read, &values);
+}
+
+#[test]
+fn strides_are_followed() {
+    let values = [1f32, 2.0, 3.0, 4.0, 5.0, 6.0];
+    let transposed = raw(values.as_ptr().cast(), &[3, 2], &[1, 3]);
+    assert_eq!(&*transposed.read::<f32>("x", &ANY).unwrap(), &[1.0, 4.0, 2.0, 5.0, 3.0, 6.0]);
+    let broadcast = raw(values.as_ptr().cast(), &[2, 3], &[0, 1]);
+    assert_eq!(&*broadcast.read::<f32>("x", &ANY).unwrap(), &[1.0, 2.0, 3.0, 1.0, 2.0, 3.0]);
+}
+
+#[test]
+fn outputs_are_written_through_strides() {
+    let mut buffer = [0f32; 8];
+    let mut view = raw_mut(buffer.as_mut_ptr().cast(), &[2, 3], &[4, 1]);
+    view.fill::<f32, _, TensorError>("out", &ANY, |v| {
+        v.copy_from_slice(&[1.0, 2.0, 3.0, 4.0, 5.0, 6.0]);
+        Ok(())
+    })
+    .unwrap();
+    assert_eq!(buffer, [1.0, 2.0, 3.0, 0.0, 4.0, 5.0, 6.0, 0.0]);
+}
+
+#[test]
+fn nothing_is_spread_when_filling_fails() {
+    let mut buffer = [7f32; 8];
+    let mut view = raw_mut(buffer.as_mut_ptr().cast(), &[2, 3], &[4, 1]);
+    let shared = TensorError::Null { what: "inner".into() };
+    assert_eq!(view.fill::<f32, (), _>("out", &ANY, |_| Err(shared.clone())), Err(shared));
+    assert_eq!(buffer, [7f32; 8]);
+}
+
+#[test]
+fn refuses_another_rank() {
+    let error = TensorView::of(&[1f32]).check("mu", DType::F32, &ANY).unwrap_err();
+    assert_eq!(error.to_string(), "mu: expected 2 dimensions, got 1");
+}
+
+#[test]
+fn refuses_a_rank_beyond_the_limit() {
+    let data = [0f32];
+    let seven = raw(data.as_ptr().cast(), &[1; 7], &[1; 7]);
+    assert!(matches!(seven.check("x", DType::F32, &[None; 7]), Err(TensorError::Rank { got: 7, .. })));
+    assert!(matches!(seven.check("x", DType::F32, &[None; 6]), Err(TensorError::Rank { got: 7, .. })));
+    assert!(matches!(TensorView::new(&data, &[1; 7]), Err(TensorError::Rank { .. })));
+}
+
+#[test]
+fn refuses_another_shape() {
+    let error = TensorView::new(&[0f32; 6], &[2, 3]).unwrap().check("out", DType::F32, &[None, Some(4)]);
+    assert_eq!(error.unwrap_err().to_string(), "out: expected the shape [any, 4], got [2, 3]");
+}
+
+#[test]
+fn refuses_another_dtype() {
+    let error = TensorView::of(&[1u32]).check("mu", DType::F64, &[None]).unwrap_err();
+    assert_eq!(error.to_string(), "mu: expected F64, got U32");
+}
+
+#[test]
+fn refuses_another_device() {
+    let device = Device { kind: DeviceKind::Cuda, id: 1 };
+    let data = [0f32; 2];
+    // SAFETY: the view is only checked.
+    let view = unsafe { TensorView::from_raw_parts(data.as_ptr().cast(), DType::F32, device, &[2], &[1]) };
+    let error = view.check("x", DType::F32, &[None]).unwrap_err();
+    assert_eq!(error.to_string(), "x: expected memory on cpu, got cuda:1");
+}
+
+#[test]
+fn refuses_a_negative_stride() {
+    let data = [0f32; 4];
+    let view = raw(data.as_ptr().cast(), &[4], &[-1]);
+    assert!(matches!(view.check("x", DType::F32, &[None]), Err(TensorError::Stride { got: -1, .. })));
+}
+
+#[test]
+fn refuses_a_shape_that_overflows() {
+    let data = [0f32; 4];
+    for (shape, strides) in [
+        ([usize::MAX, 2], [2, 1]),
+        ([2, 2], [isize::MAX, 1]),
+        ([usize::MAX / 2, 4], [0, 0]), // no span, but a copy of it could not exist
+        ([isize::MAX as usize / 4, 2], [2, 1]),
+    ] {
+        let view = raw(data.as_ptr().cast(), &shape, &strides);
+        assert!(matches!(view.check("x", DType::F32, &ANY), Err(TensorError::Overflow { .. })), "{shape:?}");
+    }
+}
+
+#[test]
+fn refuses_a_span_past_the_end_of_memory() {
+    let view = raw((usize::MAX - 7) as *const c_void, &[1024], &[1]);
+    assert!(matches!(view.check("x", DType::F32, &[None]), Err(TensorError::Overflow { .. })));
+}
+
+#[test]
+fn refuses_null_unless_empty() {
+    let view = raw(std::ptr::null(), &[1], &[1]);
+    assert!(matches!(view.check("x", DType::F32, &[None]), Err(TensorError::Null { .. })));
+    let empty = raw(std::ptr::null(), &[0], &[1]);
+    assert!(empty.read::<f32>("x", &[None]).unwrap().is_empty());
+}
+
+#[test]
+fn refuses_a_crooked_pointer() {
+    let data = [0f32; 4];
+    let view = raw(data.as_ptr().cast::<u8>().wrapping_add(1).cast(), &[2], &[1]);
+    assert!(matches!(view.check("x", DType::F32, &[None]), Err(TensorError::Alignment { .. })));
+}
+
+#[test]
+fn refuses_an_output_that_overlaps_itself() {
+    let mut data = [0f32; 8];
+    for (shape, strides) in [([2, 3], [0, 1]), ([2, 3], [1, 1]), ([2, 3], [2, 1])] {
+        let view = raw_mut(data.as_mut_ptr().cast(), &shape, &strides);
+        assert!(
+            matches!(view.check("out", DType::F32, &ANY), Err(TensorError::Overlap { .. })),
+            "{strides:?}"
+        );
+    }
+    raw_mut(data.as_mut_ptr().cast(), &[2, 3], &[1, 2]).check("out", DType::F32, &ANY).unwrap();
+}
+
+#[test]
+fn refuses_a_slice_of_another_length() {
+    let error = TensorView::new(&[0f32; 5], &[2, 3]).unwrap_err();
+    assert_eq!(error.to_string(), "tensor view: the shape [2, 3] needs 6 elements, the slice has 5");
+    assert!(matches!(
+        TensorViewMut::new(&mut [0f32; 5], &[usize::MAX, 3]),
+        Err(TensorError::Length { got: 5, .. })
+    ));
+}
+
+#[test]
+fn refuses_arguments_that_share_memory() {
+    let data = [0f32; 8];
+    let (low, high) = data.split_at(4);
+    let range = |s| TensorView::of::<f32>(s).byte_range();
+    check_disjoint(&[("cos", range(low)), ("sin", range(high))], &[]).unwrap();
+    let error = check_disjoint(&[("cos", range(&data[..5]))], &[("mu", range(high))]).unwrap_err();
+    assert_eq!(error.to_string(), "cos and mu share memory");
+    // An empty tensor shares nothing, wherever its pointer points.
+    check_disjoint(&[("cos", range(&data))], &[("mu", range(&data[3..3]))]).unwrap();
+}
