@@ -1,17 +1,19 @@
 //! Trains the small byte-level BPE of the embedded default model.
 //!
-//! Source: Sennrich, Haddow, Birch 2016 (BPE) over bytes with GPT-2's pre-tokenisation (Radford et al. 2019), as the
-//! `tokenizers` crate does both: a text is first cut into words (with their leading space), numbers, runs of punctuation and
-//! runs of white space, and no merge crosses a cut. Every byte has a token, so every text has tokens and comes back exactly.
+//! Source: Sennrich, Haddow, Birch 2016 (BPE) over bytes with GPT-2's pre-tokenisation (Radford et al. 2019),
+//! as the `tokenizers` crate does both: a text is first cut into words (with their leading space), numbers,
+//! runs of punctuation and runs of white space, and no merge crosses a cut. Every byte has a token, so every
+//! text has tokens and comes back exactly.
 //!
-//! The vocabulary: id 0 is [`END_OF_TEXT`] (the end token, and the only special one), then the 256 bytes, then merges.
-//! It is written as `tokenizer.json` and `tokenizer_config.json`, which transformers' `AutoTokenizer` loads as
-//! `PreTrainedTokenizerFast`.
+//! The vocabulary: id 0 is [`END_OF_TEXT`] (the end token, and the only special one), then the 256 bytes,
+//! then merges. It is written as `tokenizer.json` and `tokenizer_config.json`, which transformers'
+//! `AutoTokenizer` loads as `PreTrainedTokenizerFast`.
 //!
-//! Trained on a sample, because counting words is the slow part: whole documents in a seeded order until 30 MB are full. Same documents, seed and crate version give the same files.
+//! Trained on a sample, because counting words is the slow part: whole documents in a seeded order until 30
+//! MB are full. Same documents, seed and crate version give the same files.
 //!
-//! Units: bytes of text, tokens. Errors: [`Kind::Usage`] for a vocabulary too small, [`Kind::Data`] for text that yields too
-//! few merges, [`Kind::Io`]. Left out: normalisation, other pre-tokenisers, dropout.
+//! Units: bytes of text, tokens. Errors: [`Kind::Usage`] for a vocabulary too small, [`Kind::Data`] for text
+//! that yields too few merges, [`Kind::Io`]. Left out: normalisation, other pre-tokenisers, dropout.
 //!
 //! [`Kind::Usage`]: crate::error::Kind::Usage
 //! [`Kind::Data`]: crate::error::Kind::Data
@@ -56,8 +58,8 @@ pub struct Summary {
 type Trained =
     TokenizerImpl<BPE, NormalizerWrapper, PreTokenizerWrapper, PostProcessorWrapper, DecoderWrapper>;
 
-/// Trains on a sample of `documents` and writes `tokenizer.json` and `tokenizer_config.json` into the folder `out`, which is
-/// created where missing. `vocab_size` counts all tokens, `seed` orders the sampling.
+/// Trains on a sample of `documents` and writes `tokenizer.json` and `tokenizer_config.json` into the folder
+/// `out`, which is created where missing. `vocab_size` counts all tokens, `seed` orders the sampling.
 pub fn train(documents: &[Document], vocab_size: usize, seed: u64, out: &Path) -> Result<Summary> {
     train_on(sample(documents, SAMPLE_BYTES, seed), vocab_size, out)
 }

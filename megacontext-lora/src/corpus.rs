@@ -1,23 +1,27 @@
-//! Text that every machine with a Rust toolchain has: the crates in the cargo registry, the toolchain's documentation.
+//! Text that every machine with a Rust toolchain has: the crates in the cargo registry, the toolchain's
+//! documentation.
 //!
-//! It is what the embedded default model is pre-trained on, and what the quickstart adapts and measures with. The two
-//! must not meet, so sources are held out by name:
+//! It is what the embedded default model is pre-trained on, and what the quickstart adapts and measures with.
+//! The two must not meet, so sources are held out by name:
 //!
 //! > A source is held out when the first byte of the SHA-256 of its name is divisible by 8 ([`is_held_out`]).
 //!
 //! A source is a crate (its name without version: all versions are on one side), a book of the documentation
-//! (`rust-lang/book`, …) or a crate of the standard library (`rust-lang/std`, …). The rule needs no list, so it separates a
-//! crate that another machine has from what was trained on here. What the rule cannot see is text that crates share, so a
-//! held-out file goes when a pre-training file of this machine has the same bytes, or at least half of its longer lines.
+//! (`rust-lang/book`, …) or a crate of the standard library (`rust-lang/std`, …). The rule needs no list, so
+//! it separates a crate that another machine has from what was trained on here. What the rule cannot see is
+//! text that crates share, so a held-out file goes when a pre-training file of this machine has the same
+//! bytes, or at least half of its longer lines.
 //!
-//! Taken: `.rs` and `.md` files of the newest version of each crate; pages of the books and the standard library's source
-//! pages as text ([`html`]). Passed over, because a small model would spend itself on them: bindings (`*-sys`, `*_sys`, `windows*`,
-//! `winapi*`, `libc`), generated code (folders `gen` or `generated`, `@generated` near the top), files under 200 bytes or over
-//! 256 KiB (after stripping HTML), mean line over 200 bytes, tables (digits over 15 % or digits and punctuation over 40 % of what
-//! is not white space, or over 10 % of bytes not ASCII), files whose bytes were seen before.
+//! Taken: `.rs` and `.md` files of the newest version of each crate; pages of the books and the standard
+//! library's source pages as text ([`html`]). Passed over, because a small model would spend itself on them:
+//! bindings (`*-sys`, `*_sys`, `windows*`, `winapi*`, `libc`), generated code (folders `gen` or `generated`,
+//! `@generated` near the top), files under 200 bytes or over 256 KiB (after stripping HTML), mean line over
+//! 200 bytes, tables (digits over 15 % or digits and punctuation over 40 % of what is not white space, or
+//! over 10 % of bytes not ASCII), files whose bytes were seen before.
 //!
-//! Order: by name, so the same files give the same documents. Nothing here fails: files that cannot be read are counted as
-//! passed over. Left out: source tarballs, git checkouts of dependencies, the `rust-src` component.
+//! Order: by name, so the same files give the same documents. Nothing here fails: files that cannot be read
+//! are counted as passed over. Left out: source tarballs, git checkouts of dependencies, the `rust-src`
+//! component.
 
 pub mod html;
 
@@ -76,8 +80,8 @@ pub struct Roots {
 }
 
 impl Roots {
-    /// This machine's: `$CARGO_HOME` (or `~/.cargo`), and the documentation of a toolchain under `$RUSTUP_HOME` (or `~/.rustup`;
-    /// stable ones first), else the system's.
+    /// This machine's: `$CARGO_HOME` (or `~/.cargo`), and the documentation of a toolchain under
+    /// `$RUSTUP_HOME` (or `~/.rustup`; stable ones first), else the system's.
     pub fn find() -> Self {
         let home = |variable: &str, default: &str| {
             std::env::var_os(variable)
@@ -182,8 +186,8 @@ pub fn discover(split: Split, roots: &Roots) -> Corpus {
     Corpus::new(documents, passed_over)
 }
 
-/// What the quickstart works on: the held-out documents, and where they have fewer than `min_bytes` bytes, the sources
-/// and documentation of the workspace at `workspace` too (no pre-training saw those).
+/// What the quickstart works on: the held-out documents, and where they have fewer than `min_bytes` bytes,
+/// the sources and documentation of the workspace at `workspace` too (no pre-training saw those).
 pub fn quickstart_documents(min_bytes: usize, roots: &Roots, workspace: Option<&Path>) -> Corpus {
     let held_out = discover(Split::HeldOut, roots);
     let Some(workspace) = workspace.filter(|_| held_out.provenance.bytes < min_bytes) else {
@@ -273,7 +277,8 @@ fn list_folder(folder: &Path, prefix: &str, group: &str, extensions: &[&str], fi
     }
 }
 
-/// Reads candidates in parallel, drops those that are not usable or whose text is in `seen`, and counts these.
+/// Reads candidates in parallel, drops those that are not usable or whose text is in `seen`, and counts
+/// these.
 fn read(files: Vec<File>, seen: &mut HashSet<[u8; 32]>) -> (Vec<Document>, usize) {
     let total = files.len();
     let texts: Vec<Option<([u8; 32], Document)>> = files
@@ -505,7 +510,8 @@ mod tests {
         assert!(order.windows(2).all(|pair| Version::parse(pair[0]) < Version::parse(pair[1])));
     }
 
-    /// Run by hand: what this machine yields (`cargo test -p megacontext-lora --lib corpus -- --ignored --nocapture`).
+    /// Run by hand: what this machine yields (`cargo test -p megacontext-lora --lib corpus -- --ignored
+    /// --nocapture`).
     #[test]
     #[ignore = "reads the whole registry of the machine"]
     fn this_machine() {

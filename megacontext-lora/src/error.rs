@@ -1,11 +1,13 @@
 //! The one error type inside the plugin.
 //!
-//! An error is a [`Kind`] (what sort of thing went wrong, which decides a host's exit code), a message (what failed, what
-//! was expected, what was found) and a context (the larger job during which it happened, outermost first, may be empty).
-//! The ABI glue turns it into the ABI's own error one to one; nothing else in the plugin knows the ABI types.
+//! An error is a [`Kind`] (what sort of thing went wrong, which decides a host's exit code), a message (what
+//! failed, what was expected, what was found) and a context (the larger job during which it happened,
+//! outermost first, may be empty). The ABI glue turns it into the ABI's own error one to one; nothing else in
+//! the plugin knows the ABI types.
 //!
-//! An I/O failure always names its path: there is deliberately no `From<std::io::Error>`, use [`PluginError::io`]. A full
-//! disk or an unwritable folder is [`Kind::Io`], a file whose *content* is wrong is [`Kind::Data`] (or `Model`, `Adapter`).
+//! An I/O failure always names its path: there is deliberately no `From<std::io::Error>`, use
+//! [`PluginError::io`]. A full disk or an unwritable folder is [`Kind::Io`], a file whose *content* is wrong
+//! is [`Kind::Data`] (or `Model`, `Adapter`).
 
 use std::fmt;
 use std::path::Path;
@@ -168,7 +170,8 @@ impl<T> IoResultExt<T> for std::io::Result<T> {
     }
 }
 
-/// Shapes and arguments are checked before a kernel runs, so what still arrives here is a defect: [`Kind::Internal`].
+/// Shapes and arguments are checked before a kernel runs, so what still arrives here is a defect:
+/// [`Kind::Internal`].
 impl From<megacontext_kernels::error::KernelError> for PluginError {
     fn from(error: megacontext_kernels::error::KernelError) -> Self {
         Self::internal(error.to_string())

@@ -1,23 +1,26 @@
 //! Count-based baselines for held-out loss: unigram to 5-gram, with back-off to shorter contexts.
 //!
-//! Source: interpolated Kneser–Ney smoothing with three discounts per order ("modified", Chen and Goodman 1999, section 3),
-//! the strongest of the classical n-gram models. For an n-gram (c, w), context c of n−1 tokens, with c' = c without its first:
+//! Source: interpolated Kneser–Ney smoothing with three discounts per order ("modified", Chen and Goodman
+//! 1999, section 3), the strongest of the classical n-gram models. For an n-gram (c, w), context c of n−1
+//! tokens, with c' = c without its first:
 //!
 //! ```text
 //! p_n(w | c) = max(a(c,w) − D(a(c,w)), 0) / A(c) + γ(c) · p_{n−1}(w | c'),      A(c) = Σ_w a(c,w)
 //! γ(c)       = (D1·N1(c) + D2·N2(c) + D3·N3+(c)) / A(c),                        p_0 = 1 / vocabulary
 //! ```
 //!
-//! a is the count at the highest order and the number of different left neighbours below it; N1, N2, N3+ count the words seen
-//! once, twice, more often after c; the discounts come from the counts of counts of the order. A context that was never seen
-//! takes p_{n−1} as it is. So the probabilities after any context sum to one, and none is zero.
+//! a is the count at the highest order and the number of different left neighbours below it; N1, N2, N3+
+//! count the words seen once, twice, more often after c; the discounts come from the counts of counts of the
+//! order. A context that was never seen takes p_{n−1} as it is. So the probabilities after any context sum to
+//! one, and none is zero.
 //!
-//! Storage: an n-gram is a `u64` of 12 bits per token, the last one lowest; each order is a sorted array of these and one of
-//! their counts, so a context is a range found by bisection. 12 bytes per different n-gram of each order; training sorts 8 bytes
-//! per token of text once per order.
+//! Storage: an n-gram is a `u64` of 12 bits per token, the last one lowest; each order is a sorted array of
+//! these and one of their counts, so a context is a range found by bisection. 12 bytes per different n-gram
+//! of each order; training sorts 8 bytes per token of text once per order.
 //!
-//! Units: nats. Errors: [`Kind::Usage`] for an order beyond 5, a vocabulary beyond 4096, no text, a token outside the
-//! vocabulary. Left out: pruning, larger vocabularies, document borders in training (the text is one run, EOS a token of it).
+//! Units: nats. Errors: [`Kind::Usage`] for an order beyond 5, a vocabulary beyond 4096, no text, a token
+//! outside the vocabulary. Left out: pruning, larger vocabularies, document borders in training (the text is
+//! one run, EOS a token of it).
 //!
 //! [`Kind::Usage`]: crate::error::Kind::Usage
 
@@ -49,7 +52,8 @@ struct Order {
 }
 
 impl Ngram {
-    /// Counts the n-grams of `tokens` up to length `order`; `vocabulary` is how many different tokens there can be.
+    /// Counts the n-grams of `tokens` up to length `order`; `vocabulary` is how many different tokens there
+    /// can be.
     pub fn train(tokens: &[u32], order: usize, vocabulary: usize) -> Result<Self> {
         if !(1..=MAX_ORDER).contains(&order) || !(1..=MAX_VOCABULARY).contains(&vocabulary) {
             return Err(PluginError::usage(format!(
@@ -73,7 +77,8 @@ impl Ngram {
         highest.par_sort_unstable();
         let mut orders = vec![Order::count(highest)];
         for length in (1..order).rev() {
-            // Each different (length + 1)-gram is one left neighbour of the n-gram that remains without its first token.
+            // Each different (length + 1)-gram is one left neighbour of the n-gram that remains without its
+            // first token.
             let mask = (1u64 << (BITS * length as u32)) - 1;
             let above = &orders[orders.len() - 1].keys;
             let mut keys: Vec<u64> = above.par_iter().map(|key| key & mask).collect();
@@ -84,8 +89,8 @@ impl Ngram {
         Ok(Self { orders, vocabulary })
     }
 
-    /// The probability of `token` after `context`, of which the last `order − 1` tokens count. It is zero for a token outside
-    /// the vocabulary, and a context reaches back to the last such token at most.
+    /// The probability of `token` after `context`, of which the last `order − 1` tokens count. It is zero for
+    /// a token outside the vocabulary, and a context reaches back to the last such token at most.
     pub fn probability(&self, context: &[u32], token: u32) -> f64 {
         let outside = |token: &u32| *token as usize >= self.vocabulary;
         if outside(&token) {
@@ -107,8 +112,8 @@ impl Ngram {
         probability
     }
 
-    /// Mean negative log-likelihood in nats of every token of the documents but each one's first. To have those scored too, put
-    /// EOS in front of the documents.
+    /// Mean negative log-likelihood in nats of every token of the documents but each one's first. To have
+    /// those scored too, put EOS in front of the documents.
     ///
     /// Infinite when a token lies outside the vocabulary, NaN when there is none to score.
     pub fn nll_per_token(&self, documents: &[Vec<u32>]) -> f64 {
@@ -152,7 +157,8 @@ impl Order {
         Self { keys, counts, discounts: discounts(of_counts) }
     }
 
-    /// The probability of `token` at this order, given that of the order below; `None` after an unseen context.
+    /// The probability of `token` at this order, given that of the order below; `None` after an unseen
+    /// context.
     fn interpolate(&self, context: u64, token: u32, below: f64) -> Option<f64> {
         let first = context << BITS;
         let from = self.keys.partition_point(|&key| key < first);
@@ -183,8 +189,8 @@ impl Order {
     }
 }
 
-/// Chen and Goodman's equation 26, `of_counts[i]` being how many n-grams have a count of i + 1. Too few n-grams can make
-/// the estimates undefined or leave their range: these become 0.5, 1, 1.5.
+/// Chen and Goodman's equation 26, `of_counts[i]` being how many n-grams have a count of i + 1. Too few
+/// n-grams can make the estimates undefined or leave their range: these become 0.5, 1, 1.5.
 fn discounts(of_counts: [f64; 4]) -> [f64; 3] {
     let [n1, n2, ..] = of_counts;
     let y = n1 / (n1 + 2.0 * n2);

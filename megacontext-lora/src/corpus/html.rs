@@ -2,14 +2,15 @@
 //!
 //! Not a browser: the pages come from mdBook and rustdoc, well-formed, and only these rules are needed.
 //!
-//! - mdBook page: what is inside `<main>`. Headings get `#`s, list items `- `, listings a fence of three backticks, inline
-//!   code single backticks; paragraphs are set apart by an empty line, white space outside listings is one space or line break.
+//! - mdBook page: what is inside `<main>`. Headings get `#`s, list items `- `, listings a fence of three
+//!   backticks, inline code single backticks; paragraphs are set apart by an empty line, white space outside
+//!   listings is one space or line break.
 //! - rustdoc source page: what is inside `<pre class="rust">`, without the line numbers (elements marked
 //!   `data-nosnippet`). That is the source file again, byte for byte.
 //!
-//! `script`, `style`, `svg`, `nav`, `button` and `head` go with their content; entities are decoded (the five of XML,
-//! `nbsp`, and numeric ones; others stay as they are). Tables become lines. Nothing here fails: a page that is neither
-//! kind, or not in English (`<html lang>`), gives `None`.
+//! `script`, `style`, `svg`, `nav`, `button` and `head` go with their content; entities are decoded (the five
+//! of XML, `nbsp`, and numeric ones; others stay as they are). Tables become lines. Nothing here fails: a
+//! page that is neither kind, or not in English (`<html lang>`), gives `None`.
 
 /// The readable text of a page; `None` when it has none, or not in English.
 pub fn page_text(html: &str) -> Option<String> {

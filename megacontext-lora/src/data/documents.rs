@@ -1,19 +1,21 @@
 //! Documents from paths, folders and globs.
 //!
-//! A document is one text: a whole file, or one line of a `.jsonl` file (its string field `text`). What a path means:
+//! A document is one text: a whole file, or one line of a `.jsonl` file (its string field `text`). What a
+//! path means:
 //!
 //! - a file: it is read, whatever its extension, and must be valid;
-//! - a folder: its files with a known text extension ([`TEXT_EXTENSIONS`]), recursively, links followed; hidden files and
-//!   folders (a leading dot) and binary-looking files (a NUL byte in the first 8 KiB) are passed over;
+//! - a folder: its files with a known text extension ([`TEXT_EXTENSIONS`]), recursively, links followed;
+//!   hidden files and folders (a leading dot) and binary-looking files (a NUL byte in the first 8 KiB) are
+//!   passed over;
 //! - anything else is a glob (`*`, `?`, `[a-z]`, `**`): files of any extension, folders as above, hidden and
 //!   binary-looking files passed over.
 //!
-//! The result is sorted by path, without repeats, so it depends on neither the order of arguments nor the file system.
-//! Documents of white space only are dropped.
+//! The result is sorted by path, without repeats, so it depends on neither the order of arguments nor the
+//! file system. Documents of white space only are dropped.
 //!
-//! Errors: a path or glob that matches nothing ([`Kind::Usage`]); no text at all, bytes that are not UTF-8, a JSONL line
-//! that is not JSON or has no string `text` ([`Kind::Data`]); anything the file system refuses ([`Kind::Io`]).
-//! Left out: archives, compressed files, HTML, other encodings.
+//! Errors: a path or glob that matches nothing ([`Kind::Usage`]); no text at all, bytes that are not UTF-8, a
+//! JSONL line that is not JSON or has no string `text` ([`Kind::Data`]); anything the file system refuses
+//! ([`Kind::Io`]). Left out: archives, compressed files, HTML, other encodings.
 //!
 //! [`Kind::Usage`]: crate::error::Kind::Usage
 //! [`Kind::Data`]: crate::error::Kind::Data
@@ -55,8 +57,8 @@ impl Document {
     }
 }
 
-/// The group of a document's name: for a file of a cargo registry (`…/registry/src/INDEX/CRATE-VERSION/…`) the crate's
-/// name without its version, otherwise the file's name (with `:LINE` for a line of a JSONL file).
+/// The group of a document's name: for a file of a cargo registry (`…/registry/src/INDEX/CRATE-VERSION/…`)
+/// the crate's name without its version, otherwise the file's name (with `:LINE` for a line of a JSONL file).
 pub fn group_key(name: &str) -> String {
     let parts: Vec<&str> = name.split('/').collect();
     if let Some(at) = parts.windows(2).position(|pair| pair == ["registry", "src"])
@@ -68,8 +70,8 @@ pub fn group_key(name: &str) -> String {
     parts.last().copied().unwrap_or(name).to_string()
 }
 
-/// Splits a registry folder `serde_json-1.0.150` into the crate's name and its version (empty when there is none): the
-/// version begins after the first dash that a number and a dot follow.
+/// Splits a registry folder `serde_json-1.0.150` into the crate's name and its version (empty when there is
+/// none): the version begins after the first dash that a number and a dot follow.
 pub fn crate_name(folder: &str) -> (&str, &str) {
     let is_version = |tail: &str| {
         let after = tail.trim_start_matches(|c: char| c.is_ascii_digit());
@@ -98,7 +100,8 @@ pub fn expand(patterns: &[String]) -> Result<Vec<PathBuf>> {
     Ok(files)
 }
 
-/// Reads the documents that `patterns` mean, in the order of [`expand`] (lines of a JSONL file in their order).
+/// Reads the documents that `patterns` mean, in the order of [`expand`] (lines of a JSONL file in their
+/// order).
 pub fn load(patterns: &[String]) -> Result<Vec<Document>> {
     let files = expand(patterns)?;
     let parts: Vec<Result<Vec<Document>>> = files.par_iter().map(|path| read_file(path)).collect();
@@ -203,7 +206,10 @@ fn expand_glob(pattern: &str, files: &mut Vec<PathBuf>) -> Result<()> {
     })?;
     let mut any = false;
     for path in matches {
-        let path = path.map_err(|error| PluginError::io(error.path().to_path_buf(), error.into()))?;
+        let path = path.map_err(|error| {
+            let path = error.path().display().to_string();
+            PluginError::io(path, error.into())
+        })?;
         any = true;
         if path.is_dir() {
             walk(&path, files)?;

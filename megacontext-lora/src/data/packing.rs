@@ -1,16 +1,17 @@
 //! Documents as one token stream, training batches by number, hold-out by name, evaluation windows.
 //!
-//! Units: positions and lengths are tokens. A chunk of context `C` is `C + 1` tokens: `C` inputs, and the same shifted by one
-//! as targets. Chunks of an epoch start `C` apart, so every token (but the stream's edges) is a target once.
+//! Units: positions and lengths are tokens. A chunk of context `C` is `C + 1` tokens: `C` inputs, and the
+//! same shifted by one as targets. Chunks of an epoch start `C` apart, so every token (but the stream's
+//! edges) is a target once.
 //!
-//! Order of training data: the chunks of an epoch are shuffled by Fisher–Yates, and the whole grid is moved by an offset
-//! below `C` so that chunk borders fall elsewhere in every epoch. Both come from SplitMix64
-//! ([`megacontext_base::random::Random`]), keyed by (seed, stage, epoch). Chunk number `i` of a run is therefore a
-//! function of `i`: resuming at step `n` needs `n`.
+//! Order of training data: the chunks of an epoch are shuffled by Fisher–Yates, and the whole grid is moved
+//! by an offset below `C` so that chunk borders fall elsewhere in every epoch. Both come from SplitMix64
+//! ([`megacontext_base::random::Random`]), keyed by (seed, stage, epoch). Chunk number `i` of a run is
+//! therefore a function of `i`: resuming at step `n` needs `n`.
 //!
-//! Windows: Press, Smith, Lewis 2021, "Shortformer", section 3 (sliding-window evaluation).
-//! Errors: [`Kind::Data`] for data shorter than the context, [`Kind::Usage`] for sizes of zero.
-//! Left out: packing that respects document borders (best fit); use [`TokenStream::segments`] to hide borders instead.
+//! Windows: Press, Smith, Lewis 2021, "Shortformer", section 3 (sliding-window evaluation). Errors:
+//! [`Kind::Data`] for data shorter than the context, [`Kind::Usage`] for sizes of zero. Left out: packing
+//! that respects document borders (best fit); use [`TokenStream::segments`] to hide borders instead.
 //!
 //! [`Kind::Data`]: crate::error::Kind::Data
 //! [`Kind::Usage`]: crate::error::Kind::Usage
@@ -33,7 +34,8 @@ pub struct TokenStream {
 }
 
 impl TokenStream {
-    /// Joins tokenised documents; every one, the last too, is followed by `eos`. Documents without tokens vanish.
+    /// Joins tokenised documents; every one, the last too, is followed by `eos`. Documents without tokens
+    /// vanish.
     pub fn join(documents: &[Vec<u32>], eos: u32) -> Self {
         let mut stream = Self {
             tokens: Vec::with_capacity(documents.iter().map(|document| document.len() + 1).sum()),
@@ -57,8 +59,8 @@ impl TokenStream {
         self.tokens.is_empty()
     }
 
-    /// Document borders inside `start .. start + length`, relative to `start`, ascending, the first always 0: the
-    /// segments of a row in the sense of the attention kernels.
+    /// Document borders inside `start .. start + length`, relative to `start`, ascending, the first always 0:
+    /// the segments of a row in the sense of the attention kernels.
     pub fn segments(&self, start: usize, length: usize) -> Vec<usize> {
         let from = self.starts.partition_point(|&border| border <= start);
         let to = self.starts.partition_point(|&border| border < start + length);
@@ -116,8 +118,8 @@ impl Batches {
         index * self.micro_batch as u64 / self.chunks as u64
     }
 
-    /// Where in the stream the chunks of batch `index` start: `micro_batch` positions, each with `context + 1` tokens
-    /// from there on. A batch may straddle two epochs.
+    /// Where in the stream the chunks of batch `index` start: `micro_batch` positions, each with `context +
+    /// 1` tokens from there on. A batch may straddle two epochs.
     pub fn starts(&self, index: u64) -> Vec<usize> {
         let first = index * self.micro_batch as u64;
         (first..first + self.micro_batch as u64)
@@ -129,8 +131,8 @@ impl Batches {
             .collect()
     }
 
-    /// The chunks of batch `index`: `micro_batch` slices of `context + 1` tokens; inputs are all but the last, targets
-    /// all but the first. `stream` is the one whose length was given to [`Batches::new`].
+    /// The chunks of batch `index`: `micro_batch` slices of `context + 1` tokens; inputs are all but the
+    /// last, targets all but the first. `stream` is the one whose length was given to [`Batches::new`].
     pub fn rows<'a>(&self, stream: &'a [u32], index: u64) -> Vec<&'a [u32]> {
         self.starts(index).into_iter().map(|start| &stream[start..start + self.context + 1]).collect()
     }
@@ -159,11 +161,11 @@ impl Batches {
 
 /// Holds out a share of the documents: `(training, held out)`, each in the given order.
 ///
-/// A document's side depends only on its group ([`Document::group`]) and the seed: the first eight bytes (big endian) of
-/// `sha256(seed as 8 little-endian bytes, group)`, as a fraction of 2⁶⁴, lie below `fraction` when it is held out. So adding
-/// documents moves none, and no group is split. When the rule leaves a side empty though `0 < fraction < 1` and there are two
-/// groups or more, the group with the lowest (highest) hash is held out (trained on). Documents of a single group all stay on
-/// the side that the rule gives.
+/// A document's side depends only on its group ([`Document::group`]) and the seed: the first eight bytes (big
+/// endian) of `sha256(seed as 8 little-endian bytes, group)`, as a fraction of 2⁶⁴, lie below `fraction` when
+/// it is held out. So adding documents moves none, and no group is split. When the rule leaves a side empty
+/// though `0 < fraction < 1` and there are two groups or more, the group with the lowest (highest) hash is
+/// held out (trained on). Documents of a single group all stay on the side that the rule gives.
 pub fn split_holdout(documents: Vec<Document>, fraction: f64, seed: u64) -> (Vec<Document>, Vec<Document>) {
     let hash = |group: &str| {
         let digest = Sha256::new().chain_update(seed.to_le_bytes()).chain_update(group).finalize();
@@ -185,8 +187,8 @@ pub fn split_holdout(documents: Vec<Document>, fraction: f64, seed: u64) -> (Vec
 
 /// One evaluation window over a run of tokens.
 ///
-/// The model reads [`Window::inputs`] (at most `context` tokens); of its predictions those for [`Window::targets`] are scored.
-/// The logits at input position `t` predict the token at `t + 1`.
+/// The model reads [`Window::inputs`] (at most `context` tokens); of its predictions those for
+/// [`Window::targets`] are scored. The logits at input position `t` predict the token at `t + 1`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Window {
     /// First token.
@@ -209,11 +211,13 @@ impl Window {
     }
 }
 
-/// Windows over `len` tokens such that each token except the first is scored exactly once, with at most `context` tokens
-/// before it and, from the second window on, at least `min(its position, context − stride + 1)`.
+/// Windows over `len` tokens such that each token except the first is scored exactly once, with at most
+/// `context` tokens before it and, from the second window on, at least `min(its position, context − stride +
+/// 1)`.
 ///
-/// The first window scores all of its tokens; each next one moves on by `stride` (the last by what is left) and scores only
-/// those. `1 ≤ stride ≤ context`; `stride = context` scores disjoint chunks. Fewer than two tokens give no window.
+/// The first window scores all of its tokens; each next one moves on by `stride` (the last by what is left)
+/// and scores only those. `1 ≤ stride ≤ context`; `stride = context` scores disjoint chunks. Fewer than two
+/// tokens give no window.
 pub fn strided_windows(len: usize, context: usize, stride: usize) -> Result<Vec<Window>> {
     if stride == 0 || stride > context {
         return Err(PluginError::usage(format!(
