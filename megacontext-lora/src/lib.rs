@@ -3,6 +3,7 @@ pub mod bpe;
 pub mod corpus;
 pub mod data;
 pub mod error;
+pub mod glue;
 pub mod ngram;
 pub mod report;
 pub mod run;

@@ -1,0 +1,470 @@
+//! The one place where the plugin meets the ABI: the exported module, and a session behind a guard.
+//!
+//! Every entry does the same four things: refuse if an earlier call panicked, check the views that came in, call the
+//! plain-Rust [`Session`], turn its error into the ABI's. A panic inside is caught here. The call that panicked answers
+//! `Internal` with the panic's message, every later one `Poisoned`: what the session holds may be half-changed, and
+//! nobody should read it.
+//!
+//! Nothing else in the plugin knows the ABI's types, so another ABI would replace this file alone.
+
+use std::borrow::Cow;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use abi_stable::export_root_module;
+use abi_stable::prefix_type::PrefixTypeTrait;
+use abi_stable::sabi_trait::TD_Opaque;
+use abi_stable::std_types::{RResult, RStr, RString, RVec};
+use megacontext_lora_abi::raw::{
+    HostBox, PluginModule, PluginModuleRef, RawBuildInfo, RawSession, RawSession_TO, SessionBox,
+};
+use megacontext_lora_abi::tensor::check_disjoint;
+use megacontext_lora_abi::{
+    ABI_REVISION, AbiError, ContextView, EntriesView, ErrorKind, OwnedTensor, TensorError, TensorView,
+    TensorViewMut, VERSION_BYTES,
+};
+use serde_json::Value;
+
+use crate::error::{Kind, PluginError};
+use crate::host::HostApi;
+use crate::jobs;
+use crate::session::{Context, Entries, Session};
+
+/// The version line, read by a host before anything that depends on a layout.
+#[unsafe(export_name = "megacontext_lora_abi_line")]
+pub static ABI_LINE: [u8; VERSION_BYTES.len()] = VERSION_BYTES;
+
+/// What the plugin can do besides its jobs.
+const CAPABILITIES: [&str; 14] = [
+    "session:embed",
+    "session:rope_tables",
+    "session:logits",
+    "session:nll",
+    "session:lora_delta",
+    "session:parameter",
+    "session:phases",
+    "model:llama",
+    "rope:linear",
+    "rope:gaussian",
+    "attention:dense",
+    "attention:s2",
+    "adapter:peft",
+    "device:cpu",
+];
+
+#[export_root_module]
+fn root_module() -> PluginModuleRef {
+    PluginModule { abi_revision: ABI_REVISION, build_info, capabilities, open_session }.leak_into_prefix()
+}
+
+extern "C" fn build_info() -> RawBuildInfo {
+    let mut cpu_features: RVec<RString> =
+        env!("MEGACONTEXT_TARGET_FEATURES").split(',').filter(|f| !f.is_empty()).map(RString::from).collect();
+    cpu_features
+        .extend(detected_features().into_iter().map(|f| RString::from(format!("{f} (found at run time)"))));
+    RawBuildInfo {
+        crate_version: env!("CARGO_PKG_VERSION").into(),
+        rustc: env!("MEGACONTEXT_RUSTC").into(),
+        target: env!("MEGACONTEXT_TARGET").into(),
+        profile: env!("MEGACONTEXT_PROFILE").into(),
+        cpu_features,
+    }
+}
+
+/// CPU features that kernels choose by when they run.
+fn detected_features() -> Vec<&'static str> {
+    #[cfg(target_arch = "x86_64")]
+    {
+        let mut found = Vec::new();
+        for (name, there) in [
+            ("avx2", std::arch::is_x86_feature_detected!("avx2")),
+            ("fma", std::arch::is_x86_feature_detected!("fma")),
+            ("avx512f", std::arch::is_x86_feature_detected!("avx512f")),
+        ] {
+            if there {
+                found.push(name);
+            }
+        }
+        found
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    Vec::new()
+}
+
+extern "C" fn capabilities() -> RVec<RString> {
+    let jobs = jobs::KINDS.iter().map(|kind| RString::from(format!("job:{kind}")));
+    jobs.chain(CAPABILITIES.into_iter().map(RString::from)).collect()
+}
+
+extern "C" fn open_session(config_json: RStr<'_>, host: HostBox) -> RResult<SessionBox, AbiError> {
+    let open = || {
+        let config = parse("config", config_json)?;
+        Session::open(config, Arc::new(HostProxy(host)))
+    };
+    let opened = catch_unwind(AssertUnwindSafe(open)).unwrap_or_else(|panic| {
+        Err(PluginError::internal(format!("opening the session panicked: {}", panic_text(&*panic))))
+    });
+    opened
+        .map(|session| RawSession_TO::from_value(SessionImpl::new(session), TD_Opaque))
+        .map_err(abi_error)
+        .into()
+}
+
+/// The host's callbacks as the plugin sees them.
+struct HostProxy(HostBox);
+
+impl HostApi for HostProxy {
+    fn event(&self, kind: &str, json: &Value) {
+        self.0.event(kind.into(), json.to_string().as_str().into());
+    }
+
+    fn cancelled(&self) -> bool {
+        self.0.cancelled()
+    }
+}
+
+fn abi_error(error: PluginError) -> AbiError {
+    let kind = match error.kind {
+        Kind::Usage => ErrorKind::Usage,
+        Kind::Data => ErrorKind::Data,
+        Kind::Model => ErrorKind::Model,
+        Kind::Adapter => ErrorKind::Adapter,
+        Kind::Io => ErrorKind::Io,
+        Kind::Memory => ErrorKind::Memory,
+        Kind::Cancelled => ErrorKind::Cancelled,
+        Kind::Poisoned => ErrorKind::Poisoned,
+        Kind::Internal => ErrorKind::Internal,
+    };
+    AbiError::new(kind, error.message).with_context(error.context)
+}
+
+/// A view that was refused is the caller's mistake.
+impl From<TensorError> for PluginError {
+    fn from(error: TensorError) -> Self {
+        Self::usage(error.to_string())
+    }
+}
+
+fn parse(what: &str, json: RStr<'_>) -> Result<Value, PluginError> {
+    serde_json::from_str(json.as_str()).map_err(|e| PluginError::usage(format!("{what}: not JSON: {e}")))
+}
+
+fn panic_text(panic: &(dyn std::any::Any + Send)) -> String {
+    let text = panic.downcast_ref::<&str>().map(|s| (*s).to_owned());
+    text.or_else(|| panic.downcast_ref::<String>().cloned()).unwrap_or_else(|| "no message".into())
+}
+
+/// A session with its guard.
+struct SessionImpl {
+    session: Session,
+    poisoned: AtomicBool,
+}
+
+impl SessionImpl {
+    fn new(session: Session) -> Self {
+        Self { session, poisoned: AtomicBool::new(false) }
+    }
+
+    /// The guard around every entry.
+    fn guard<T>(
+        &self,
+        entry: &str,
+        call: impl FnOnce(&Session) -> Result<T, PluginError>,
+    ) -> RResult<T, AbiError> {
+        let poisoned = || {
+            PluginError::poisoned(format!(
+                "{entry}: an earlier call panicked; this session is no longer usable"
+            ))
+        };
+        if self.poisoned.load(Ordering::Acquire) {
+            return RResult::RErr(abi_error(poisoned()));
+        }
+        let result = catch_unwind(AssertUnwindSafe(|| call(&self.session))).unwrap_or_else(|panic| {
+            self.poisoned.store(true, Ordering::Release);
+            Err(PluginError::internal(format!(
+                "{entry} panicked: {}; this session is no longer usable",
+                panic_text(&*panic)
+            )))
+        });
+        // Another thread may have panicked meanwhile over the state that this call has read.
+        if self.poisoned.load(Ordering::Acquire) && result.is_ok() {
+            return RResult::RErr(abi_error(poisoned()));
+        }
+        result.map_err(abi_error).into()
+    }
+
+    fn guard_json(
+        &self,
+        entry: &str,
+        call: impl FnOnce(&Session) -> Result<Value, PluginError>,
+    ) -> RResult<RString, AbiError> {
+        self.guard(entry, |s| Ok(RString::from(call(s)?.to_string())))
+    }
+}
+
+/// The arrays behind a [`ContextView`], checked.
+struct OwnedContext<'a> {
+    tokens: Option<Cow<'a, [u32]>>,
+    embeddings: Option<Cow<'a, [f32]>>,
+    mu: Option<Cow<'a, [f64]>>,
+    sigma: Option<Cow<'a, [f64]>>,
+    targets: Option<Cow<'a, [u32]>>,
+    length: usize,
+}
+
+impl<'a> OwnedContext<'a> {
+    /// Reads the views; `out` must not lie over any of them.
+    fn read(view: &ContextView<'a>, out: &TensorViewMut<'_>) -> Result<Self, PluginError> {
+        let (mut tokens, mut embeddings) = (None, None);
+        let entries = match view.entries() {
+            EntriesView::Tokens(view) => {
+                tokens = Some(view.read("tokens", &[None])?);
+                view
+            }
+            EntriesView::Embeddings(view) => {
+                embeddings = Some(view.read("embeddings", &[None, None])?);
+                view
+            }
+        };
+        let length = entries.shape()[0];
+        let optional = |view: Option<TensorView<'a>>| view.map(|v| v.byte_range());
+        let ranges = [
+            ("entries", Some(entries.byte_range())),
+            ("mu", optional(view.mu())),
+            ("sigma", optional(view.sigma())),
+            ("targets", optional(view.targets())),
+        ];
+        let inputs: Vec<_> = ranges.into_iter().filter_map(|(name, range)| Some((name, range?))).collect();
+        check_disjoint(&[("out", out.byte_range())], &inputs)?;
+        let dims = [Some(length)];
+        Ok(Self {
+            tokens,
+            embeddings,
+            mu: view.mu().map(|v| v.read("mu", &dims)).transpose()?,
+            sigma: view.sigma().map(|v| v.read("sigma", &dims)).transpose()?,
+            targets: view.targets().map(|v| v.read("targets", &dims)).transpose()?,
+            length,
+        })
+    }
+
+    fn context(&self) -> Context<'_> {
+        let entries = match (&self.tokens, &self.embeddings) {
+            (Some(tokens), _) => Entries::Tokens(tokens),
+            (None, Some(embeddings)) => Entries::Embeddings(embeddings),
+            (None, None) => Entries::Tokens(&[]),
+        };
+        Context {
+            entries,
+            mu: self.mu.as_deref(),
+            sigma: self.sigma.as_deref(),
+            targets: self.targets.as_deref(),
+        }
+    }
+}
+
+impl RawSession for SessionImpl {
+    fn run(&self, kind: RStr<'_>, params_json: RStr<'_>) -> RResult<RString, AbiError> {
+        self.guard_json("run", |s| s.run(kind.as_str(), parse("parameters", params_json)?))
+    }
+
+    fn describe(&self) -> RResult<RString, AbiError> {
+        self.guard_json("describe", Session::describe)
+    }
+
+    fn embed(&self, tokens: TensorView<'_>, mut out: TensorViewMut<'_>) -> RResult<(), AbiError> {
+        self.guard("embed", |s| {
+            check_disjoint(&[("out", out.byte_range())], &[("tokens", tokens.byte_range())])?;
+            let tokens = tokens.read::<u32>("tokens", &[None])?;
+            out.fill("out", &[Some(tokens.len()), None], |values| s.embed(&tokens, values))
+        })
+    }
+
+    fn rope_tables(
+        &self,
+        mu: TensorView<'_>,
+        sigma: TensorView<'_>,
+        mut out_cos: TensorViewMut<'_>,
+        mut out_sin: TensorViewMut<'_>,
+    ) -> RResult<(), AbiError> {
+        self.guard("rope_tables", |s| {
+            check_disjoint(
+                &[("out_cos", out_cos.byte_range()), ("out_sin", out_sin.byte_range())],
+                &[("mu", mu.byte_range()), ("sigma", sigma.byte_range())],
+            )?;
+            let mu = mu.read::<f64>("mu", &[None])?;
+            let sigma = sigma.read::<f64>("sigma", &[None])?;
+            let sigma = (!sigma.is_empty()).then_some(&*sigma);
+            let dims = [Some(mu.len()), None];
+            out_cos.fill("out_cos", &dims, |cos| {
+                out_sin.fill("out_sin", &dims, |sin| s.rope_tables(&mu, sigma, cos, sin))
+            })
+        })
+    }
+
+    fn logits(&self, context: ContextView<'_>, mut out: TensorViewMut<'_>) -> RResult<(), AbiError> {
+        self.guard("logits", |s| {
+            let context = OwnedContext::read(&context, &out)?;
+            out.fill("out", &[Some(context.length), None], |values| s.logits(context.context(), values))
+        })
+    }
+
+    fn nll(&self, context: ContextView<'_>, mut out: TensorViewMut<'_>) -> RResult<(), AbiError> {
+        self.guard("nll", |s| {
+            let context = OwnedContext::read(&context, &out)?;
+            out.fill("out", &[Some(context.length)], |values| s.nll(context.context(), values))
+        })
+    }
+
+    fn lora_delta(&self, module: RStr<'_>, mut out: TensorViewMut<'_>) -> RResult<(), AbiError> {
+        self.guard("lora_delta", |s| {
+            // A matrix of the right size the wrong way round must not pass; no such factor is the session's error.
+            let rows = s.parameter(&format!("{module}.lora_B.weight")).ok().map(|(shape, _)| shape[0]);
+            out.fill("out", &[rows, None], |values| s.lora_delta(module.as_str(), values))
+        })
+    }
+
+    fn parameter(&self, name: RStr<'_>) -> RResult<OwnedTensor, AbiError> {
+        self.guard("parameter", |s| {
+            let (shape, values) = s.parameter(name.as_str())?;
+            Ok(OwnedTensor::new(values, &shape)?)
+        })
+    }
+
+    fn parameter_groups(&self) -> RResult<RString, AbiError> {
+        self.guard_json("parameter_groups", Session::parameter_groups)
+    }
+
+    fn enter_phase(&self, params_json: RStr<'_>) -> RResult<RString, AbiError> {
+        self.guard_json("enter_phase", |s| s.enter_phase(parse("parameters", params_json)?))
+    }
+
+    fn leave_phase(&self) -> RResult<RString, AbiError> {
+        self.guard_json("leave_phase", Session::leave_phase)
+    }
+
+    fn step(&self, params_json: RStr<'_>) -> RResult<RString, AbiError> {
+        self.guard_json("step", |s| s.step(parse("parameters", params_json)?))
+    }
+
+    fn evaluate(&self, params_json: RStr<'_>) -> RResult<RString, AbiError> {
+        self.guard_json("evaluate", |s| s.evaluate(parse("parameters", params_json)?))
+    }
+
+    fn save(&self, path: RStr<'_>) -> RResult<RString, AbiError> {
+        self.guard_json("save", |s| s.save(Path::new(path.as_str())))
+    }
+
+    fn resume(&self, path: RStr<'_>) -> RResult<RString, AbiError> {
+        self.guard_json("resume", |s| s.resume(Path::new(path.as_str())))
+    }
+
+    fn export(&self, path: RStr<'_>) -> RResult<RString, AbiError> {
+        self.guard_json("export", |s| s.export(Path::new(path.as_str())))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use megacontext_lora_abi::host::host_box;
+
+    fn session() -> SessionImpl {
+        struct Silent;
+        impl HostApi for Silent {
+            fn event(&self, _: &str, _: &Value) {}
+            fn cancelled(&self) -> bool {
+                false
+            }
+        }
+        SessionImpl::new(Session::open(serde_json::json!({}), Arc::new(Silent)).unwrap())
+    }
+
+    fn kind<T>(answer: RResult<T, AbiError>) -> ErrorKind {
+        match answer.into_result() {
+            Ok(_) => panic!("expected an error"),
+            Err(error) => error.kind(),
+        }
+    }
+
+    #[test]
+    fn a_panic_is_an_error_once_and_poisons_every_entry_after_that() {
+        let session = session();
+        session.describe().into_result().unwrap();
+        let panicked = session.guard::<()>("run", |_| panic!("injected {}", 1)).into_result().unwrap_err();
+        assert_eq!(panicked.kind(), ErrorKind::Internal);
+        assert!(panicked.message().contains("run panicked: injected 1"), "{panicked}");
+
+        let boxed: SessionBox = RawSession_TO::from_value(session, TD_Opaque);
+        let (tokens, mut out, mut other) = ([0u32; 2], [0f32; 2], [0f32; 2]);
+        let none = [0f64; 0];
+        let view = || TensorView::of(&tokens);
+        let context = ContextView::tokens(&tokens);
+        let answers = [
+            kind(boxed.run("extend".into(), "{}".into())),
+            kind(boxed.describe()),
+            kind(boxed.embed(view(), TensorViewMut::of(&mut out))),
+            kind(boxed.rope_tables(
+                TensorView::of(&none),
+                TensorView::of(&none),
+                TensorViewMut::of(&mut out),
+                TensorViewMut::of(&mut other),
+            )),
+            kind(boxed.logits(context, TensorViewMut::of(&mut out))),
+            kind(boxed.nll(context, TensorViewMut::of(&mut out))),
+            kind(boxed.lora_delta("x".into(), TensorViewMut::of(&mut out))),
+            kind(boxed.parameter("x".into())),
+            kind(boxed.parameter_groups()),
+            kind(boxed.enter_phase("{}".into())),
+            kind(boxed.leave_phase()),
+            kind(boxed.step("{}".into())),
+            kind(boxed.evaluate("{}".into())),
+            kind(boxed.save("x".into())),
+            kind(boxed.resume("x".into())),
+            kind(boxed.export("x".into())),
+        ];
+        assert_eq!(answers, [ErrorKind::Poisoned; 16]);
+    }
+
+    #[test]
+    fn a_panic_poisons_its_own_session_only() {
+        let (one, two) = (session(), session());
+        let _ = one.guard::<()>("run", |_| panic!("injected"));
+        assert_eq!(kind(one.describe()), ErrorKind::Poisoned);
+        two.describe().into_result().unwrap();
+    }
+
+    #[test]
+    fn what_is_not_json_is_a_usage_error() {
+        assert_eq!(kind(session().run("extend".into(), "{".into())), ErrorKind::Usage);
+        assert_eq!(kind(open_session("[".into(), host_box(()))), ErrorKind::Usage);
+        assert_eq!(kind(open_session(r#"{"bas":"x"}"#.into(), host_box(()))), ErrorKind::Usage);
+    }
+
+    #[test]
+    fn arguments_that_share_memory_are_refused() {
+        let mut data = [0u32; 4];
+        let pointer = data.as_mut_ptr();
+        let tokens = TensorView::of(&data);
+        // SAFETY: the call refuses before it writes; this is what the test shows.
+        let out = unsafe {
+            TensorViewMut::from_raw_parts(
+                pointer.cast(),
+                megacontext_lora_abi::DType::F32,
+                megacontext_lora_abi::Device::CPU,
+                &[4, 1],
+                &[1, 1],
+            )
+        };
+        let error = session().embed(tokens, out).into_result().unwrap_err();
+        assert_eq!(error.to_string(), "out and tokens share memory");
+    }
+
+    #[test]
+    fn the_module_names_its_jobs() {
+        let names: Vec<String> = capabilities().into_iter().map(String::from).collect();
+        assert!(jobs::KINDS.iter().all(|kind| names.contains(&format!("job:{kind}"))));
+        assert!(build_info().rustc.starts_with("rustc "));
+    }
+}
