@@ -358,7 +358,7 @@ fn reproduce_section(report: &RunReport) -> String {
     let s = &report.summary;
     let mut out = String::from(
         "<section>\n<h2>How to repeat it</h2>\n<p>The same command, seed, number of threads and versions on the same \
-         text give the same bytes, whether or not the run was interrupted.</p>\n",
+         text give an adapter of the same bytes, whether or not the run was interrupted.</p>\n",
     );
     if !s.command.is_empty() {
         let _ = writeln!(out, "<pre><code>{}</code></pre>", escape(&s.command));

@@ -76,7 +76,7 @@ pub(super) fn perplexity_by_context(summary: &Summary, size: Size) -> Option<Str
     if trained >= shortest && trained < longest {
         let at = x.at(trained);
         drawing.line("mark", (at, top), (at, bottom));
-        drawing.text("note", (at + 6.0, top + 11.0), "start", "base trained to here");
+        drawing.text("note halo", (at + 6.0, top + 11.0), "start", "base trained to here");
     }
 
     let mut ends = Vec::new();
@@ -291,7 +291,7 @@ fn spread<A, B>(mut labels: Vec<(f64, A, B)>, gap: f64, (top, bottom): (f64, f64
 
 /// A tick of a log axis: powers of ten and small multiples of them.
 fn plain(value: f64) -> String {
-    if value >= 1e6 || value < 1e-3 {
+    if !(1e-3..1e6).contains(&value) {
         format!("{value:e}")
     } else if value >= 1.0 {
         tick(value.round(), 1.0)
