@@ -1,1 +1,54 @@
-fn main() {}
+//! `mclora`: the reference host. It talks to the plugin through `megacontext-lora-abi` alone, as any host would.
+//!
+//! Flags and a TOML file become the JSON parameters of a job ([`params`]); the plugin validates them, so that every message
+//! about a setting comes from one place. Events become a progress bar, plain lines or JSON lines ([`progress`]); results
+//! become tables ([`tables`]) or one JSON object on stdout.
+//!
+//! Exit codes: 0 done; 2 the command or a setting is wrong; 130 interrupted; 1 anything else. One message on stderr.
+
+mod args;
+mod commands;
+mod failure;
+mod params;
+mod progress;
+mod quickstart;
+mod tables;
+
+use args::{Cli, Command, EvalCommand, PluginCommand};
+use clap::Parser;
+use failure::Result;
+use serde_json::{Value, json};
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let as_json = cli.global.json;
+    match run(cli) {
+        Ok(result) => {
+            if as_json {
+                println!("{result}");
+            }
+            ExitCode::SUCCESS
+        }
+        Err(failure) => {
+            if as_json {
+                println!("{}", json!({ "error": failure.to_json() }));
+            }
+            eprintln!("error: {failure}");
+            ExitCode::from(failure.exit_code())
+        }
+    }
+}
+
+fn run(cli: Cli) -> Result<Value> {
+    let global = cli.global;
+    match cli.command.unwrap_or_else(|| Command::Quickstart(args::Quickstart::default())) {
+        Command::Quickstart(args) => quickstart::run(&args, &global),
+        Command::Extend(args) => commands::extend(&args, &global),
+        Command::Eval(EvalCommand::Ppl(args)) => commands::eval_ppl(&args, &global),
+        Command::Merge(args) => commands::merge(&args, &global),
+        Command::Logits(args) => commands::logits(&args, &global),
+        Command::Pretrain(args) => commands::pretrain(&args, &global),
+        Command::Plugin(PluginCommand::Check(args)) => commands::plugin_check(&args, &global),
+    }
+}

@@ -1,0 +1,349 @@
+//! The command line. What a setting means and which values it takes is decided by the plugin; here are only their names,
+//! so a flag that was not given is absent, and the default shown in its help is the plugin's.
+
+use clap::{Args, Parser, Subcommand};
+use std::path::PathBuf;
+
+/// Grow the context of a language model with LoRA (LongLoRA style), measure it, merge it.
+///
+/// Without a command it runs `quickstart`: a small model that comes with the program learns to read four times as much
+/// text as it was trained for, in a few minutes on a CPU.
+#[derive(Debug, Parser)]
+#[command(
+    name = "mclora",
+    version,
+    max_term_width = 110,
+    after_help = "Examples:
+  mclora                                          the small model, 256 to 1024 tokens, with a report
+  mclora extend --base DIR --data docs/ --context 8192 --out runs/mine
+  mclora eval ppl --base DIR --adapter runs/mine/adapter --data held-out.txt --contexts 2048,8192
+  mclora merge --base DIR --adapter runs/mine/adapter --out merged/
+
+Exit codes: 0 done, 2 a wrong flag or setting, 130 interrupted, 1 anything else."
+)]
+pub struct Cli {
+    #[command(flatten)]
+    pub global: Global,
+    #[command(subcommand)]
+    pub command: Option<Command>,
+}
+
+/// Flags of every command.
+#[derive(Debug, Clone, Default, Args)]
+pub struct Global {
+    /// The plugin to load. Default: the library beside this program
+    #[arg(long, global = true, value_name = "FILE")]
+    pub plugin: Option<PathBuf>,
+    /// Print the result as one JSON object on stdout, and events as JSON lines on stderr
+    #[arg(long, global = true)]
+    pub json: bool,
+    /// Worker threads of quickstart, extend, pretrain and eval. Default: all cores
+    #[arg(long, global = true, value_name = "N")]
+    pub threads: Option<u64>,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// See it work: extend the small model that comes with the program
+    Quickstart(Quickstart),
+    /// Extend the context of a model: train a LoRA adapter in stages, write it with a report
+    Extend(Box<Extend>),
+    /// Measure a model
+    #[command(subcommand)]
+    Eval(EvalCommand),
+    /// Fold an adapter into its base: a model folder that needs no adapter
+    Merge(Merge),
+    /// Write the logits of given tokens, to compare with another implementation
+    Logits(Logits),
+    /// Train a small model from nothing, on the Rust sources and documentation of this machine
+    Pretrain(Pretrain),
+    /// Look at a plugin
+    #[command(subcommand)]
+    Plugin(PluginCommand),
+}
+
+#[derive(Debug, Subcommand)]
+pub enum EvalCommand {
+    /// Perplexity by context length, every token scored once
+    Ppl(EvalPpl),
+}
+
+#[derive(Debug, Subcommand)]
+pub enum PluginCommand {
+    /// Check a plugin as loading does, and say what it is
+    Check(PluginCheck),
+}
+
+/// See it work: the small model that comes with the program (trained on 256 tokens) learns to use 1024.
+///
+/// The text is found on this machine: sources and documentation that the model never saw.
+#[derive(Debug, Clone, Default, Args)]
+#[command(after_help = "Example:
+  mclora quickstart --out runs/first && xdg-open runs/first/run/report.html")]
+pub struct Quickstart {
+    /// The same in well under a minute, with too few steps to learn much
+    #[arg(long)]
+    pub smoke: bool,
+    /// Folder for the model and the run. Default: runs/quickstart, or the next free name beside it
+    #[arg(long, value_name = "DIR")]
+    pub out: Option<PathBuf>,
+    /// Take up an interrupted run in that folder
+    #[arg(long)]
+    pub resume: bool,
+}
+
+/// Extend the context of a model.
+///
+/// The model is a Hugging Face folder of the Llama family. Settings come from the flags, before them from --config, before
+/// that from the defaults. The resolved settings are written to config.toml in the run folder.
+#[derive(Debug, Clone, Default, Args)]
+#[command(after_help = "Examples:
+  mclora extend --base models/small --data 'docs/**/*.md' --context 8192
+  mclora extend --base models/small --data corpus.jsonl --context 8192 --rank 16 --lr 1e-4 \\
+      --stages 4096:200,8192:200 --out runs/mine
+  mclora extend --config runs/mine/config.toml --seed 1 --out runs/again
+  mclora extend --resume --out runs/mine")]
+pub struct Extend {
+    /// Model folder: config.json, model.safetensors (or shards), tokenizer.json
+    #[arg(long, value_name = "DIR", help_heading = "What")]
+    pub base: Option<PathBuf>,
+    /// Text to train on: files, folders, globs (text, markdown, source, JSONL with a \"text\" field)
+    #[arg(long, value_name = "PATH", num_args = 1.., help_heading = "What")]
+    pub data: Vec<String>,
+    /// Context to reach, in tokens
+    #[arg(long, value_name = "N", help_heading = "What")]
+    pub context: Option<u64>,
+    /// Run folder, absent or empty [default: runs/extend]
+    #[arg(long, value_name = "DIR", help_heading = "What")]
+    pub out: Option<PathBuf>,
+    /// Settings from a TOML file; flags go over them
+    #[arg(long, value_name = "FILE", help_heading = "What")]
+    pub config: Option<PathBuf>,
+    /// Take up an interrupted run in the run folder, with the settings found there
+    #[arg(long, help_heading = "What")]
+    pub resume: bool,
+    /// Seed of initial values, data order and hold-out [default: 0]
+    #[arg(long, value_name = "N", help_heading = "What")]
+    pub seed: Option<u64>,
+    /// Share of the documents held out for evaluation [default: 0.1]
+    #[arg(long, value_name = "SHARE", help_heading = "What")]
+    pub holdout: Option<f64>,
+
+    /// LoRA rank [default: 8]
+    #[arg(long, value_name = "R", help_heading = "What learns")]
+    pub rank: Option<u64>,
+    /// LoRA strength: updates are scaled by alpha / rank [default: 16]
+    #[arg(long, value_name = "A", help_heading = "What learns")]
+    pub alpha: Option<f64>,
+    /// LoRA dropout [default: 0]
+    #[arg(long, value_name = "P", help_heading = "What learns")]
+    pub dropout: Option<f64>,
+    /// Projections that carry LoRA [default: q_proj,k_proj,v_proj,o_proj]
+    #[arg(long, value_name = "NAMES", value_delimiter = ',', help_heading = "What learns")]
+    pub target_modules: Vec<String>,
+    /// Blocks that carry LoRA, by number [default: all]
+    #[arg(long, value_name = "NUMBERS", value_delimiter = ',', help_heading = "What learns")]
+    pub layers: Vec<u64>,
+    /// Leave the token embeddings as they are
+    #[arg(long, help_heading = "What learns")]
+    pub freeze_embeddings: bool,
+    /// Leave the norms as they are
+    #[arg(long, help_heading = "What learns")]
+    pub freeze_norms: bool,
+
+    /// Stages, CONTEXT:STEPS[:s2|dense[:GROUP]] separated by commas; GROUP in tokens, or a part of the context such as 0.25
+    /// [default: the context doubles until it is reached]
+    #[arg(long, value_name = "LIST", help_heading = "How")]
+    pub stages: Option<String>,
+    /// Optimiser steps, shared out over the default stages [default: 300]
+    #[arg(long, value_name = "N", help_heading = "How")]
+    pub steps: Option<u64>,
+    /// Peak learning rate [default: 2e-4]
+    #[arg(long, value_name = "LR", help_heading = "How")]
+    pub lr: Option<f64>,
+    /// constant or cosine [default: constant]
+    #[arg(long, value_name = "NAME", help_heading = "How")]
+    pub schedule: Option<String>,
+    /// Steps of warm-up at the start of every stage [default: 20]
+    #[arg(long, value_name = "N", help_heading = "How")]
+    pub warmup: Option<u64>,
+    /// Weight decay; never on norms, biases and embeddings [default: 0]
+    #[arg(long, value_name = "W", help_heading = "How")]
+    pub weight_decay: Option<f64>,
+    /// Largest gradient norm, 0 for no clipping [default: 1]
+    #[arg(long, value_name = "NORM", help_heading = "How")]
+    pub clip: Option<f64>,
+    /// Tokens of an optimiser step [default: 8192]
+    #[arg(long, value_name = "N", help_heading = "How")]
+    pub tokens_per_step: Option<u64>,
+    /// Tokens in memory at once [default: 8192]
+    #[arg(long, value_name = "N", help_heading = "How")]
+    pub micro_batch_tokens: Option<u64>,
+    /// Recompute blocks in the backward pass: auto, on, off [default: auto]
+    #[arg(long, value_name = "WHEN", help_heading = "How")]
+    pub activation_checkpointing: Option<String>,
+    /// Refuse to use more memory than this: bytes, or a number with MB, GB, MiB, GiB [default: what is free]
+    #[arg(long, value_name = "SIZE", help_heading = "How")]
+    pub memory: Option<String>,
+
+    /// Context lengths to evaluate at [default: the original one and its doublings]
+    #[arg(long, value_name = "LIST", value_delimiter = ',', help_heading = "Evaluation and checkpoints")]
+    pub eval_contexts: Vec<u64>,
+    /// Tokens by which the evaluation's window moves [default: half the context]
+    #[arg(long, value_name = "N", help_heading = "Evaluation and checkpoints")]
+    pub eval_stride: Option<u64>,
+    /// Tokens to score [default: 65536]
+    #[arg(long, value_name = "N", help_heading = "Evaluation and checkpoints")]
+    pub eval_tokens: Option<u64>,
+    /// Steps between two checkpoints [default: 50]
+    #[arg(long, value_name = "N", help_heading = "Evaluation and checkpoints")]
+    pub checkpoint_every: Option<u64>,
+    /// Checkpoints to keep [default: 2]
+    #[arg(long, value_name = "N", help_heading = "Evaluation and checkpoints")]
+    pub checkpoint_keep: Option<u64>,
+}
+
+/// Perplexity by context length.
+///
+/// A window of the context's length moves over every document; each token is scored once, in the first window that
+/// reaches it. Every length scores the same tokens. Attention is dense unless asked otherwise.
+#[derive(Debug, Clone, Args)]
+#[command(after_help = "Examples:
+  mclora eval ppl --base models/small --data book.txt --contexts 2048,4096,8192
+  mclora eval ppl --base models/small --adapter runs/mine/adapter --data 'held-out/*.txt' --contexts 8192 --json")]
+pub struct EvalPpl {
+    /// Model folder
+    #[arg(long, value_name = "DIR")]
+    pub base: PathBuf,
+    /// Adapter folder (PEFT)
+    #[arg(long, value_name = "DIR")]
+    pub adapter: Option<PathBuf>,
+    /// Text to score: files, folders, globs
+    #[arg(long, value_name = "PATH", num_args = 1.., required = true)]
+    pub data: Vec<String>,
+    /// Context lengths in tokens
+    #[arg(long, value_name = "LIST", value_delimiter = ',', required = true)]
+    pub contexts: Vec<u64>,
+    /// Tokens by which the window moves [default: half the context]
+    #[arg(long, value_name = "N")]
+    pub stride: Option<u64>,
+    /// Stop after about so many tokens [default: 65536]
+    #[arg(long, value_name = "N")]
+    pub max_tokens: Option<u64>,
+    /// dense, or s2 as in training [default: dense]
+    #[arg(long, value_name = "NAME")]
+    pub attention: Option<String>,
+    /// Group of s2: tokens, or a part of the context [default: 0.25]
+    #[arg(long, value_name = "G")]
+    pub group: Option<String>,
+    /// Interpolate positions by this factor [default: the adapter's, or the model's own]
+    #[arg(long, value_name = "F")]
+    pub factor: Option<f64>,
+}
+
+/// Fold an adapter into its base.
+#[derive(Debug, Clone, Args)]
+#[command(after_help = "Example:
+  mclora merge --base models/small --adapter runs/mine/adapter --out models/small-8k")]
+pub struct Merge {
+    /// Model folder
+    #[arg(long, value_name = "DIR")]
+    pub base: PathBuf,
+    /// Adapter folder (PEFT)
+    #[arg(long, value_name = "DIR")]
+    pub adapter: PathBuf,
+    /// Folder to write, absent or empty
+    #[arg(long, value_name = "DIR")]
+    pub out: PathBuf,
+    /// f32, f16 or bf16 [default: the base's]
+    #[arg(long, value_name = "NAME")]
+    pub dtype: Option<String>,
+}
+
+/// Write the logits of given tokens.
+#[derive(Debug, Clone, Args)]
+#[command(after_help = "Example:
+  echo '[[1, 15, 27], [4, 8, 99]]' > tokens.json
+  mclora logits --base models/small --tokens tokens.json --out logits.safetensors")]
+pub struct Logits {
+    /// Model folder
+    #[arg(long, value_name = "DIR")]
+    pub base: PathBuf,
+    /// Adapter folder (PEFT)
+    #[arg(long, value_name = "DIR")]
+    pub adapter: Option<PathBuf>,
+    /// JSON: a list of token ids, or a list of such lists of one length
+    #[arg(long, value_name = "FILE")]
+    pub tokens: PathBuf,
+    /// The safetensors file to write: tokens [B, T] and logits [B, T, V]
+    #[arg(long, value_name = "FILE")]
+    pub out: PathBuf,
+}
+
+/// Train a small model from nothing: tokenizer, Llama, comparison with n-gram models of the same tokens.
+#[derive(Debug, Clone, Default, Args)]
+#[command(after_help = "Example:
+  mclora pretrain --out models/tiny --steps 2000")]
+pub struct Pretrain {
+    /// Folder of the finished model; must not exist [default: runs/pretrain]
+    #[arg(long, value_name = "DIR")]
+    pub out: Option<PathBuf>,
+    /// Settings from a TOML file; flags go over them
+    #[arg(long, value_name = "FILE")]
+    pub config: Option<PathBuf>,
+    /// Entries of the tokenizer [default: 4096]
+    #[arg(long, value_name = "N")]
+    pub vocab_size: Option<u64>,
+    /// Model width [default: 256]
+    #[arg(long, value_name = "N")]
+    pub hidden_size: Option<u64>,
+    /// Width of the MLP [default: 688]
+    #[arg(long, value_name = "N")]
+    pub intermediate_size: Option<u64>,
+    /// Blocks [default: 4]
+    #[arg(long, value_name = "N")]
+    pub layers: Option<u64>,
+    /// Query heads [default: 4]
+    #[arg(long, value_name = "N")]
+    pub heads: Option<u64>,
+    /// Key and value heads [default: 2]
+    #[arg(long, value_name = "N")]
+    pub kv_heads: Option<u64>,
+    /// Base of the rotary frequencies [default: 10000]
+    #[arg(long, value_name = "THETA")]
+    pub rope_theta: Option<f64>,
+    /// Length of the training sequences in tokens [default: 256]
+    #[arg(long, value_name = "N")]
+    pub context: Option<u64>,
+    /// Optimiser steps [default: 1500]
+    #[arg(long, value_name = "N")]
+    pub steps: Option<u64>,
+    /// Tokens of a step [default: 8192]
+    #[arg(long, value_name = "N")]
+    pub tokens_per_step: Option<u64>,
+    /// Peak learning rate of the cosine [default: 2e-3]
+    #[arg(long, value_name = "LR")]
+    pub lr: Option<f64>,
+    /// Weight decay [default: 0.1]
+    #[arg(long, value_name = "W")]
+    pub weight_decay: Option<f64>,
+    /// Stop after so many seconds [default: no limit]
+    #[arg(long, value_name = "S")]
+    pub seconds: Option<f64>,
+    /// Seed [default: 0]
+    #[arg(long, value_name = "N")]
+    pub seed: Option<u64>,
+}
+
+/// Check a plugin as loading does, and say what it is.
+#[derive(Debug, Clone, Args)]
+pub struct PluginCheck {
+    /// The library. Default: the one that the other commands would load
+    pub path: Option<PathBuf>,
+    /// Insist on this SHA-256
+    #[arg(long, value_name = "HEX")]
+    pub sha256: Option<String>,
+    /// If it is refused for its types, print the layout checker's findings too
+    #[arg(long)]
+    pub details: bool,
+}

@@ -1,0 +1,185 @@
+//! The commands that are one job each, and `plugin check`.
+
+use crate::args::{EvalPpl, Extend, Global, Logits, Merge, PluginCheck, Pretrain};
+use crate::failure::{Failure, Result};
+use crate::progress::{Reporter, catch_interrupts};
+use crate::{params, tables};
+use megacontext_lora_abi::{ErrorKind, LoadOptions, Plugin, loader};
+use serde_json::{Value, json};
+use std::path::{Path, PathBuf};
+
+/// The plugin that `--plugin` names, or the one beside this program.
+fn plugin_path(global: &Global) -> Result<PathBuf> {
+    global.plugin.clone().or_else(loader::find_beside_executable).ok_or_else(|| {
+        let place = std::env::current_exe().ok().and_then(|e| e.parent().map(|p| p.display().to_string()));
+        Failure::new(
+            ErrorKind::Io,
+            format!(
+                "{}: not found in {}; build it with `cargo build --release`, or name one with --plugin",
+                loader::library_file_name(),
+                place.unwrap_or_else(|| "this program's folder".into())
+            ),
+        )
+    })
+}
+
+/// Loads the plugin, runs one job with progress on stderr.
+pub fn job(kind: &str, parameters: &Value, global: &Global) -> Result<Value> {
+    let plugin = Plugin::load(plugin_path(global)?, &LoadOptions::default())?;
+    catch_interrupts();
+    let session = plugin.open_session(&json!({}), Reporter::new(global.json))?;
+    Ok(session.run(kind, parameters)?)
+}
+
+/// How this program was called, for commands to copy.
+pub fn program() -> String {
+    std::env::args().next().unwrap_or_else(|| "mclora".into())
+}
+
+/// A path as a shell takes it.
+pub fn quoted(path: &Path) -> String {
+    let text = path.display().to_string();
+    let plain = |c: char| c.is_ascii_alphanumeric() || "/._-+=:@%".contains(c);
+    if !text.is_empty() && text.chars().all(plain) {
+        text
+    } else {
+        format!("'{}'", text.replace('\'', r"'\''"))
+    }
+}
+
+/// Prints for people what `text` says; machines get the result itself.
+fn show(global: &Global, text: impl FnOnce() -> String) {
+    if !global.json {
+        print!("{}", text());
+    }
+}
+
+pub fn extend(args: &Extend, global: &Global) -> Result<Value> {
+    let (parameters, out) = params::extend(args, global)?;
+    let summary = job("extend", &parameters, global)
+        .map_err(|e| e.resumable(|| format!("{} extend --resume --out {}", program(), quoted(&out))))?;
+    show(global, || finished(&summary, &out));
+    Ok(summary)
+}
+
+/// What a finished extension says to people.
+pub fn finished(summary: &Value, run: &Path) -> String {
+    let mut text =
+        format!("\nPerplexity on held-out text (lower is better):\n\n{}\n", tables::three_models(summary));
+    for line in tables::verdict(summary) {
+        text += &format!("{line}\n");
+    }
+    if let Some(gap) = summary["sparse_dense_gap"].as_f64() {
+        text += &format!(
+            "Training saw sparse attention, use is dense: read sparsely the adapted model is {} at the full context.\n",
+            tables::change(1.0, 1.0 + gap)
+        );
+    }
+    let seconds = summary["seconds"].as_f64().unwrap_or(0.0);
+    let peak = summary["peak_bytes"].as_f64().unwrap_or(0.0) / 1e6;
+    text += &format!("It took {} and at most {peak:.0} MB of memory.\n\n", tables::duration(seconds));
+    text += &format!("report    {}\n", run.join("report.html").display());
+    text += &format!("adapter   {}\n", run.join("adapter").display());
+    text += &format!("numbers   {}\n", run.join("summary.json").display());
+    text
+}
+
+pub fn eval_ppl(args: &EvalPpl, global: &Global) -> Result<Value> {
+    let result = job("eval_ppl", &params::eval_ppl(args, global)?, global)?;
+    show(global, || format!("\n{}", tables::evaluation(&result)));
+    Ok(result)
+}
+
+pub fn merge(args: &Merge, global: &Global) -> Result<Value> {
+    let result = job("merge", &params::merge(args)?, global)?;
+    show(global, || {
+        format!(
+            "merged model  {}\npositions     {}, up to {} tokens\n",
+            args.out.display(),
+            result["rope"].as_str().unwrap_or("?"),
+            result["max_position_embeddings"]
+        )
+    });
+    Ok(result)
+}
+
+pub fn logits(args: &Logits, global: &Global) -> Result<Value> {
+    let result = job("logits", &params::logits(args)?, global)?;
+    show(global, || format!("logits {} written to {}\n", result["shape"], args.out.display()));
+    Ok(result)
+}
+
+pub fn pretrain(args: &Pretrain, global: &Global) -> Result<Value> {
+    let result = job("pretrain", &params::pretrain(args, global)?, global)?;
+    show(global, || {
+        let held_out = &result["held_out"];
+        let nll = |key: &str| held_out[key].as_f64().map_or("?".into(), |n| format!("{n:.3}"));
+        let rows = [
+            ("this model", "model_nll"),
+            ("5-gram with backoff", "five_gram_nll"),
+            ("unigram", "unigram_nll"),
+        ]
+        .map(|(name, key)| vec![name.to_owned(), nll(key)]);
+        format!(
+            "\nLoss on held-out text, nats per token (lower is better):\n\n{}\nmodel   {}\n",
+            tables::table(&["", "nats/token"], &rows),
+            result["model"].as_str().unwrap_or("?")
+        )
+    });
+    Ok(result)
+}
+
+pub fn plugin_check(args: &PluginCheck, global: &Global) -> Result<Value> {
+    let path = match &args.path {
+        Some(path) => path.clone(),
+        None => plugin_path(global)?,
+    };
+    let mut options = LoadOptions::default();
+    if let Some(hex) = &args.sha256 {
+        options = options.with_sha256_hex(hex).ok_or_else(|| {
+            Failure::usage(format!("--sha256: expected 64 hexadecimal digits, got \"{hex}\""))
+        })?;
+    }
+    let plugin = Plugin::load(&path, &options).map_err(|error| {
+        if args.details && !error.details().is_empty() {
+            eprintln!("{}", error.details());
+        }
+        Failure::from(error)
+    })?;
+    let build = plugin.build_info();
+    show(global, || {
+        format!(
+            "plugin        {}\nversion       {}\nABI revision  {}\nbuilt         {} for {}, profile {}\n\
+             CPU features  {}\ncan           {}\n",
+            path.display(),
+            plugin.version_line(),
+            plugin.abi_revision(),
+            build.rustc,
+            build.target,
+            build.profile,
+            build.cpu_features.join(", "),
+            plugin.capabilities().join(", ")
+        )
+    });
+    Ok(json!({
+        "path": params::utf8(&path)?,
+        "version_line": plugin.version_line(),
+        "abi_revision": plugin.abi_revision(),
+        "build": {
+            "crate_version": build.crate_version, "rustc": build.rustc, "target": build.target,
+            "profile": build.profile, "cpu_features": build.cpu_features,
+        },
+        "capabilities": plugin.capabilities(),
+    }))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn paths_are_quoted_when_they_need_it() {
+        assert_eq!(quoted(Path::new("runs/a-1")), "runs/a-1");
+        assert_eq!(quoted(Path::new("my runs/it's")), r"'my runs/it'\''s'");
+    }
+}

@@ -1,0 +1,215 @@
+//! `mclora quickstart`: the embedded model grows from 256 to 1024 tokens of context, on text of this machine.
+//!
+//! The model's files are part of the program. They are written to `OUT/base`, whole or not at all, and the job `extend`
+//! runs into `OUT/run`: the same job that a user's own model gets. `--smoke` is the same path with fewer steps and fewer
+//! scored tokens.
+
+use crate::args::{Global, Quickstart};
+use crate::commands::{finished, job, program, quoted};
+use crate::failure::{Failure, Result};
+use crate::params::{Params, utf8};
+use serde_json::{Value, json};
+use std::path::{Path, PathBuf};
+
+/// The embedded model: file names and contents.
+#[cfg(embedded_base)]
+const BASE: [(&str, &[u8]); 4] = [
+    ("config.json", include_bytes!("../../../../assets/tiny-llama/config.json")),
+    ("model.safetensors", include_bytes!("../../../../assets/tiny-llama/model.safetensors")),
+    ("tokenizer.json", include_bytes!("../../../../assets/tiny-llama/tokenizer.json")),
+    ("tokenizer_config.json", include_bytes!("../../../../assets/tiny-llama/tokenizer_config.json")),
+];
+/// Built without the model's files: there is nothing to start with.
+#[cfg(not(embedded_base))]
+const BASE: [(&str, &[u8]); 0] = [];
+
+/// Where it goes unless told.
+const DEFAULT_OUT: &str = "runs/quickstart";
+
+/// The context to reach, in tokens.
+const CONTEXT: u64 = 1024;
+
+/// What decides how long it takes.
+struct Preset {
+    stages: [(u64, u64); 2],
+    tokens_per_step: u64,
+    lr: f64,
+    warmup_steps: u64,
+    eval_tokens: u64,
+    checkpoint_every: u64,
+}
+
+/// At most five minutes on two cores.
+const FULL: Preset = Preset {
+    stages: [(512, 60), (1024, 90)],
+    tokens_per_step: 8192,
+    lr: 1e-3,
+    warmup_steps: 10,
+    eval_tokens: 32_768,
+    checkpoint_every: 30,
+};
+
+/// At most forty seconds.
+const SMOKE: Preset = Preset {
+    stages: [(512, 5), (1024, 5)],
+    tokens_per_step: 4096,
+    lr: 1e-3,
+    warmup_steps: 2,
+    eval_tokens: 4096,
+    checkpoint_every: 5,
+};
+
+pub fn run(args: &Quickstart, global: &Global) -> Result<Value> {
+    let out = match &args.out {
+        Some(out) => out.clone(),
+        None => default_out(Path::new(DEFAULT_OUT), args.resume),
+    };
+    let (base, run) = (out.join("base"), out.join("run"));
+    let written = run.join("config.toml");
+    let resume = args.resume && written.is_file();
+    let mut params = if resume { Params::from_toml(&written)? } else { parameters(&base, &run, args.smoke)? };
+    params.set("resume", resume);
+    params.set_some("threads", global.threads);
+    if !global.json && !resume {
+        eprintln!(
+            "A small language model that was trained on 256 tokens at a time learns to use {CONTEXT}, on text found on\n\
+             this machine. It takes {}; everything goes to {}.",
+            if args.smoke { "less than a minute" } else { "a few minutes" },
+            out.display()
+        );
+    }
+    write_base(&base)?;
+    let summary = job("extend", &params.into_value(), global)
+        .map_err(|e| e.resumable(|| format!("{} quickstart --resume --out {}", program(), quoted(&out))))?;
+    if !global.json {
+        print!("{}", finished(&summary, &run));
+        println!("\n{}", next_command(&base, &run, &summary));
+    }
+    Ok(with_paths(summary, &base, &run))
+}
+
+/// The first free name; to resume, the last one taken.
+fn default_out(first: &Path, resume: bool) -> PathBuf {
+    let name = |n: u32| match n {
+        1 => first.to_path_buf(),
+        n => PathBuf::from(format!("{}-{n}", first.display())),
+    };
+    let free = (1..u32::MAX).find(|&n| !name(n).exists()).unwrap_or(1);
+    name(if resume { (free - 1).max(1) } else { free })
+}
+
+fn parameters(base: &Path, run: &Path, smoke: bool) -> Result<Params> {
+    let preset = if smoke { &SMOKE } else { &FULL };
+    let mut params = Params::default();
+    params.set("base", utf8(base)?);
+    params.set("data", vec!["corpus:held-out"]);
+    params.set("out", utf8(run)?);
+    params.set("context", CONTEXT);
+    let stages: Vec<Value> =
+        preset.stages.iter().map(|(context, steps)| json!({ "context": context, "steps": steps })).collect();
+    params.set("stages", stages);
+    params.set("optimizer.lr", preset.lr);
+    params.set("optimizer.warmup_steps", preset.warmup_steps);
+    params.set("optimizer.schedule", "cosine");
+    params.set("batch.tokens_per_step", preset.tokens_per_step);
+    params.set("eval.max_tokens", preset.eval_tokens);
+    params.set("checkpoint.every", preset.checkpoint_every);
+    Ok(params)
+}
+
+/// Writes the model's folder beside its place and renames it; a folder that is there already is left as it is.
+fn write_base(base: &Path) -> Result<()> {
+    if BASE.is_empty() {
+        return Err(Failure::usage(
+            "this program was built without its small model (assets/tiny-llama); use `mclora extend --base DIR`",
+        ));
+    }
+    if base.exists() {
+        return Ok(());
+    }
+    let parent = base.parent().unwrap_or(Path::new("."));
+    let building = parent.join(format!(".base-{}", std::process::id()));
+    let write = || -> std::io::Result<()> {
+        std::fs::create_dir_all(&building)?;
+        for (name, bytes) in BASE {
+            std::fs::write(building.join(name), bytes)?;
+            std::fs::File::open(building.join(name))?.sync_all()?;
+        }
+        std::fs::rename(&building, base)
+    };
+    write().map_err(|error| {
+        let _ = std::fs::remove_dir_all(&building);
+        Failure::io(base, &error)
+    })
+}
+
+fn next_command(base: &Path, run: &Path, summary: &Value) -> String {
+    let contexts: Vec<&str> = summary["perplexity"]["adapted"]
+        .as_object()
+        .into_iter()
+        .flat_map(|m| m.keys())
+        .map(String::as_str)
+        .collect();
+    format!(
+        "Next, try it on text of your own:\n  {} eval ppl --base {} --adapter {} --data FILE.txt --contexts {}\n\
+         or on a model of your own:\n  {} extend --help",
+        program(),
+        quoted(base),
+        quoted(&run.join("adapter")),
+        contexts.join(","),
+        program()
+    )
+}
+
+fn with_paths(mut summary: Value, base: &Path, run: &Path) -> Value {
+    if let Value::Object(map) = &mut summary {
+        map.insert(
+            "paths".into(),
+            json!({ "base": base, "run": run, "report": run.join("report.html"), "adapter": run.join("adapter") }),
+        );
+    }
+    summary
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_default_folder_is_the_next_free_one() {
+        let folder = tempfile::tempdir().unwrap();
+        let first = folder.path().join("quickstart");
+        assert_eq!(default_out(&first, false), first);
+        assert_eq!(default_out(&first, true), first);
+        std::fs::create_dir(&first).unwrap();
+        let second = folder.path().join("quickstart-2");
+        assert_eq!(default_out(&first, false), second);
+        assert_eq!(default_out(&first, true), first);
+        std::fs::create_dir(&second).unwrap();
+        assert_eq!(default_out(&first, true), second);
+        assert_eq!(default_out(&first, false), folder.path().join("quickstart-3"));
+    }
+
+    #[test]
+    fn smoke_is_the_same_path_with_smaller_numbers() {
+        let of = |smoke| parameters(Path::new("b"), Path::new("r"), smoke).unwrap().into_value();
+        let (full, smoke) = (of(false), of(true));
+        let keys = |v: &Value| v.as_object().unwrap().keys().cloned().collect::<Vec<_>>();
+        assert_eq!(keys(&full), keys(&smoke));
+        assert_eq!(full["context"], smoke["context"]);
+        assert_eq!(full["stages"][1]["context"], json!(CONTEXT));
+    }
+
+    #[test]
+    #[cfg(embedded_base)]
+    fn the_model_is_written_whole() {
+        let folder = tempfile::tempdir().unwrap();
+        let base = folder.path().join("out").join("base");
+        write_base(&base).unwrap();
+        assert_eq!(std::fs::read_dir(base.parent().unwrap()).unwrap().count(), 1);
+        for (name, bytes) in BASE {
+            assert_eq!(std::fs::read(base.join(name)).unwrap(), bytes, "{name}");
+        }
+        write_base(&base).unwrap();
+    }
+}

@@ -1,0 +1,222 @@
+//! Results for people: aligned tables, numbers with sensible digits.
+
+use serde_json::Value;
+
+/// Lines of a table: first column to the left, the others to the right, two spaces between.
+pub fn table(header: &[&str], rows: &[Vec<String>]) -> String {
+    let columns = header.len();
+    let width = |c: usize| {
+        rows.iter()
+            .map(|row| row.get(c).map_or(0, |cell| cell.chars().count()))
+            .chain([header[c].chars().count()])
+            .max()
+            .unwrap_or(0)
+    };
+    let widths: Vec<usize> = (0..columns).map(width).collect();
+    let line = |cells: Vec<&str>| {
+        let cells: Vec<String> = cells
+            .iter()
+            .zip(&widths)
+            .enumerate()
+            .map(
+                |(c, (cell, &width))| {
+                    if c == 0 { format!("{cell:<width$}") } else { format!("{cell:>width$}") }
+                },
+            )
+            .collect();
+        format!("  {}\n", cells.join("   ").trim_end())
+    };
+    let mut text = line(header.to_vec());
+    for row in rows {
+        text += &line(row.iter().map(String::as_str).collect());
+    }
+    text
+}
+
+/// Perplexity with the digits that mean something.
+pub fn perplexity(value: f64) -> String {
+    match value {
+        v if !v.is_finite() => v.to_string(),
+        v if v < 100.0 => format!("{v:.2}"),
+        v if v < 1000.0 => format!("{v:.1}"),
+        v if v < 1e7 => thousands(v.round() as u64),
+        v => format!("{v:.2e}"),
+    }
+}
+
+/// 1234567 as 1,234,567.
+pub fn thousands(value: u64) -> String {
+    let digits = value.to_string();
+    let mut text = String::new();
+    for (i, digit) in digits.chars().enumerate() {
+        if i > 0 && (digits.len() - i).is_multiple_of(3) {
+            text.push(',');
+        }
+        text.push(digit);
+    }
+    text
+}
+
+/// Seconds for people.
+pub fn duration(seconds: f64) -> String {
+    let whole = seconds.max(0.0).round() as u64;
+    match whole {
+        0..=59 => format!("{whole} s"),
+        60..=3599 => format!("{} min {:02} s", whole / 60, whole % 60),
+        _ => format!("{} h {:02} min", whole / 3600, whole % 3600 / 60),
+    }
+}
+
+/// The change from one perplexity to another: `12 % lower`, `3.1 % higher`, `the same`.
+pub fn change(from: f64, to: f64) -> String {
+    let percent = (to / from - 1.0) * 100.0;
+    let digits = |p: f64| if p < 10.0 { format!("{p:.1} %") } else { format!("{p:.0} %") };
+    match percent {
+        p if p.abs() < 0.05 => "the same".to_owned(),
+        p if p < 0.0 => format!("{} lower", digits(-p)),
+        p => format!("{} higher", digits(p)),
+    }
+}
+
+/// The result of `eval_ppl`.
+pub fn evaluation(result: &Value) -> String {
+    let rows: Vec<Vec<String>> = result["results"]
+        .as_array()
+        .into_iter()
+        .flatten()
+        .map(|r| {
+            vec![
+                thousands(r["context"].as_u64().unwrap_or(0)),
+                r["attention"].as_str().unwrap_or("").to_owned(),
+                r["perplexity"].as_f64().map_or("?".into(), perplexity),
+                r["nll"].as_f64().map_or("?".into(), |n| format!("{n:.4}")),
+                thousands(r["tokens"].as_u64().unwrap_or(0)),
+                thousands(r["stride"].as_u64().unwrap_or(0)),
+            ]
+        })
+        .collect();
+    let header = ["context", "attention", "perplexity", "nats/token", "tokens scored", "stride"];
+    let rope = result["rope"].as_str().unwrap_or("");
+    format!("{}\n  positions: {rope}; lower is better\n", table(&header, &rows))
+}
+
+/// The three models of a finished extension by context length, from its summary.
+pub fn three_models(summary: &Value) -> String {
+    let of = |model: &str, context: &str| {
+        summary["perplexity"][model][context].as_f64().map_or("-".into(), perplexity)
+    };
+    let mut contexts: Vec<&String> =
+        summary["perplexity"]["adapted"].as_object().into_iter().flat_map(|m| m.keys()).collect();
+    contexts.sort_by_key(|c| c.parse::<u64>().unwrap_or(u64::MAX));
+    let rows: Vec<Vec<String>> = contexts
+        .into_iter()
+        .map(|c| {
+            let context = c.parse().map_or_else(|_| c.clone(), thousands);
+            vec![context, of("base", c), of("interpolated", c), of("adapted", c)]
+        })
+        .collect();
+    table(&["tokens of context", "base model", "interpolated", "adapted"], &rows)
+}
+
+/// One sentence for each column of [`three_models`]; says what the numbers say, good or bad.
+pub fn verdict(summary: &Value) -> Vec<String> {
+    let (short, long) = (summary["base"]["context"].as_u64(), summary["context"].as_u64());
+    let (Some(short), Some(long)) = (short, long) else { return Vec::new() };
+    let of = |model: &str, context: u64| summary["perplexity"][model][context.to_string()].as_f64();
+    let mut lines = Vec::new();
+    if let (Some(near), Some(far)) = (of("base", short), of("base", long)) {
+        let (near_text, far_text) = (perplexity(near), perplexity(far));
+        lines.push(if far > 1.1 * near {
+            format!(
+                "Base model: trained on {short} tokens, it is lost beyond them: perplexity {far_text} at {long}, \
+                 {near_text} at {short}."
+            )
+        } else {
+            format!("Base model: {far_text} at {long} tokens, {near_text} at the {short} that it was trained on.")
+        });
+    }
+    if let (Some(base), Some(interpolated)) = (of("base", long), of("interpolated", long)) {
+        lines.push(format!(
+            "Interpolated: positions squeezed into the range that it knows, nothing learnt; at {long} tokens {} than \
+             the base model.",
+            change(base, interpolated).replace("the same", "no different")
+        ));
+    }
+    if let (Some(interpolated), Some(adapted)) = (of("interpolated", long), of("adapted", long)) {
+        let mut line = format!(
+            "Adapted: after {} training steps, at {long} tokens {} than interpolation alone",
+            summary["steps"].as_u64().unwrap_or(0),
+            change(interpolated, adapted).replace("the same", "no different")
+        );
+        if let (Some(before), Some(after)) = (of("base", short), of("adapted", short)) {
+            line += &format!(
+                "; at {short} tokens {} than the base model was",
+                change(before, after).replace("the same", "no different")
+            );
+        }
+        lines.push(line + ".");
+    }
+    lines
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    #[test]
+    fn columns_line_up() {
+        let text =
+            table(&["a", "long"], &[vec!["1,024".into(), "2".into()], vec!["x".into(), "12345".into()]]);
+        assert_eq!(text, "  a        long\n  1,024       2\n  x       12345\n");
+    }
+
+    #[test]
+    fn numbers_are_short() {
+        let shown: Vec<_> = [1.0, 99.994, 123.45, 4567.8, 1e9].into_iter().map(perplexity).collect();
+        assert_eq!(shown, ["1.00", "99.99", "123.5", "4,568", "1.00e9"]);
+        assert_eq!([duration(5.4), duration(75.0), duration(7260.0)], ["5 s", "1 min 15 s", "2 h 01 min"]);
+        assert_eq!(
+            [change(100.0, 88.0), change(100.0, 103.14), change(1.0, 1.0)],
+            ["12 % lower", "3.1 % higher", "the same"]
+        );
+    }
+
+    fn summary(base: [f64; 2], interpolated: [f64; 2], adapted: [f64; 2]) -> Value {
+        let by = |v: [f64; 2]| json!({ "256": v[0], "1024": v[1] });
+        json!({
+            "context": 1024, "steps": 100, "base": { "context": 256 },
+            "perplexity": { "base": by(base), "interpolated": by(interpolated), "adapted": by(adapted) }
+        })
+    }
+
+    #[test]
+    fn a_verdict_follows_the_numbers() {
+        let good = verdict(&summary([20.0, 900.0], [25.0, 30.0], [20.5, 18.0]));
+        assert!(good[0].contains("lost beyond them: perplexity 900.0 at 1024, 20.00 at 256"), "{good:?}");
+        assert!(good[1].contains("97 % lower than the base model"), "{good:?}");
+        assert!(
+            good[2].contains("40 % lower than interpolation alone; at 256 tokens 2.5 % higher"),
+            "{good:?}"
+        );
+        let bad = verdict(&summary([20.0, 20.0], [25.0, 30.0], [20.0, 33.0]));
+        assert!(!bad[0].contains("lost"), "{bad:?}");
+        assert!(bad[1].contains("50 % higher"), "{bad:?}");
+        assert!(
+            bad[2].contains("10 % higher than interpolation alone; at 256 tokens no different"),
+            "{bad:?}"
+        );
+        assert!(verdict(&json!({})).is_empty());
+    }
+
+    #[test]
+    fn the_three_models_stand_side_by_side_by_length() {
+        let text = three_models(&summary([20.0, 900.0], [25.0, 30.0], [20.5, 18.0]));
+        let lines: Vec<&str> = text.lines().collect();
+        assert!(
+            lines[1].trim_start().starts_with("256") && lines[2].trim_start().starts_with("1,024"),
+            "{text}"
+        );
+        assert!(lines[2].ends_with("18.00"), "{text}");
+    }
+}
