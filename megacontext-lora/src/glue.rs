@@ -147,8 +147,13 @@ impl From<TensorError> for PluginError {
     }
 }
 
+/// A request is an object; serde alone would take a list for a struct with defaults.
 fn parse(what: &str, json: RStr<'_>) -> Result<Value, PluginError> {
-    serde_json::from_str(json.as_str()).map_err(|e| PluginError::usage(format!("{what}: not JSON: {e}")))
+    match serde_json::from_str(json.as_str()) {
+        Ok(value @ Value::Object(_)) => Ok(value),
+        Ok(other) => Err(PluginError::usage(format!("{what}: expected a JSON object, got {other}"))),
+        Err(error) => Err(PluginError::usage(format!("{what}: not JSON: {error}"))),
+    }
 }
 
 fn panic_text(panic: &(dyn std::any::Any + Send)) -> String {
@@ -438,6 +443,7 @@ mod tests {
     #[test]
     fn what_is_not_json_is_a_usage_error() {
         assert_eq!(kind(session().run("extend".into(), "{".into())), ErrorKind::Usage);
+        assert_eq!(kind(session().run("extend".into(), "[]".into())), ErrorKind::Usage);
         assert_eq!(kind(open_session("[".into(), host_box(()))), ErrorKind::Usage);
         assert_eq!(kind(open_session(r#"{"bas":"x"}"#.into(), host_box(()))), ErrorKind::Usage);
     }

@@ -14,9 +14,9 @@ use abi_stable::std_types::ROption::{self, RNone, RSome};
 #[repr(C, u8)]
 #[derive(StableAbi, Debug, Clone, Copy)]
 pub enum EntriesView<'a> {
-    /// Token ids, U32 [T].
+    /// Token ids, U32 `[T]`.
     Tokens(TensorView<'a>),
-    /// Embeddings in the base model's space, F32 [T, E].
+    /// Embeddings in the base model's space, F32 `[T, E]`.
     Embeddings(TensorView<'a>),
 }
 
@@ -44,21 +44,21 @@ impl<'a> ContextView<'a> {
         Self { entries, mu: RNone, sigma: RNone, targets: RNone }
     }
 
-    /// The centre of every entry, F64 [T], not decreasing.
+    /// The centre of every entry, F64 `[T]`.
     #[must_use]
     pub fn with_mu(mut self, mu: TensorView<'a>) -> Self {
         self.mu = RSome(mu);
         self
     }
 
-    /// The spread of every entry, F64 [T], at least 0.
+    /// The spread of every entry, F64 `[T]`, at least 0.
     #[must_use]
     pub fn with_sigma(mut self, sigma: TensorView<'a>) -> Self {
         self.sigma = RSome(sigma);
         self
     }
 
-    /// The token that follows each entry, U32 [T], [`NO_TARGET`] where none is scored. Without it tokens are scored by
+    /// The token that follows each entry, U32 `[T]`, [`NO_TARGET`] where none is scored. Without it tokens are scored by
     /// the token that follows them, the last one not at all; embeddings need it for `nll`.
     #[must_use]
     pub fn with_targets(mut self, targets: TensorView<'a>) -> Self {

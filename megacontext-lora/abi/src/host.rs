@@ -7,6 +7,10 @@
 //! A panic in a callback does not cross the ABI: it is caught, and from then on [`Host::cancelled`] answers true, so
 //! that the job ends in good order with `Cancelled`.
 //!
+//! The jobs of this version use [`Host::event`] and [`Host::cancelled`]. [`Host::documents`], [`Host::phase_entered`] and
+//! [`Host::phase_left`] are fixed in the interface for jobs that draw their text from the host and that alternate between
+//! phases on their own; while the host drives phases itself, it knows when they begin and end.
+//!
 //! Left out: the host's own focus allocator, which comes with LensNet.
 
 use crate::error::{AbiError, ErrorKind};
@@ -32,8 +36,9 @@ pub enum Answer {
 /// What a plugin tells its host and asks of it.
 pub trait Host: Send + Sync + 'static {
     /// Something happened. Kinds: `log` {message}, `plan`, `progress` {job, stage, stages, step, steps, loss, lr,
-    /// tokens_per_s, eta_s, context}, `evaluation` {model, context, attention, perplexity}, `checkpoint` {path, step}. A
-    /// later plugin may send others: ignore what you do not know.
+    /// tokens_per_s, eta_s, context}, `evaluation` {model, context, attention, perplexity}, `checkpoint` {path, step},
+    /// `phase_entered` {groups, parameters}, `phase_left` {groups, steps}. A later plugin may send others: ignore what you
+    /// do not know.
     fn event(&self, kind: &str, json: &str) {
         let _ = (kind, json);
     }

@@ -56,9 +56,9 @@ pub trait RawSession: Send + Sync + 'static {
     fn run(&self, kind: RStr<'_>, params_json: RStr<'_>) -> RResult<RString, AbiError>;
     /// Sizes and state, JSON.
     fn describe(&self) -> RResult<RString, AbiError>;
-    /// Embeddings of tokens: U32 [T] to F32 [T, E].
+    /// Embeddings of tokens: U32 `[T]` to F32 `[T, E]`.
     fn embed(&self, tokens: TensorView<'_>, out: TensorViewMut<'_>) -> RResult<(), AbiError>;
-    /// RoPE tables of positions: F64 [N] (sigma may be empty for all 0) to F32 [N, D/2] each.
+    /// RoPE tables of positions: F64 `[N]` (sigma may be empty for all 0) to F32 `[N, D/2]` each.
     fn rope_tables(
         &self,
         mu: TensorView<'_>,
@@ -66,11 +66,11 @@ pub trait RawSession: Send + Sync + 'static {
         out_cos: TensorViewMut<'_>,
         out_sin: TensorViewMut<'_>,
     ) -> RResult<(), AbiError>;
-    /// Logits of every entry, F32 [T, V].
+    /// Logits of every entry, F32 `[T, V]`.
     fn logits(&self, context: ContextView<'_>, out: TensorViewMut<'_>) -> RResult<(), AbiError>;
-    /// Negative log-likelihood of every entry's target in nats, F32 [T], NaN where none is scored.
+    /// Negative log-likelihood of every entry's target in nats, F32 `[T]`, NaN where none is scored.
     fn nll(&self, context: ContextView<'_>, out: TensorViewMut<'_>) -> RResult<(), AbiError>;
-    /// What LoRA adds to one module's weight, scale included, F32 [out, in].
+    /// What LoRA adds to one module's weight, scale included, F32 `[out, in]`.
     fn lora_delta(&self, module: RStr<'_>, out: TensorViewMut<'_>) -> RResult<(), AbiError>;
     /// A copy of one parameter by its name, F32.
     fn parameter(&self, name: RStr<'_>) -> RResult<OwnedTensor, AbiError>;

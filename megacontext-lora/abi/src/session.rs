@@ -47,18 +47,19 @@ impl Session {
         json(self.raw.run(kind.into(), params.to_string().as_str().into()))
     }
 
-    /// Sizes and state: `vocab_size`, `hidden_size`, `head_dim`, `layers`, `trained_context`, `base`, `adapter`, …; the
-    /// sizes are absent when the session was opened without a base.
+    /// Sizes and state: `vocab_size`, `hidden_size`, `head_dim`, `layers`, `heads`, `kv_heads`, `original_context`,
+    /// `context`, `rope`, `lora`, `fingerprint`, `phase`, `steps`, `base`, `jobs`. Opened without a base, a session has
+    /// `base` null and no sizes.
     pub fn describe(&self) -> Result<Value> {
         json(self.raw.describe())
     }
 
-    /// Embeddings of tokens: U32 [T] to F32 [T, E].
+    /// Embeddings of tokens: U32 `[T]` to F32 `[T, E]`.
     pub fn embed(&self, tokens: TensorView<'_>, out: TensorViewMut<'_>) -> Result<()> {
         self.raw.embed(tokens, out).into_result()
     }
 
-    /// RoPE tables of the positions mu, F64 [N], blurred by sigma, F64 [N] or [0] for none: F32 [N, D/2] each.
+    /// RoPE tables of the positions mu, F64 `[N]`, blurred by sigma, F64 `[N]` or `[0]` for none: F32 `[N, D/2]` each.
     pub fn rope_tables(
         &self,
         mu: TensorView<'_>,
@@ -69,17 +70,17 @@ impl Session {
         self.raw.rope_tables(mu, sigma, out_cos, out_sin).into_result()
     }
 
-    /// Logits of every entry, F32 [T, V].
+    /// Logits of every entry, F32 `[T, V]`.
     pub fn logits(&self, context: ContextView<'_>, out: TensorViewMut<'_>) -> Result<()> {
         self.raw.logits(context, out).into_result()
     }
 
-    /// Negative log-likelihood of every entry's target, in nats, F32 [T]; NaN where nothing is scored.
+    /// Negative log-likelihood of every entry's target, in nats, F32 `[T]`; NaN where nothing is scored.
     pub fn nll(&self, context: ContextView<'_>, out: TensorViewMut<'_>) -> Result<()> {
         self.raw.nll(context, out).into_result()
     }
 
-    /// What LoRA adds to the weight of a module (`model.layers.0.self_attn.q_proj`), scale included: F32 [out, in].
+    /// What LoRA adds to the weight of a module (`model.layers.0.self_attn.q_proj`), scale included: F32 `[out, in]`.
     pub fn lora_delta(&self, module: &str, out: TensorViewMut<'_>) -> Result<()> {
         self.raw.lora_delta(module.into(), out).into_result()
     }
@@ -94,7 +95,9 @@ impl Session {
         json(self.raw.parameter_groups())
     }
 
-    /// Begins a phase in which `params.groups` learn.
+    /// Begins a phase in which `groups` learn: `{groups: ["lora", "norms"], lora: {r, alpha, …}, optimizer: {lr, …},
+    /// context, seed}`, all but the groups optional. LoRA is attached when it shall learn and is not there yet; `context`
+    /// stretches the positions to that length.
     pub fn enter_phase(&self, params: &Value) -> Result<Value> {
         json(self.raw.enter_phase(params.to_string().as_str().into()))
     }
@@ -104,22 +107,23 @@ impl Session {
         json(self.raw.leave_phase())
     }
 
-    /// One optimiser step on the batch that `params` gives.
+    /// One optimiser step on `{tokens: [[…], …], attention: "s2" | "dense", group, lr}`, rows of one length; answers `{step,
+    /// loss, lr, grad_norm, tokens}`.
     pub fn step(&self, params: &Value) -> Result<Value> {
         json(self.raw.step(params.to_string().as_str().into()))
     }
 
-    /// Evaluates without learning.
+    /// Mean NLL of a batch given as for [`Session::step`], without learning: `{nll, perplexity, tokens}`.
     pub fn evaluate(&self, params: &Value) -> Result<Value> {
         json(self.raw.evaluate(params.to_string().as_str().into()))
     }
 
-    /// Writes a checkpoint folder: beside its place first, then renamed.
+    /// Writes a checkpoint of what learns into a folder: beside its place first, then renamed.
     pub fn save(&self, path: &Path) -> Result<Value> {
         json(self.raw.save(utf8(path)?.into()))
     }
 
-    /// Takes up a checkpoint folder.
+    /// Takes up the newest whole checkpoint of a folder, in a phase over the same groups.
     pub fn resume(&self, path: &Path) -> Result<Value> {
         json(self.raw.resume(utf8(path)?.into()))
     }

@@ -107,7 +107,7 @@ pub struct Extend {
     /// Model folder: config.json, model.safetensors (or shards), tokenizer.json
     #[arg(long, value_name = "DIR", help_heading = "What")]
     pub base: Option<PathBuf>,
-    /// Text to train on: files, folders, globs (text, markdown, source, JSONL with a \"text\" field)
+    /// Text to train on: files, folders, globs (text, markdown, source, JSONL with a text field)
     #[arg(long, value_name = "PATH", num_args = 1.., help_heading = "What")]
     pub data: Vec<String>,
     /// Context to reach, in tokens

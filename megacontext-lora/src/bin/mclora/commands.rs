@@ -71,8 +71,9 @@ pub fn finished(summary: &Value, run: &Path) -> String {
     }
     if let Some(gap) = summary["sparse_dense_gap"].as_f64() {
         text += &format!(
-            "Training saw sparse attention, use is dense: read sparsely the adapted model is {} at the full context.\n",
-            tables::change(1.0, 1.0 + gap)
+            "It was trained with sparse attention and is used with dense; with sparse its perplexity at the full context \
+             is {}.\n",
+            tables::against(1.0 + gap, 1.0, "with dense")
         );
     }
     let seconds = summary["seconds"].as_f64().unwrap_or(0.0);

@@ -35,7 +35,7 @@ impl Failure {
     #[must_use]
     pub fn resumable(mut self, command: impl FnOnce() -> String) -> Self {
         if self.kind == ErrorKind::Cancelled {
-            self.hint = Some(format!("go on with: {}", command()));
+            self.hint = Some(format!("command: {}", command()));
         }
         self
     }
@@ -94,6 +94,6 @@ mod tests {
         let hint = || "mclora extend --resume".to_owned();
         assert_eq!(Failure::usage("x").resumable(hint).to_string(), "x");
         let cancelled = Failure::new(ErrorKind::Cancelled, "stopped").resumable(hint);
-        assert_eq!(cancelled.to_string(), "stopped\ngo on with: mclora extend --resume");
+        assert_eq!(cancelled.to_string(), "stopped\ncommand: mclora extend --resume");
     }
 }

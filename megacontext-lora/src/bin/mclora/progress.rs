@@ -163,9 +163,9 @@ mod tests {
     #[test]
     fn a_status_says_what_it_knows() {
         let event = json!({
-            "stage": 1, "stages": 2, "context": 512, "loss": 3.14159, "tokens_per_s": 1234.5, "eta_s": 75.0
+            "stage": 1, "stages": 2, "context": 512, "loss": 2.71049, "tokens_per_s": 1234.5, "eta_s": 75.0
         });
-        assert_eq!(status(&event), "stage 1/2  context 512  loss 3.142  1234 tokens/s  1 min 15 s left");
+        assert_eq!(status(&event), "stage 1/2  context 512  loss 2.710  1234 tokens/s  1 min 15 s left");
         assert_eq!(status(&json!({ "stage": 1, "stages": 1 })), "");
     }
 

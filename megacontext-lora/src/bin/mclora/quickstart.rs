@@ -70,6 +70,7 @@ pub fn run(args: &Quickstart, global: &Global) -> Result<Value> {
     let mut params = if resume { Params::from_toml(&written)? } else { parameters(&base, &run, args.smoke)? };
     params.set("resume", resume);
     params.set_some("threads", global.threads);
+    write_base(&base)?;
     if !global.json && !resume {
         eprintln!(
             "A small language model that was trained on 256 tokens at a time learns to use {CONTEXT}, on text found on\n\
@@ -78,7 +79,6 @@ pub fn run(args: &Quickstart, global: &Global) -> Result<Value> {
             out.display()
         );
     }
-    write_base(&base)?;
     let summary = job("extend", &params.into_value(), global)
         .map_err(|e| e.resumable(|| format!("{} quickstart --resume --out {}", program(), quoted(&out))))?;
     if !global.json {

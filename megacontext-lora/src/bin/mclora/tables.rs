@@ -67,14 +67,14 @@ pub fn duration(seconds: f64) -> String {
     }
 }
 
-/// The change from one perplexity to another: `12 % lower`, `3.1 % higher`, `the same`.
-pub fn change(from: f64, to: f64) -> String {
-    let percent = (to / from - 1.0) * 100.0;
+/// One perplexity against another: `12 % lower than X`, `3.1 % higher than X`, `the same as X`.
+pub fn against(value: f64, other: f64, name: &str) -> String {
+    let percent = (value / other - 1.0) * 100.0;
     let digits = |p: f64| if p < 10.0 { format!("{p:.1} %") } else { format!("{p:.0} %") };
     match percent {
-        p if p.abs() < 0.05 => "the same".to_owned(),
-        p if p < 0.0 => format!("{} lower", digits(-p)),
-        p => format!("{} higher", digits(p)),
+        p if p.abs() < 0.05 => format!("the same as {name}"),
+        p if p < 0.0 => format!("{} lower than {name}", digits(-p)),
+        p => format!("{} higher than {name}", digits(p)),
     }
 }
 
@@ -137,22 +137,16 @@ pub fn verdict(summary: &Value) -> Vec<String> {
     }
     if let (Some(base), Some(interpolated)) = (of("base", long), of("interpolated", long)) {
         lines.push(format!(
-            "Interpolated: positions squeezed into the range that it knows, nothing learnt; at {long} tokens {} than \
-             the base model.",
-            change(base, interpolated).replace("the same", "no different")
+            "Interpolated: positions squeezed into the range that it knows, nothing learnt; at {long} tokens {}.",
+            against(interpolated, base, "the base model")
         ));
     }
     if let (Some(interpolated), Some(adapted)) = (of("interpolated", long), of("adapted", long)) {
-        let mut line = format!(
-            "Adapted: after {} training steps, at {long} tokens {} than interpolation alone",
-            summary["steps"].as_u64().unwrap_or(0),
-            change(interpolated, adapted).replace("the same", "no different")
-        );
+        let steps = summary["steps"].as_u64().unwrap_or(0);
+        let at_long = against(adapted, interpolated, "interpolation alone");
+        let mut line = format!("Adapted: after {steps} training steps, at {long} tokens {at_long}");
         if let (Some(before), Some(after)) = (of("base", short), of("adapted", short)) {
-            line += &format!(
-                "; at {short} tokens {} than the base model was",
-                change(before, after).replace("the same", "no different")
-            );
+            line += &format!("; at {short} tokens {}", against(after, before, "the base model"));
         }
         lines.push(line + ".");
     }
@@ -177,8 +171,8 @@ mod tests {
         assert_eq!(shown, ["1.00", "99.99", "123.5", "4,568", "1.00e9"]);
         assert_eq!([duration(5.4), duration(75.0), duration(7260.0)], ["5 s", "1 min 15 s", "2 h 01 min"]);
         assert_eq!(
-            [change(100.0, 88.0), change(100.0, 103.14), change(1.0, 1.0)],
-            ["12 % lower", "3.1 % higher", "the same"]
+            [against(88.0, 100.0, "x"), against(103.14, 100.0, "x"), against(1.0, 1.0, "x")],
+            ["12 % lower than x", "3.1 % higher than x", "the same as x"]
         );
     }
 
@@ -203,7 +197,7 @@ mod tests {
         assert!(!bad[0].contains("lost"), "{bad:?}");
         assert!(bad[1].contains("50 % higher"), "{bad:?}");
         assert!(
-            bad[2].contains("10 % higher than interpolation alone; at 256 tokens no different"),
+            bad[2].contains("10 % higher than interpolation alone; at 256 tokens the same as"),
             "{bad:?}"
         );
         assert!(verdict(&json!({})).is_empty());

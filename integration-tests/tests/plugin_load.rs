@@ -1,0 +1,365 @@
+//! A host outside: loads the built plugin, refuses what is none, and uses a session as a host's runtime would.
+//! Golden logits are transformers' (see `fixtures/README.md`).
+
+#![allow(clippy::unwrap_used)] // Helpers of tests, which the lint does not see as tests.
+
+use integration_tests::{example_library, fixture, model_with_tokenizer, plugin};
+use megacontext_lora_abi::{
+    ABI_REVISION, ContextView, DType, Device, EntriesView, ErrorKind, Host, LoadError, LoadOptions,
+    NO_TARGET, Plugin, Session, TensorView, TensorViewMut, VERSION_LINE,
+};
+use serde_json::{Value, json};
+use std::path::Path;
+use std::sync::{Arc, Mutex};
+
+fn load() -> Plugin {
+    Plugin::load(plugin().unwrap(), &LoadOptions::default()).unwrap()
+}
+
+/// A session over the golden model of this name; the folder lives as long as the first value.
+fn open(name: &str) -> (tempfile::TempDir, Session) {
+    let folder = tempfile::tempdir().unwrap();
+    model_with_tokenizer(name, 64, folder.path()).unwrap();
+    let session = load().open_session(&json!({ "base": folder.path() }), ()).unwrap();
+    (folder, session)
+}
+
+/// Tokens and logits of the first row of a golden case: T, tokens [T], logits [T, V].
+fn golden(name: &str) -> (usize, Vec<u32>, Vec<f32>) {
+    let bytes = std::fs::read(fixture(name).join("expected.safetensors")).unwrap();
+    let file = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+    let (tokens, logits) = (file.tensor("tokens").unwrap(), file.tensor("logits").unwrap());
+    let length = tokens.shape()[1];
+    let ids = tokens.data().chunks_exact(8).map(|b| i64::from_le_bytes(b.try_into().unwrap()) as u32);
+    let values = logits.data().chunks_exact(4).map(|b| f32::from_le_bytes(b.try_into().unwrap()));
+    (length, ids.take(length).collect(), values.take(length * logits.shape()[2]).collect())
+}
+
+fn largest_difference(a: &[f32], b: &[f32]) -> f32 {
+    assert_eq!(a.len(), b.len());
+    a.iter().zip(b).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max)
+}
+
+fn refused(path: &Path, options: &LoadOptions) -> LoadError {
+    let error = Plugin::load(path, options).expect_err("must be refused");
+    let message = error.to_string();
+    assert!(message.starts_with(&path.display().to_string()) && !message.contains('\n'), "{message}");
+    error
+}
+
+#[test]
+fn the_plugin_says_what_it_is() {
+    let plugin = load();
+    assert_eq!(plugin.abi_revision(), ABI_REVISION);
+    assert_eq!(plugin.version_line(), VERSION_LINE);
+    assert!(plugin.build_info().rustc.starts_with("rustc "));
+    assert_eq!(plugin.build_info().crate_version, env!("CARGO_PKG_VERSION"));
+    let can = plugin.capabilities();
+    for job in ["extend", "pretrain", "eval_ppl", "merge", "logits"] {
+        assert!(can.contains(&format!("job:{job}")), "{job}: {can:?}");
+    }
+}
+
+#[test]
+fn loading_twice_gives_the_same_plugin() {
+    let (one, two) = (load(), load());
+    assert_eq!(one.build_info(), two.build_info());
+    two.open_session(&json!({}), ()).unwrap().describe().unwrap();
+    one.open_session(&json!({}), ()).unwrap().describe().unwrap();
+}
+
+#[test]
+fn a_truncated_plugin_is_refused() {
+    let whole = std::fs::read(plugin().unwrap()).unwrap();
+    let folder = tempfile::tempdir().unwrap();
+    for length in [100, 4096, whole.len() / 2, whole.len() - 1] {
+        let path = folder.path().join("half.so");
+        std::fs::write(&path, &whole[..length]).unwrap();
+        let error = refused(&path, &LoadOptions::default());
+        assert!(matches!(error, LoadError::Truncated { .. }), "{length}: {error}");
+    }
+}
+
+#[test]
+fn a_plugin_of_another_version_is_refused() {
+    let error = refused(&example_library("plugin_other_version").unwrap(), &LoadOptions::default());
+    assert!(matches!(&error, LoadError::Version { got, .. } if got.ends_with("revision 999999")), "{error}");
+}
+
+#[test]
+fn a_plugin_of_another_layout_is_refused_without_a_type_dump() {
+    let error = refused(&example_library("plugin_other_layout").unwrap(), &LoadOptions::default());
+    assert!(matches!(error, LoadError::Layout { .. }), "{error}");
+    assert!(error.to_string().len() < 400, "{error}");
+    assert!(
+        error.details().contains("abi_revision"),
+        "the findings are there for who asks: {}",
+        error.details()
+    );
+}
+
+#[test]
+fn the_digest_is_insisted_on() {
+    let path = plugin().unwrap();
+    let wrong = LoadOptions { sha256: Some([7; 32]), ..LoadOptions::default() };
+    let LoadError::Digest { got, .. } = refused(&path, &wrong) else { panic!("expected a digest error") };
+    Plugin::load(&path, &LoadOptions::default().with_sha256_hex(&got).unwrap()).unwrap();
+}
+
+#[test]
+fn a_session_without_a_base_runs_jobs_only() {
+    let session = load().open_session(&json!({}), ()).unwrap();
+    assert_eq!(session.describe().unwrap()["base"], Value::Null);
+    let mut out = [0f32; 4];
+    let error =
+        session.embed(TensorView::of(&[1u32]), TensorViewMut::new(&mut out, &[1, 4]).unwrap()).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Usage, "{error}");
+    let error = session.run("dance", &json!({})).unwrap_err();
+    assert!(error.kind() == ErrorKind::Usage && error.message().contains("extend"), "{error}");
+    let error = session.run("extend", &json!({ "contxt": 1 })).unwrap_err();
+    assert!(error.kind() == ErrorKind::Usage && error.message().contains("contxt"), "{error}");
+}
+
+#[test]
+fn opening_says_what_is_wrong() {
+    let plugin = load();
+    let kind = |config: Value| plugin.open_session(&config, ()).err().map(|e| e.kind());
+    assert_eq!(kind(json!({ "bas": "x" })), Some(ErrorKind::Usage));
+    assert_eq!(kind(json!({ "adapter": "x" })), Some(ErrorKind::Usage));
+    assert_eq!(kind(json!([])), Some(ErrorKind::Usage));
+    assert!(matches!(kind(json!({ "base": "/no/such/model" })), Some(ErrorKind::Model | ErrorKind::Io)));
+}
+
+#[test]
+fn logits_and_nll_are_those_of_transformers() {
+    for name in ["llama/tied_f32", "llama/untied_bf16_sharded", "llama/untied_f32_linear"] {
+        let (_folder, session) = open(name);
+        let sizes = session.describe().unwrap();
+        let (v, (t, tokens, expected)) = (sizes["vocab_size"].as_u64().unwrap() as usize, golden(name));
+        let mut logits = vec![0f32; t * v];
+        session
+            .logits(ContextView::tokens(&tokens), TensorViewMut::new(&mut logits, &[t, v]).unwrap())
+            .unwrap();
+        assert!(largest_difference(&logits, &expected) < 2e-4, "{name}");
+
+        let mut nll = vec![0f32; t];
+        session.nll(ContextView::tokens(&tokens), TensorViewMut::of(&mut nll)).unwrap();
+        assert!(nll[t - 1].is_nan(), "nothing follows the last token");
+        for (i, got) in nll[..t - 1].iter().enumerate() {
+            let row = &expected[i * v..(i + 1) * v];
+            let sum: f64 = row.iter().map(|&l| f64::from(l).exp()).sum();
+            let want = sum.ln() - f64::from(row[tokens[i + 1] as usize]);
+            assert!((f64::from(*got) - want).abs() < 2e-4, "{name}, entry {i}: {got} and {want}");
+        }
+    }
+}
+
+#[test]
+fn embeddings_with_positions_are_the_same_context() {
+    let name = "llama/tied_f32";
+    let (_folder, session) = open(name);
+    let (t, tokens, expected) = golden(name);
+    let sizes = session.describe().unwrap();
+    let size = |key: &str| sizes[key].as_u64().unwrap() as usize;
+    let (e, v) = (size("hidden_size"), size("vocab_size"));
+    let mut x = vec![0f32; t * e];
+    session.embed(TensorView::of(&tokens), TensorViewMut::new(&mut x, &[t, e]).unwrap()).unwrap();
+
+    let mu: Vec<f64> = (0..t).map(|i| i as f64).collect();
+    let targets = vec![NO_TARGET; t];
+    let context = ContextView::new(EntriesView::Embeddings(TensorView::new(&x, &[t, e]).unwrap()))
+        .with_mu(TensorView::of(&mu))
+        .with_targets(TensorView::of(&targets));
+    let mut logits = vec![0f32; t * v];
+    session.logits(context, TensorViewMut::new(&mut logits, &[t, v]).unwrap()).unwrap();
+    assert!(largest_difference(&logits, &expected) < 2e-4);
+    let mut nll = vec![0f32; t];
+    session.nll(context, TensorViewMut::of(&mut nll)).unwrap();
+    assert!(nll.iter().all(|n| n.is_nan()), "no target, no score");
+
+    // Positions shifted by a constant give the same logits; blurred ones others.
+    let shifted: Vec<f64> = mu.iter().map(|m| m + 1000.0).collect();
+    session
+        .logits(context.with_mu(TensorView::of(&shifted)), TensorViewMut::new(&mut logits, &[t, v]).unwrap())
+        .unwrap();
+    assert!(largest_difference(&logits, &expected) < 2e-3);
+    let sigma = vec![4f64; t];
+    session
+        .logits(context.with_sigma(TensorView::of(&sigma)), TensorViewMut::new(&mut logits, &[t, v]).unwrap())
+        .unwrap();
+    assert!(largest_difference(&logits, &expected) > 1e-2);
+}
+
+#[test]
+fn rope_tables_are_cosines_and_sines() {
+    let (_folder, session) = open("llama/tied_f32");
+    let half = session.describe().unwrap()["head_dim"].as_u64().unwrap() as usize / 2;
+    let mu = [0f64, 3.0];
+    let (mut cos, mut sin) = (vec![9f32; 2 * half], vec![9f32; 2 * half]);
+    let shape = [2, half];
+    session
+        .rope_tables(
+            TensorView::of(&mu),
+            TensorView::of::<f64>(&[]),
+            TensorViewMut::new(&mut cos, &shape).unwrap(),
+            TensorViewMut::new(&mut sin, &shape).unwrap(),
+        )
+        .unwrap();
+    assert!(cos[..half].iter().all(|&c| c == 1.0) && sin[..half].iter().all(|&s| s == 0.0));
+    // Band 0 turns by one radian a token.
+    assert!((cos[half] - 3f32.cos()).abs() < 1e-6 && (sin[half] - 3f32.sin()).abs() < 1e-6);
+}
+
+#[test]
+fn wrong_views_are_refused_by_name() {
+    let (_folder, session) = open("llama/tied_f32");
+    let tokens = [1u32, 2, 3];
+    let context = ContextView::tokens(&tokens);
+    let message = |result: Result<(), megacontext_lora_abi::AbiError>| {
+        let error = result.expect_err("must be refused");
+        assert_eq!(error.kind(), ErrorKind::Usage, "{error}");
+        error.to_string()
+    };
+    let mut small = vec![0f32; 3 * 63];
+    assert!(
+        message(session.logits(context, TensorViewMut::new(&mut small, &[3, 63]).unwrap())).contains("out")
+    );
+    let mut flat = vec![0f32; 3 * 64];
+    assert!(
+        message(session.logits(context, TensorViewMut::of(&mut flat)))
+            .contains("expected 2 dimensions, got 1")
+    );
+    let mut doubles = vec![0f64; 3 * 64];
+    let out = TensorViewMut::new(&mut doubles, &[3, 64]).unwrap();
+    assert!(message(session.logits(context, out)).contains("out: expected F32, got F64"));
+    // SAFETY: the receiver refuses the null pointer before it writes; this is what the test shows.
+    let null = unsafe {
+        TensorViewMut::from_raw_parts(std::ptr::null_mut(), DType::F32, Device::CPU, &[3, 64], &[64, 1])
+    };
+    assert!(message(session.logits(context, null)).contains("out: null pointer"));
+    let mu = [0f64, 1.0];
+    let out = TensorViewMut::new(&mut flat, &[3, 64]).unwrap();
+    assert!(
+        message(session.logits(context.with_mu(TensorView::of(&mu)), out))
+            .contains("mu: expected the shape [3]")
+    );
+    let out = TensorViewMut::new(&mut flat, &[3, 64]).unwrap();
+    assert!(message(session.logits(ContextView::tokens(&[1, 64, 3]), out)).contains("64"));
+    // After all that it still works.
+    session.logits(context, TensorViewMut::new(&mut flat, &[3, 64]).unwrap()).unwrap();
+}
+
+#[test]
+fn a_host_drives_a_phase_and_takes_the_adapter_away() {
+    #[derive(Default)]
+    struct Recorder(Mutex<Vec<String>>);
+    impl Host for Recorder {
+        fn event(&self, kind: &str, _: &str) {
+            self.0.lock().unwrap().push(kind.to_owned());
+        }
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let base = folder.path().join("base");
+    model_with_tokenizer("llama/tied_f32", 64, &base).unwrap();
+    let recorder = Arc::new(Recorder::default());
+    let session = load().open_session(&json!({ "base": base }), recorder.clone()).unwrap();
+    let batch = json!({ "tokens": [[1, 2, 3, 4, 5, 6, 7, 8, 9]] });
+    assert_eq!(session.step(&batch).unwrap_err().kind(), ErrorKind::Usage, "nothing learns yet");
+
+    let before = session.evaluate(&batch).unwrap()["nll"].as_f64().unwrap();
+    session
+        .enter_phase(&json!({ "groups": ["lora"], "lora": { "r": 2 }, "optimizer": { "lr": 0.05, "warmup_steps": 1 } }))
+        .unwrap();
+    for _ in 0..10 {
+        session.step(&batch).unwrap();
+    }
+    let after = session.evaluate(&batch).unwrap()["nll"].as_f64().unwrap();
+    assert!(after < before - 0.1, "{before} to {after}");
+    session.leave_phase().unwrap();
+    assert_eq!(*recorder.0.lock().unwrap(), ["phase_entered", "phase_left"]);
+
+    let groups = session.parameter_groups().unwrap();
+    let names = |group: &str| groups[group]["parameters"].as_array().map_or(0, Vec::len);
+    assert!(names("lora") == 16 && names("base") > 0, "{groups}");
+
+    // k_proj is 16 x 32: the delta must be that way round.
+    let module = "model.layers.0.self_attn.k_proj";
+    let mut delta = vec![0f32; 16 * 32];
+    session.lora_delta(module, TensorViewMut::new(&mut delta, &[16, 32]).unwrap()).unwrap();
+    assert!(delta.iter().any(|&d| d != 0.0));
+    let error = session.lora_delta(module, TensorViewMut::new(&mut delta, &[32, 16]).unwrap()).unwrap_err();
+    assert!(error.message().contains("expected the shape [16, any]"), "{error}");
+
+    // The delta is scale · B · A of the parameters that the session hands out.
+    let of = |factor: &str| session.parameter(&format!("{module}.{factor}.weight")).unwrap();
+    let (a, b) = (of("lora_A"), of("lora_B"));
+    assert_eq!((a.shape(), b.shape()), (vec![2, 32], vec![16, 2]));
+    let (a, b) = (a.to_vec::<f32>().unwrap(), b.to_vec::<f32>().unwrap());
+    let product = |o: usize, i: usize| 8.0 * (b[2 * o] * a[i] + b[2 * o + 1] * a[32 + i]);
+    for (at, got) in delta.iter().enumerate() {
+        assert!((got - product(at / 32, at % 32)).abs() < 1e-4, "{at}: {got}");
+    }
+
+    let adapter = folder.path().join("adapter");
+    session.export(&adapter).unwrap();
+    let again = load().open_session(&json!({ "base": base, "adapter": adapter }), ()).unwrap();
+    let reread = again.evaluate(&batch).unwrap()["nll"].as_f64().unwrap();
+    assert!((reread - after).abs() < 1e-5, "{after} and {reread}");
+}
+
+#[test]
+fn a_job_stops_when_the_host_says_so() {
+    struct Impatient;
+    impl Host for Impatient {
+        fn cancelled(&self) -> bool {
+            true
+        }
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let (base, text) = (folder.path().join("base"), folder.path().join("text.txt"));
+    model_with_tokenizer("llama/tied_f32", 64, &base).unwrap();
+    std::fs::write(&text, "w1 w2 w3 w4 ".repeat(2000)).unwrap();
+    let session = load().open_session(&json!({}), Impatient).unwrap();
+    let job =
+        json!({ "base": base, "data": [text], "out": folder.path().join("run"), "context": 64, "steps": 2 });
+    let error = session.run("extend", &job).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Cancelled, "{error}");
+}
+
+#[test]
+fn a_panicking_host_ends_its_job_and_nothing_else() {
+    struct Broken;
+    impl Host for Broken {
+        fn event(&self, _: &str, _: &str) {
+            panic!("a callback with a bug");
+        }
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let (base, text) = (folder.path().join("base"), folder.path().join("text.txt"));
+    model_with_tokenizer("llama/tied_f32", 64, &base).unwrap();
+    std::fs::write(&text, "w1 w2 w3 w4 ".repeat(2000)).unwrap();
+    let session = load().open_session(&json!({}), Broken).unwrap();
+    let job =
+        json!({ "base": base, "data": [text], "out": folder.path().join("run"), "context": 64, "steps": 2 });
+    assert_eq!(session.run("extend", &job).unwrap_err().kind(), ErrorKind::Cancelled);
+    session.describe().unwrap();
+}
+
+#[test]
+fn a_session_serves_several_threads() {
+    let name = "llama/tied_f32";
+    let (_folder, session) = open(name);
+    let (t, tokens, expected) = golden(name);
+    std::thread::scope(|scope| {
+        for _ in 0..4 {
+            scope.spawn(|| {
+                let mut logits = vec![0f32; expected.len()];
+                let shape = [t, expected.len() / t];
+                session
+                    .logits(ContextView::tokens(&tokens), TensorViewMut::new(&mut logits, &shape).unwrap())
+                    .unwrap();
+                assert!(largest_difference(&logits, &expected) < 2e-4);
+            });
+        }
+    });
+}
