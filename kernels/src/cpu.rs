@@ -8,7 +8,7 @@
 
 use std::borrow::Cow;
 
-use candle_core::{CpuStorage, Layout, Storage, Tensor};
+use candle_core::{CpuStorage, DType, Layout, Storage, StorageRef, Tensor};
 use rayon::prelude::*;
 
 use crate::error::{KernelError, Result};
@@ -53,6 +53,40 @@ fn gather_strided(data: &[f32], layout: &Layout) -> Vec<f32> {
 fn storage_dtype(storage: &CpuStorage) -> candle_core::DType {
     use candle_core::backend::BackendStorage;
     storage.dtype()
+}
+
+/// The values of a contiguous CPU f32 tensor, borrowed for as long as this lives.
+pub struct Values<'a> {
+    storage: StorageRef<'a>,
+    start: usize,
+    len: usize,
+}
+
+impl<'a> Values<'a> {
+    /// Borrows.
+    ///
+    /// # Errors
+    /// When the tensor is not f32, not contiguous or not on the CPU.
+    pub fn of(tensor: &'a Tensor) -> Result<Self> {
+        let (storage, layout) = tensor.storage_and_layout();
+        let (Some((start, end)), Storage::Cpu(CpuStorage::F32(_))) = (layout.contiguous_offsets(), &*storage)
+        else {
+            let got = format!("{:?} {layout:?} on {:?}", tensor.dtype(), tensor.device().location());
+            return Err(KernelError::shape("values", format!("contiguous {:?} on the CPU", DType::F32), got));
+        };
+        Ok(Self { storage, start, len: end - start })
+    }
+}
+
+impl std::ops::Deref for Values<'_> {
+    type Target = [f32];
+
+    fn deref(&self) -> &[f32] {
+        match &*self.storage {
+            Storage::Cpu(CpuStorage::F32(data)) => &data[self.start..self.start + self.len],
+            _ => &[],
+        }
+    }
 }
 
 /// Calls `f` with the row-major values of a CPU f32 tensor.

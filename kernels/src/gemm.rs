@@ -8,7 +8,7 @@ use gemm::Parallelism;
 
 /// A read-only matrix over a slice.
 #[derive(Clone, Copy)]
-pub(crate) struct Mat<'a> {
+pub struct Mat<'a> {
     data: &'a [f32],
     rows: usize,
     cols: usize,
@@ -18,13 +18,16 @@ pub(crate) struct Mat<'a> {
 
 impl<'a> Mat<'a> {
     /// Row-major, `rows`·`cols` values.
-    pub(crate) fn new(data: &'a [f32], rows: usize, cols: usize) -> Self {
+    ///
+    /// # Panics
+    /// When `data` is shorter.
+    pub fn new(data: &'a [f32], rows: usize, cols: usize) -> Self {
         assert!(data.len() >= rows * cols, "a {rows}x{cols} matrix over {} values", data.len());
         Self { data, rows, cols, row_stride: cols as isize, col_stride: 1 }
     }
 
     /// The transpose, without moving anything.
-    pub(crate) fn t(self) -> Self {
+    pub fn t(self) -> Self {
         Self {
             data: self.data,
             rows: self.cols,
@@ -36,7 +39,10 @@ impl<'a> Mat<'a> {
 }
 
 /// `out` (row-major) = `scale`·`a`·`b`, added to what is there when `accumulate`.
-pub(crate) fn matmul(out: &mut [f32], a: Mat, b: Mat, scale: f32, accumulate: bool) {
+///
+/// # Panics
+/// When the inner sizes differ or `out` is too short: sizes are the caller's to check.
+pub fn matmul(out: &mut [f32], a: Mat, b: Mat, scale: f32, accumulate: bool) {
     let (m, n, k) = (a.rows, b.cols, a.cols);
     assert_eq!(k, b.rows, "inner sizes agree");
     assert!(out.len() >= m * n, "a {m}x{n} product into {} values", out.len());

@@ -1,10 +1,10 @@
 //! Differentiable operations for training a decoder on long contexts, as candle custom ops.
-pub mod error;
 pub mod adamw;
 pub mod attention;
 pub mod cpu;
 pub mod embedding;
-mod gemm;
+pub mod error;
+pub mod gemm;
 pub mod linear;
 pub mod loss;
 pub mod math;
@@ -12,5 +12,3 @@ pub mod mlp;
 pub mod norm;
 pub mod rope;
 pub mod vjp;
-
-pub use gemm::measured_flops;

@@ -29,12 +29,15 @@ pub struct Dropout {
 }
 
 impl Dropout {
-    fn apply(&self, values: &mut [f32]) {
+    /// Zeroes and scales `values` in place; the same values of the same tensor every time.
+    pub fn apply(&self, values: &mut [f32]) {
         let threshold = (self.p * 4_294_967_296.0) as u64;
         let keep = (1.0 / (1.0 - self.p)) as f32;
         values.par_chunks_mut(MASK_CHUNK).enumerate().for_each(|(chunk, values)| {
             for (i, value) in values.iter_mut().enumerate() {
-                let z = self.seed.wrapping_add(((chunk * MASK_CHUNK + i) as u64).wrapping_mul(0x9E37_79B9_7F4A_7C15));
+                let z = self
+                    .seed
+                    .wrapping_add(((chunk * MASK_CHUNK + i) as u64).wrapping_mul(0x9E37_79B9_7F4A_7C15));
                 let z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
                 let z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
                 *value = if (z >> 32) < threshold { 0.0 } else { *value * keep };

@@ -112,7 +112,11 @@ pub fn head_cross_entropy(
     mut gradient: Gradient,
 ) -> Result<HeadLoss> {
     let (&[n, width], &[vocab, w_width]) = (h_ne.dims(), w_ve.dims()) else {
-        return Err(KernelError::shape(OP, "h [N, E] and W [V, E]", format!("{:?}, {:?}", h_ne.dims(), w_ve.dims())));
+        return Err(KernelError::shape(
+            OP,
+            "h [N, E] and W [V, E]",
+            format!("{:?}, {:?}", h_ne.dims(), w_ve.dims()),
+        ));
     };
     if width != w_width || targets.len() != n {
         return Err(KernelError::shape(

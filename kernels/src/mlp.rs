@@ -29,16 +29,33 @@ multiversion! {
 }
 
 multiversion! {
-    fn backward_chunk(gate: &[f32], up: &[f32], g: &[f32], dgate: &mut [f32], dup: &mut [f32]) {
+    /// `gate` and `up` become their own gradients.
+    fn backward_chunk(gate: &mut [f32], up: &mut [f32], g: &[f32]) {
         let n = gate.len();
-        let (up, g, dgate, dup) = (&up[..n], &g[..n], &mut dgate[..n], &mut dup[..n]);
+        let (up, g) = (&mut up[..n], &g[..n]);
         for i in 0..n {
             let z = gate[i];
             let s = sigmoid(z);
-            dgate[i] = g[i] * up[i] * s * (1.0 + z * (1.0 - s));
-            dup[i] = g[i] * z * s;
+            gate[i] = g[i] * up[i] * s * (1.0 + z * (1.0 - s));
+            up[i] = g[i] * z * s;
         }
     }
+}
+
+/// The forward pass on slices of one length.
+pub fn forward_into(gate: &[f32], up: &[f32], out: &mut [f32]) {
+    for_rows(out, 1, |first, out| {
+        let n = out.len();
+        forward_chunk(&gate[first..first + n], &up[first..first + n], out);
+    });
+}
+
+/// The backward pass on slices, in place: `gate` and `up` become their own gradients, given that of the result.
+pub fn backward_in_place(gate: &mut [f32], up: &mut [f32], g: &[f32]) {
+    gate.par_chunks_mut(CHUNK)
+        .zip(up.par_chunks_mut(CHUNK))
+        .zip(g.par_chunks(CHUNK))
+        .for_each(|((gate, up), g)| backward_chunk(gate, up, g));
 }
 
 impl CustomOp2 for SwiGlu {
@@ -55,10 +72,7 @@ impl CustomOp2 for SwiGlu {
     ) -> candle_core::Result<(CpuStorage, Shape)> {
         let (gate, up) = (contiguous(OP, gate, gate_layout)?, contiguous(OP, up, up_layout)?);
         let mut out = vec![0f32; gate.len()];
-        for_rows(&mut out, 1, |first, out| {
-            let n = out.len();
-            forward_chunk(&gate[first..first + n], &up[first..first + n], out);
-        });
+        forward_into(&gate, &up, &mut out);
         Ok((CpuStorage::F32(out), gate_layout.shape().clone()))
     }
 
@@ -69,22 +83,9 @@ impl CustomOp2 for SwiGlu {
         _: &Tensor,
         g: &Tensor,
     ) -> candle_core::Result<(Option<Tensor>, Option<Tensor>)> {
-        let (dgate, dup) = with_values(OP, gate, |gate| {
-            with_values(OP, up, |up| {
-                with_values(OP, g, |g| {
-                    let (mut dgate, mut dup) = (vec![0f32; gate.len()], vec![0f32; gate.len()]);
-                    dgate.par_chunks_mut(CHUNK).zip(dup.par_chunks_mut(CHUNK)).enumerate().for_each(
-                        |(task, (dgate, dup))| {
-                            let range = task * CHUNK..task * CHUNK + dgate.len();
-                            backward_chunk(&gate[range.clone()], &up[range.clone()], &g[range], dgate, dup);
-                        },
-                    );
-                    (dgate, dup)
-                })
-            })
-        })
-        .and_then(|r| r)
-        .and_then(|r| r)?;
+        let copy = |t: &Tensor| with_values(OP, t, <[f32]>::to_vec);
+        let (mut dgate, mut dup) = (copy(gate)?, copy(up)?);
+        with_values(OP, g, |g| backward_in_place(&mut dgate, &mut dup, g))?;
         Ok((Some(tensor(dgate, gate.shape())?), Some(tensor(dup, up.shape())?)))
     }
 }

@@ -21,40 +21,42 @@ struct Rope {
 }
 
 multiversion! {
-    fn rotate_row(x: &[f32], cos: &[f32], sin: &[f32], direction: f32, out: &mut [f32]) {
+    fn rotate_row(x: &mut [f32], cos: &[f32], sin: &[f32], direction: f32) {
         let half = cos.len();
-        let (x1, x2) = (&x[..half], &x[half..2 * half]);
-        let (y1, y2) = out.split_at_mut(half);
+        let (x1, x2) = x.split_at_mut(half);
+        let (x1, x2, sin) = (&mut x1[..half], &mut x2[..half], &sin[..half]);
         for i in 0..half {
             let s = sin[i] * direction;
-            y1[i] = x1[i] * cos[i] - x2[i] * s;
-            y2[i] = x2[i] * cos[i] + x1[i] * s;
+            let (a, b) = (x1[i], x2[i]);
+            x1[i] = a * cos[i] - b * s;
+            x2[i] = b * cos[i] + a * s;
         }
     }
 }
 
+/// Rotates entries of `heads`·`width` values in place; `direction` is 1 forward and −1 for the transposed map. The
+/// tables hold one row of `width`/2 values per position and repeat when there are more entries than positions.
+pub fn rotate(x: &mut [f32], heads: usize, width: usize, cos: &[f32], sin: &[f32], direction: f32) {
+    let half = width / 2;
+    let positions = cos.len() / half;
+    for_rows(x, heads * width, |first, entries| {
+        for (i, entry) in entries.chunks_exact_mut(heads * width).enumerate() {
+            let at = (first + i) % positions * half;
+            for head in entry.chunks_exact_mut(width) {
+                rotate_row(head, &cos[at..at + half], &sin[at..at + half], direction);
+            }
+        }
+    });
+}
+
 impl Rope {
     fn apply(&self, x: &[f32], dims: &[usize]) -> Result<Vec<f32>> {
-        let (heads, width) = (dims[2], dims[3]);
-        let half = width / 2;
+        let mut out = x.to_vec();
         with_values(OP, &self.cos, |cos| {
-            with_values(OP, &self.sin, |sin| {
-                let positions = cos.len() / half;
-                let mut out = vec![0f32; x.len()];
-                for_rows(&mut out, heads * width, |first, entries| {
-                    for (i, entry) in entries.chunks_exact_mut(heads * width).enumerate() {
-                        let at = (first + i) % positions * half;
-                        let (cos, sin) = (&cos[at..at + half], &sin[at..at + half]);
-                        let x = &x[(first + i) * heads * width..][..heads * width];
-                        for (x, out) in x.chunks_exact(width).zip(entry.chunks_exact_mut(width)) {
-                            rotate_row(x, cos, sin, self.direction, out);
-                        }
-                    }
-                });
-                out
-            })
+            with_values(OP, &self.sin, |sin| rotate(&mut out, dims[2], dims[3], cos, sin, self.direction))
         })
-        .and_then(|r| r)
+        .and_then(|r| r)?;
+        Ok(out)
     }
 }
 

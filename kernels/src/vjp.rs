@@ -33,7 +33,11 @@ impl CustomOp1 for Seed {
 /// When the two shapes differ.
 pub fn seed(output: &Tensor, gradient: Tensor) -> Result<Tensor> {
     if output.shape() != gradient.shape() {
-        return Err(KernelError::shape("vjp", format!("gradient {:?}", output.dims()), format!("{:?}", gradient.dims())));
+        return Err(KernelError::shape(
+            "vjp",
+            format!("gradient {:?}", output.dims()),
+            format!("{:?}", gradient.dims()),
+        ));
     }
     Ok(output.apply_op1(Seed { gradient: Mutex::new(Some(gradient)) })?)
 }

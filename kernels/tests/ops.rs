@@ -101,32 +101,24 @@ fn matmul_t(x: &[f64], w: &[f64], inp: usize, out: usize) -> Vec<f64> {
 #[test]
 fn rms_norm_matches_differences() -> Result<()> {
     for width in [1, 5, 16, 33] {
-        check(
-            "rms_norm",
-            &[&[2, 3, width], &[width]],
-            &|x| Ok(norm::rms_norm(&x[0], &x[1], 1e-3)?),
-            &|x| {
-                let mut y = Vec::new();
-                for row in x[0].chunks(width) {
-                    let mean = row.iter().map(|v| v * v).sum::<f64>() / width as f64;
-                    let r = 1.0 / (mean + f64::from(1e-3f32)).sqrt();
-                    y.extend(row.iter().zip(&x[1]).map(|(v, w)| v * r * w));
-                }
-                y
-            },
-        )?;
+        check("rms_norm", &[&[2, 3, width], &[width]], &|x| Ok(norm::rms_norm(&x[0], &x[1], 1e-3)?), &|x| {
+            let mut y = Vec::new();
+            for row in x[0].chunks(width) {
+                let mean = row.iter().map(|v| v * v).sum::<f64>() / width as f64;
+                let r = 1.0 / (mean + f64::from(1e-3f32)).sqrt();
+                y.extend(row.iter().zip(&x[1]).map(|(v, w)| v * r * w));
+            }
+            y
+        })?;
     }
     Ok(())
 }
 
 #[test]
 fn swiglu_matches_differences() -> Result<()> {
-    check(
-        "swiglu",
-        &[&[3, 37], &[3, 37]],
-        &|x| Ok(mlp::swiglu(&x[0], &x[1])?),
-        &|x| x[0].iter().zip(&x[1]).map(|(g, u)| g / (1.0 + (-g).exp()) * u).collect(),
-    )
+    check("swiglu", &[&[3, 37], &[3, 37]], &|x| Ok(mlp::swiglu(&x[0], &x[1])?), &|x| {
+        x[0].iter().zip(&x[1]).map(|(g, u)| g / (1.0 + (-g).exp()) * u).collect()
+    })
 }
 
 #[test]
@@ -288,7 +280,8 @@ fn adamw_matches_the_formulas() -> Result<()> {
             p64[i] *= 1.0 - 0.01 * 0.1;
             m64[i] = 0.9 * m64[i] + 0.1 * g;
             v64[i] = 0.95 * v64[i] + 0.05 * g * g;
-            let (mh, vh) = (m64[i] / (1.0 - 0.9f64.powi(step as i32)), v64[i] / (1.0 - 0.95f64.powi(step as i32)));
+            let (mh, vh) =
+                (m64[i] / (1.0 - 0.9f64.powi(step as i32)), v64[i] / (1.0 - 0.95f64.powi(step as i32)));
             p64[i] -= 0.01 * mh / (vh.sqrt() + 1e-8);
         }
     }

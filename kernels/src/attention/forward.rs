@@ -9,7 +9,9 @@ use std::ops::Range;
 
 use rayon::prelude::*;
 
-use super::pattern::{Bounds, Plan};
+use super::pattern::{Bounds, OP, Plan};
+use crate::error::{KernelError, Result};
+
 use super::tile::{Matrix, Output, View, exp_sum, largest, multiply, scale_row};
 
 /// Queries in a tile.
@@ -25,6 +27,24 @@ pub(super) struct Dims {
     pub heads: usize,
     pub kv_heads: usize,
     pub width: usize,
+}
+
+impl Dims {
+    /// Refuses head counts and widths the kernels are not made for.
+    pub fn check(self) -> Result<()> {
+        let Self { heads, kv_heads, width, .. } = self;
+        if heads == 0 || kv_heads == 0 || !heads.is_multiple_of(kv_heads) {
+            return Err(KernelError::shape(
+                OP,
+                "query heads that are a multiple of the kv heads, both at least 1",
+                format!("{heads} query heads and {kv_heads} kv heads"),
+            ));
+        }
+        if width == 0 || width > 256 {
+            return Err(KernelError::shape(OP, "a head width of 1 to 256", format!("{width}")));
+        }
+        Ok(())
+    }
 }
 
 /// Per-thread buffers, kept between tiles.

@@ -25,6 +25,7 @@ mod forward;
 mod op;
 mod pattern;
 pub mod reference;
+pub mod slices;
 mod tile;
 
 pub use op::attention;

@@ -97,17 +97,9 @@ fn dims(q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Dims> {
     if v.dims() != k.dims() {
         return Err(KernelError::shape(OP, format!("v_btgd {:?}", k.dims()), format!("{:?}", v.dims())));
     }
-    if heads == 0 || kv_heads == 0 || !heads.is_multiple_of(kv_heads) {
-        return Err(KernelError::shape(
-            OP,
-            "query heads that are a multiple of the kv heads, both at least 1",
-            format!("{heads} query heads and {kv_heads} kv heads"),
-        ));
-    }
-    if width == 0 || width > 256 {
-        return Err(KernelError::shape(OP, "a head width of 1 to 256", format!("{width}")));
-    }
-    Ok(Dims { batch, entries, heads, kv_heads, width })
+    let dims = Dims { batch, entries, heads, kv_heads, width };
+    dims.check()?;
+    Ok(dims)
 }
 
 /// softmax(scale·QKᵀ)·V over the keys that `pattern` and `rows` let each query see: [B, T, H, D].

@@ -31,6 +31,12 @@ impl<'a> View<'a> {
         Ok(Self { data: &data[layout.start_offset().min(data.len())..], strides, width: layout.dims()[3] })
     }
 
+    /// A row-major operand.
+    pub fn row_major(data: &'a [f32], [batch, entries, heads, width]: [usize; 4]) -> Self {
+        assert!(data.len() >= batch * entries * heads * width, "an operand holds its shape");
+        Self { data, strides: [entries * heads * width, heads * width, width, 1], width }
+    }
+
     /// Entries `t` of one row and head as a matrix [entries, D].
     pub fn rows(&self, b: usize, t: &std::ops::Range<usize>, head: usize) -> Matrix<'a> {
         let [sb, st, sh, sd] = self.strides;

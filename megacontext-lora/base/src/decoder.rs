@@ -7,28 +7,29 @@
 //! V vocabulary; x_bte is the residual stream, tokens are row-major [B, T].
 //! Units: loss in nats.
 //!
-//! Training walks the blocks explicitly instead of taping the whole model: the forward pass keeps each block's input,
-//! the backward pass gives every block a small graph of its own, from its input to its output, and seeds it with
-//! the gradient that came from above. With recomputation on (activation checkpointing, Chen et al. 2016) only the
-//! inputs survive the forward pass; with it off the small graphs do. Both give the same bits. Blocks below the lowest
-//! parameter that learns are never walked back.
+//! Training walks the blocks explicitly instead of taping the model: the forward pass keeps what each block needs for its
+//! own backward pass (see the private module `block`), the backward pass hands the gradient down from block to block.
+//! With recomputation on (activation checkpointing, Chen et al. 2016) only the blocks' inputs survive the forward pass;
+//! with it off their intermediate results do. Both give the same bits. Blocks below the lowest parameter that learns are
+//! never walked back.
 //!
 //! Left out: KV cache and generation, other families.
 
-use std::collections::BTreeMap;
-
-use candle_core::{Tensor, Var};
-use megacontext_kernels::attention::{Pattern, Rows, attention};
-use megacontext_kernels::linear::{Dropout, Lora, linear};
+use candle_core::{Device, Tensor};
+use megacontext_kernels::attention::slices::Prepared;
+use megacontext_kernels::attention::{Pattern, Rows};
+use megacontext_kernels::cpu::Values;
+use megacontext_kernels::linear::linear;
 use megacontext_kernels::loss::{Gradient, head_cross_entropy};
-use megacontext_kernels::{embedding, mlp, norm, rope, vjp};
+use megacontext_kernels::{embedding, norm};
 
+use crate::block::{Block, Pass, Saved, Workspace};
 use crate::config::LlamaConfig;
 use crate::error::{BaseError, Result};
-use crate::gradients::Gradients;
+use crate::gradients::{Gradients, Scratch};
 use crate::lora::LoraConfig;
 use crate::params::{Group, ParamStore};
-use crate::random::{Random, mix};
+use crate::random::Random;
 use crate::rope::RopeTables;
 use crate::weights::Weights;
 
@@ -63,13 +64,6 @@ pub struct Decoder {
     config: LlamaConfig,
     params: ParamStore,
     lora: Option<LoraConfig>,
-}
-
-/// A block's input as a leaf, and its output in the same small graph.
-struct BlockGraph {
-    input: Tensor,
-    output: Tensor,
-    leaves: BTreeMap<String, Tensor>,
 }
 
 impl Decoder {
@@ -169,55 +163,67 @@ impl Decoder {
         Ok(rows.reshape((batch, tokens.len() / batch, self.config.hidden_size))?)
     }
 
-    /// One block. `leaf` hands out a parameter by name: detached for inference, as a leaf for training.
-    fn block(
-        &self,
-        layer: usize,
-        x_bte: &Tensor,
-        with: &Forward,
-        leaf: &mut dyn FnMut(&str) -> Result<Tensor>,
-    ) -> Result<Tensor> {
+    fn prepare(&self, batch: usize, length: usize, with: &Forward) -> Result<Prepared> {
         let c = &self.config;
-        let (b, t, _) = x_bte.dims3()?;
-        let (h, g, d) = (c.num_attention_heads, c.num_key_value_heads, c.head_dim);
-        let path = |rest: &str| format!("model.layers.{layer}.{rest}");
+        let half = c.head_dim / 2;
+        let shape = |t: &Tensor| t.dims() == [length, half] || t.dims() == [batch * length, half];
+        if !shape(&with.rope.cos_nd) || with.rope.cos_nd.dims() != with.rope.sin_nd.dims() {
+            return Err(BaseError::Input {
+                message: format!(
+                    "rope tables: expected [{length}, {half}] or [{}, {half}], got {:?} and {:?}",
+                    batch * length,
+                    with.rope.cos_nd.dims(),
+                    with.rope.sin_nd.dims()
+                ),
+            });
+        }
+        let sizes = [batch, length, c.num_attention_heads, c.num_key_value_heads, c.head_dim];
+        let scale = 1.0 / (c.head_dim as f64).sqrt();
+        Ok(Prepared::new(sizes, scale, with.pattern, with.rows)?)
+    }
 
-        let n = norm::rms_norm(x_bte, &leaf(&path("input_layernorm.weight"))?, c.rms_norm_eps)?;
-        let mut project = |x: &Tensor, target: &str| -> Result<Tensor> {
-            let module = path(&format!("self_attn.{target}"));
-            let w = leaf(&format!("{module}.weight"))?;
-            let Some(lora) = self.lora.as_ref().filter(|l| l.applies(layer, target)) else {
-                return Ok(linear(x, &w, None)?);
-            };
-            let a_ri = leaf(&format!("{module}.lora_A.weight"))?;
-            let b_or = leaf(&format!("{module}.lora_B.weight"))?;
-            let seed = |seed: u64| Random::named(mix(seed), &module).next_u64();
-            let dropout = with.dropout_seed.map(|s| Dropout { p: lora.dropout, seed: seed(s) });
-            Ok(linear(x, &w, Some(Lora { a_ri: &a_ri, b_or: &b_or, scale: lora.scale(), dropout }))?)
-        };
-        let q_bthd = project(&n, "q_proj")?.reshape((b, t, h, d))?;
-        let k_btgd = project(&n, "k_proj")?.reshape((b, t, g, d))?;
-        let v_btgd = project(&n, "v_proj")?.reshape((b, t, g, d))?;
-        let q_bthd = rope::rope(&q_bthd, &with.rope.cos_nd, &with.rope.sin_nd)?;
-        let k_btgd = rope::rope(&k_btgd, &with.rope.cos_nd, &with.rope.sin_nd)?;
-        let scale = 1.0 / (d as f64).sqrt();
-        let mixed = attention(&q_bthd, &k_btgd, &v_btgd, scale, with.pattern, with.rows)?;
-        let x_bte = (x_bte + project(&mixed.reshape((b, t, h * d))?, "o_proj")?)?;
+    /// Batch and length of a residual stream.
+    fn stream(&self, x_bte: &Tensor) -> Result<(usize, usize)> {
+        match x_bte.dims() {
+            &[batch, length, width] if width == self.config.hidden_size => Ok((batch, length)),
+            other => Err(BaseError::Input {
+                message: format!("entries: expected [B, T, {}], got {other:?}", self.config.hidden_size),
+            }),
+        }
+    }
 
-        let n = norm::rms_norm(&x_bte, &leaf(&path("post_attention_layernorm.weight"))?, c.rms_norm_eps)?;
-        let gate = linear(&n, &leaf(&path("mlp.gate_proj.weight"))?, None)?;
-        let up = linear(&n, &leaf(&path("mlp.up_proj.weight"))?, None)?;
-        let down = linear(&mlp::swiglu(&gate, &up)?, &leaf(&path("mlp.down_proj.weight"))?, None)?;
-        Ok((x_bte + down)?)
+    fn final_norm(&self, x: &[f32]) -> Result<Vec<f32>> {
+        let gain = self.value(FINAL_NORM)?;
+        let mut out = vec![0f32; x.len()];
+        norm::forward_into(x, &Values::of(&gain)?, self.config.rms_norm_eps as f32, &mut out);
+        Ok(out)
     }
 
     /// Residual stream after the last block and the final norm, [B, T, E]; builds no graph.
     pub fn hidden(&self, x_bte: &Tensor, with: &Forward) -> Result<Tensor> {
-        let mut x = x_bte.detach();
+        let (batch, length) = self.stream(x_bte)?;
+        let attention = self.prepare(batch, length, with)?;
+        let (cos, sin) = (Values::of(&with.rope.cos_nd)?, Values::of(&with.rope.sin_nd)?);
+        let pass = self.pass(&attention, &cos, &sin, batch * length, None);
+        let mut x = Values::of(&x_bte.contiguous()?)?.to_vec();
+        let (mut y, mut saved, mut workspace) = (Vec::new(), Saved::default(), Workspace::default());
         for layer in 0..self.config.num_hidden_layers {
-            x = self.block(layer, &x, with, &mut |name| self.value(name))?;
+            Block::new(layer, &pass)?.forward(&x, &mut y, &mut saved, &mut workspace)?;
+            std::mem::swap(&mut x, &mut y);
         }
-        Ok(norm::rms_norm(&x, &self.value(FINAL_NORM)?, self.config.rms_norm_eps)?)
+        Ok(Tensor::from_vec(self.final_norm(&x)?, x_bte.shape(), &Device::Cpu)?)
+    }
+
+    fn pass<'a>(
+        &'a self,
+        attention: &'a Prepared,
+        cos: &'a [f32],
+        sin: &'a [f32],
+        entries: usize,
+        dropout_seed: Option<u64>,
+    ) -> Pass<'a> {
+        let lora = self.lora.as_ref();
+        Pass { config: &self.config, params: &self.params, lora, attention, cos, sin, dropout_seed, entries }
     }
 
     /// Logits of every position, [B, T, V]; for short inputs, as they are held whole.
@@ -243,23 +249,6 @@ impl Decoder {
             || (lora && self.params.learns(Group::Lora))
     }
 
-    fn graph(&self, layer: usize, x_bte: &Tensor, with: &Forward) -> Result<BlockGraph> {
-        let input = if self.learns_below(layer) {
-            Var::from_tensor(&x_bte.detach())?.as_tensor().clone()
-        } else {
-            x_bte.detach()
-        };
-        let mut leaves = BTreeMap::new();
-        let output = self.block(layer, &input, with, &mut |name| {
-            let tensor = self.params.read(name)?;
-            if tensor.is_variable() {
-                leaves.insert(name.to_string(), tensor.clone());
-            }
-            Ok(tensor)
-        })?;
-        Ok(BlockGraph { input, output, leaves })
-    }
-
     /// Forward and backward of one micro-batch of `batch` rows of tokens: adds the gradients of `scale`·Σ NLL to
     /// `gradients`. `targets` are the next tokens, `IGNORE` where nothing is scored.
     ///
@@ -278,29 +267,30 @@ impl Decoder {
         gradients: &mut Gradients,
     ) -> Result<StepLoss> {
         let c = &self.config;
-        let mut x = self.embed(tokens, batch)?;
+        let embedded = self.embed(tokens, batch)?;
+        let entries = tokens.len();
+        let attention = self.prepare(batch, entries / batch, with)?;
+        let (cos, sin) = (Values::of(&with.rope.cos_nd)?, Values::of(&with.rope.sin_nd)?);
+        let pass = self.pass(&attention, &cos, &sin, entries, with.dropout_seed);
         let layers = c.num_hidden_layers;
         let lowest = (0..layers).find(|l| self.learns_below(*l) || self.block_learns(*l)).unwrap_or(layers);
-        let mut inputs: Vec<Tensor> = Vec::with_capacity(layers);
-        let mut graphs: Vec<BlockGraph> = Vec::new();
+        let mut scratch = gradients.take_scratch();
+        scratch.prepare(layers, lowest, recompute);
+
+        let Scratch { inputs, saved, workspace, stream } = &mut scratch;
+        let mut x = Values::of(&embedded)?.to_vec();
+        drop(embedded);
         for layer in 0..layers {
-            if layer >= lowest && !recompute {
-                let graph = self.graph(layer, &x, with)?;
-                x = graph.output.detach();
-                graphs.push(graph);
-            } else {
-                if layer >= lowest {
-                    inputs.push(x.clone());
-                }
-                x = self.block(layer, &x, with, &mut |name| self.value(name))?;
+            let place = if recompute { 0 } else { layer.saturating_sub(lowest) };
+            Block::new(layer, &pass)?.forward(&x, stream, &mut saved[place], workspace)?;
+            if layer >= lowest {
+                // The input is kept, and its buffer of the step before carries the stream on.
+                std::mem::swap(&mut inputs[layer - lowest], &mut x);
             }
+            std::mem::swap(&mut x, stream);
         }
 
-        let last = Var::from_tensor(&x)?;
-        let gain = self.params.read(FINAL_NORM)?;
-        let hidden = norm::rms_norm(last.as_tensor(), &gain, c.rms_norm_eps)?;
-        let (_, t, width) = hidden.dims3()?;
-        let flat = hidden.detach().reshape((batch * t, width))?;
+        let hidden = Tensor::from_vec(self.final_norm(&x)?, (entries, c.hidden_size), &Device::Cpu)?;
         let head = self.value(self.head_name())?;
         let scale = scale as f32;
         let head_learns = self.params.group(self.head_name()).is_some_and(|g| self.params.learns(g));
@@ -309,7 +299,8 @@ impl Decoder {
             Some(head) => Gradient::HiddenAndHead { scale, head },
             None => Gradient::Hidden { scale },
         };
-        let loss = head_cross_entropy(&flat, &head, targets, gradient)?;
+        let loss = head_cross_entropy(&hidden, &head, targets, gradient)?;
+        drop(hidden);
         let sum = loss.sum();
         if !sum.is_finite() {
             return Err(BaseError::NonFinite { what: "loss".to_string(), value: sum });
@@ -317,48 +308,36 @@ impl Decoder {
         let d_hidden = loss.d_hidden.ok_or_else(|| BaseError::Input {
             message: "scale: expected a gradient scale other than 0, got 0".to_string(),
         })?;
-        let grads = vjp::seed(&hidden, d_hidden.reshape(hidden.shape())?)?.backward()?;
-        if gain.is_variable()
-            && let Some(g) = grads.get(&gain)
-        {
-            gradients.add(FINAL_NORM, g)?;
-        }
-        let mut above = grads.get(last.as_tensor()).cloned();
-        drop(grads);
-
-        for layer in (lowest..layers).rev() {
-            let Some(gradient) = above.take() else { break };
-            let graph = if recompute {
-                let input = inputs.pop().ok_or_else(missing_input)?;
-                self.graph(layer, &input, with)?
-            } else {
-                graphs.pop().ok_or_else(missing_input)?
-            };
-            let grads = vjp::seed(&graph.output, gradient)?.backward()?;
-            for (name, leaf) in &graph.leaves {
-                let gradient = grads.get(leaf).ok_or_else(|| BaseError::Parameter {
-                    name: name.clone(),
-                    message: "it learns but received no gradient".to_string(),
-                })?;
-                gradients.add(name, gradient)?;
-            }
-            above = grads.get(&graph.input).cloned();
-        }
-
         if let Some(head_gradient) = head_gradient {
             let buffer = gradients.buffer(self.head_name(), head_gradient.len());
             for (sum, value) in buffer.iter_mut().zip(head_gradient) {
                 *sum += value;
             }
         }
-        if let Some(dx) = above.filter(|_| self.params.learns(Group::Embeddings)) {
-            let rows = dx.reshape((tokens.len(), c.hidden_size))?;
+
+        let gain = self.value(FINAL_NORM)?;
+        let gain = Values::of(&gain)?;
+        let norms_learn = self.params.learns(Group::Norms);
+        let mut d = vec![0f32; entries * c.hidden_size];
+        let dw = norms_learn.then(|| &mut gradients.buffer(FINAL_NORM, gain.len())[..]);
+        norm::backward_add(&x, &gain, &Values::of(&d_hidden)?, c.rms_norm_eps as f32, &mut d, dw);
+        drop(d_hidden);
+        for layer in (lowest..layers).rev() {
+            let block = Block::new(layer, &pass)?;
+            let input = &inputs[layer - lowest];
+            let place = if recompute { 0 } else { layer - lowest };
+            if recompute && layer + 1 < layers {
+                block.forward(input, stream, &mut saved[place], workspace)?;
+            }
+            let wanted = self.learns_below(layer);
+            block.backward(input, &mut d, &mut saved[place], workspace, gradients, wanted)?;
+        }
+        gradients.put_scratch(scratch);
+
+        if self.params.learns(Group::Embeddings) {
+            let rows = Tensor::from_vec(d, (entries, c.hidden_size), &Device::Cpu)?;
             embedding::scatter_add(&rows, tokens, gradients.buffer(EMBED, c.vocab_size * c.hidden_size))?;
         }
         Ok(StepLoss { sum, count: loss.count })
     }
-}
-
-fn missing_input() -> BaseError {
-    BaseError::Input { message: "a block's input was not kept for the backward pass".to_string() }
 }

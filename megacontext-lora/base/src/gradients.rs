@@ -13,19 +13,48 @@ use candle_core::{Device, Tensor};
 use megacontext_kernels::{adamw, cpu};
 use serde::{Deserialize, Serialize};
 
+use crate::block::{Saved, Workspace};
 use crate::error::{BaseError, Result};
 use crate::params::{Group, ParamStore};
 
-/// Gradients by parameter name.
+/// Gradients by parameter name, and the memory that the backward pass uses again from step to step.
 #[derive(Default)]
 pub struct Gradients {
     buffers: BTreeMap<String, Vec<f32>>,
+    scratch: Scratch,
+}
+
+/// Buffers of a step: each block's input, what blocks keep from forward to backward, and what they share.
+#[derive(Default)]
+pub(crate) struct Scratch {
+    pub inputs: Vec<Vec<f32>>,
+    pub saved: Vec<Saved>,
+    pub workspace: Workspace,
+    pub stream: Vec<f32>,
+}
+
+impl Scratch {
+    /// Room for a model of `layers` blocks of which those from `lowest` on are walked back.
+    pub fn prepare(&mut self, layers: usize, lowest: usize, recompute: bool) {
+        let walked = layers - lowest;
+        self.inputs.resize_with(walked, Vec::new);
+        self.saved.resize_with(if recompute { 1 } else { walked.max(1) }, Saved::default);
+    }
 }
 
 impl Gradients {
     /// No gradients yet.
     pub fn new() -> Self {
         Self::default()
+    }
+
+    /// The scratch memory, to be given back with [`Gradients::put_scratch`].
+    pub(crate) fn take_scratch(&mut self) -> Scratch {
+        std::mem::take(&mut self.scratch)
+    }
+
+    pub(crate) fn put_scratch(&mut self, scratch: Scratch) {
+        self.scratch = scratch;
     }
 
     /// The buffer of a parameter of `len` values, zeroed when new.
@@ -112,7 +141,8 @@ impl Optimizer {
         let gradient_scale = if clip > 0.0 && norm > clip { clip / norm } else { 1.0 };
         for (name, parameter) in params.trainable() {
             let Some(gradient) = gradients.get(&name) else { continue };
-            let decays = matches!(params.group(&name), Some(Group::Base | Group::Lora)) && parameter.rank() > 1;
+            let decays =
+                matches!(params.group(&name), Some(Group::Base | Group::Lora)) && parameter.rank() > 1;
             let moments = self.state.entry(name).or_insert_with(|| Moments {
                 step: 0,
                 exp_avg: vec![0.0; gradient.len()],

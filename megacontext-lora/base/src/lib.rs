@@ -1,4 +1,5 @@
 //! Base model of the plugin: a trainable decoder, LoRA, positions, parameter groups and adapter files.
+mod block;
 pub mod config;
 pub mod error;
 pub mod random;

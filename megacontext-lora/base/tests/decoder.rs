@@ -14,10 +14,14 @@ use megacontext_base::lora::LoraConfig;
 use megacontext_base::params::Group;
 use megacontext_base::rope::RopeTables;
 use megacontext_base::weights::Weights;
-use megacontext_kernels::attention::{Pattern, Rows};
-use megacontext_kernels::loss::IGNORE;
+use megacontext_kernels::attention::{Pattern, Rows, attention};
+use megacontext_kernels::linear::{Lora, linear};
+use megacontext_kernels::loss::{Gradient, IGNORE, head_cross_entropy};
+use megacontext_kernels::rope::rope;
+use megacontext_kernels::{mlp, norm, vjp};
 
-const FOLDERS: [&str; 4] = ["tied_f32", "untied_bf16_sharded", "tied_f16_linear_old_keys", "untied_f32_linear"];
+const FOLDERS: [&str; 4] =
+    ["tied_f32", "untied_bf16_sharded", "tied_f16_linear_old_keys", "untied_f32_linear"];
 
 fn folder(name: &str) -> PathBuf {
     PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../../integration-tests/fixtures/llama").join(name)
@@ -54,7 +58,9 @@ impl Case {
     /// Next tokens within each row; nothing is scored at a row's end.
     fn targets(&self) -> Vec<u32> {
         let length = self.tokens.len() / self.batch;
-        (0..self.tokens.len()).map(|i| if (i + 1) % length == 0 { IGNORE } else { self.tokens[i + 1] }).collect()
+        (0..self.tokens.len())
+            .map(|i| if (i + 1) % length == 0 { IGNORE } else { self.tokens[i + 1] })
+            .collect()
     }
 }
 
@@ -78,7 +84,15 @@ fn logits_and_gradients_equal_transformers() -> Result<()> {
         let mut gradients = Gradients::new();
         let forward = case.forward(Pattern::Dense);
         let scale = 1.0 / count as f64;
-        decoder.accumulate_gradients(&case.tokens, case.batch, &targets, &forward, scale, false, &mut gradients)?;
+        decoder.accumulate_gradients(
+            &case.tokens,
+            case.batch,
+            &targets,
+            &forward,
+            scale,
+            false,
+            &mut gradients,
+        )?;
         let mut checked = 0;
         for (key, want) in expected.iter().filter(|(k, _)| k.starts_with("grad.")) {
             let got = gradients.get(&key["grad.".len()..]).with_context(|| format!("{name}: no {key}"))?;
@@ -98,7 +112,8 @@ fn adapted(name: &str, dropout: f64) -> Result<Decoder> {
     let mut decoder = open(name)?;
     let lora = LoraConfig { r: 2, dropout, ..LoraConfig::default() };
     decoder.attach_lora(lora, 5)?;
-    let names: Vec<String> = decoder.params().names().filter(|n| n.contains("lora_B")).map(String::from).collect();
+    let names: Vec<String> =
+        decoder.params().names().filter(|n| n.contains("lora_B")).map(String::from).collect();
     for (i, name) in names.iter().enumerate() {
         let shape = decoder.params().get(name).context("B")?.shape().clone();
         let values: Vec<f32> = (0..shape.elem_count()).map(|j| ((i + j) % 5) as f32 * 0.02 - 0.04).collect();
@@ -108,7 +123,12 @@ fn adapted(name: &str, dropout: f64) -> Result<Decoder> {
     Ok(decoder)
 }
 
-fn gradients_of(decoder: &Decoder, case: &Case, recompute: bool, dropout_seed: Option<u64>) -> Result<Gradients> {
+fn gradients_of(
+    decoder: &Decoder,
+    case: &Case,
+    recompute: bool,
+    dropout_seed: Option<u64>,
+) -> Result<Gradients> {
     let mut gradients = Gradients::new();
     let forward = Forward { dropout_seed, ..case.forward(Pattern::ShiftedSparse { group: 4 }) };
     decoder.accumulate_gradients(
@@ -121,6 +141,94 @@ fn gradients_of(decoder: &Decoder, case: &Case, recompute: bool, dropout_seed: O
         &mut gradients,
     )?;
     Ok(gradients)
+}
+
+/// The loss of [`Case::targets`] as one candle graph of single operations, and its gradients: the same model written a
+/// second time, for comparison.
+fn taped(decoder: &Decoder, case: &Case, pattern: Pattern) -> Result<Gradients> {
+    let c = decoder.config();
+    let params = decoder.params();
+    let (b, t) = (case.batch, case.tokens.len() / case.batch);
+    let scale = 1.0 / (c.head_dim as f64).sqrt();
+    let mut x = decoder.embed(&case.tokens, b)?;
+    for layer in 0..c.num_hidden_layers {
+        let path = |rest: &str| format!("model.layers.{layer}.{rest}.weight");
+        let plain = |x: &Tensor, module: &str| -> Result<Tensor> {
+            Ok(linear(x, &params.read(&path(module))?, None)?)
+        };
+        let project = |x: &Tensor, target: &str| -> Result<Tensor> {
+            let module = format!("self_attn.{target}");
+            let Some(lora) = decoder.lora().filter(|l| l.applies(layer, target)) else {
+                return plain(x, &module);
+            };
+            let a_ri = params.read(&path(&format!("{module}.lora_A")))?;
+            let b_or = params.read(&path(&format!("{module}.lora_B")))?;
+            let w = params.read(&path(&module))?;
+            let lora = Lora { a_ri: &a_ri, b_or: &b_or, scale: lora.scale(), dropout: None };
+            Ok(linear(x, &w, Some(lora))?)
+        };
+        let n = norm::rms_norm(&x, &params.read(&path("input_layernorm"))?, c.rms_norm_eps)?;
+        let heads = |x: Tensor, h: usize| x.reshape((b, t, h, c.head_dim));
+        let q = heads(project(&n, "q_proj")?, c.num_attention_heads)?;
+        let k = heads(project(&n, "k_proj")?, c.num_key_value_heads)?;
+        let v = heads(project(&n, "v_proj")?, c.num_key_value_heads)?;
+        let q = rope(&q, &case.rope.cos_nd, &case.rope.sin_nd)?;
+        let k = rope(&k, &case.rope.cos_nd, &case.rope.sin_nd)?;
+        let mixed = attention(&q, &k, &v, scale, pattern, &case.rows)?.reshape((b, t, ()))?;
+        x = (x + project(&mixed, "o_proj")?)?;
+        let n = norm::rms_norm(&x, &params.read(&path("post_attention_layernorm"))?, c.rms_norm_eps)?;
+        let gated = mlp::swiglu(&plain(&n, "mlp.gate_proj")?, &plain(&n, "mlp.up_proj")?)?;
+        x = (x + plain(&gated, "mlp.down_proj")?)?;
+    }
+    let hidden = norm::rms_norm(&x, &params.read("model.norm.weight")?, c.rms_norm_eps)?;
+    let head =
+        params.get("lm_head.weight").or_else(|| params.get("model.embed_tokens.weight")).context("head")?;
+    let flat = hidden.detach().reshape((b * t, c.hidden_size))?;
+    let loss = head_cross_entropy(&flat, &head, &case.targets(), Gradient::Hidden { scale: 0.1 })?;
+    let d_hidden = loss.d_hidden.context("gradient")?.reshape(hidden.shape())?;
+    let grads = vjp::seed(&hidden, d_hidden)?.backward()?;
+    let mut gradients = Gradients::new();
+    for (name, leaf) in params.trainable() {
+        if let Some(gradient) = grads.get(&leaf) {
+            gradients.add(&name, gradient)?;
+        }
+    }
+    Ok(gradients)
+}
+
+#[test]
+fn blocks_equal_the_same_model_taped_by_candle() -> Result<()> {
+    for (name, groups) in [
+        ("untied_f32_linear", vec![Group::Lora, Group::Norms]),
+        ("tied_f32", vec![Group::Lora]),
+        ("tied_f32", vec![Group::Norms]),
+    ] {
+        let mut decoder = adapted(name, 0.0)?;
+        decoder.params_mut().set_learning(groups);
+        let (case, _) = case(&decoder, name)?;
+        let ours = gradients_of(&decoder, &case, true, None)?;
+        let tape = taped(&decoder, &case, Pattern::ShiftedSparse { group: 4 })?;
+        assert_eq!(ours.names().collect::<Vec<_>>(), tape.names().collect::<Vec<_>>());
+        for name in ours.names() {
+            let (a, b) = (ours.get(name).context("ours")?, tape.get(name).context("tape")?);
+            let size = b.iter().fold(1e-6f32, |m, v| m.max(v.abs()));
+            let worst = a.iter().zip(b).fold(0f32, |m, (a, b)| m.max((a - b).abs())) / size;
+            assert!(worst < 1e-4, "{name}: differs by {worst} of its largest value");
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn rope_tables_of_another_length_are_refused() -> Result<()> {
+    let decoder = open("tied_f32")?;
+    let (mut case, _) = case(&decoder, "tied_f32")?;
+    let c = decoder.config();
+    case.rope = RopeTables::sequence(c.head_dim, c.rope_theta, &c.rope_scaling, 3)?;
+    let x = decoder.embed(&case.tokens, case.batch)?;
+    let error = decoder.hidden(&x, &case.forward(Pattern::Dense)).err().context("an error")?.to_string();
+    assert!(error.contains("rope tables: expected") && error.contains("got [3, "), "{error}");
+    Ok(())
 }
 
 #[test]
@@ -175,7 +283,9 @@ fn gradients_match_finite_differences_through_the_whole_model() -> Result<()> {
     for (name, leaf) in decoder.params().trainable() {
         let gradient = gradients.get(&name).with_context(|| format!("{name} has no gradient"))?;
         // The entry with the largest gradient, moved both ways: f32 leaves about three digits.
-        let at = (0..gradient.len()).max_by(|a, b| gradient[*a].abs().total_cmp(&gradient[*b].abs())).context("size")?;
+        let at = (0..gradient.len())
+            .max_by(|a, b| gradient[*a].abs().total_cmp(&gradient[*b].abs()))
+            .context("size")?;
         let values: Vec<f32> = leaf.flatten_all()?.to_vec1()?;
         let step = 5e-3f32;
         let mut sides = [0.0; 2];
@@ -203,7 +313,8 @@ fn frozen_groups_get_no_gradient_and_keep_their_bytes() -> Result<()> {
     let mut optimizer = Optimizer::new(AdamWConfig::default());
     for learning in phases {
         decoder.params_mut().set_learning(learning.iter().copied());
-        let before: Vec<String> = all.iter().map(|g| decoder.params().group_hash(*g)).collect::<Result<_, _>>()?;
+        let before: Vec<String> =
+            all.iter().map(|g| decoder.params().group_hash(*g)).collect::<Result<_, _>>()?;
         let gradients = gradients_of(&decoder, &case, true, None)?;
         for name in gradients.names() {
             assert!(learning.contains(&Group::of_name(name)), "{name} is frozen and got a gradient");

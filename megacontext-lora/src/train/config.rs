@@ -18,6 +18,11 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::{PluginError, Result};
 
+/// The longest context: what a merged model's `config.json` may state. Beyond it a number is a slip of the pen.
+pub const LONGEST_CONTEXT: usize = 1 << 24;
+/// Most steps, and most tokens of a step: far beyond any run, and no product of sizes overflows.
+const MOST: usize = 1 << 32;
+
 /// Everything a run is told.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
@@ -329,6 +334,24 @@ pub fn default_stages(original: usize, context: usize, steps: usize) -> Vec<Stag
     stages
 }
 
+/// Refuses an evaluation's settings out of range; `at` stands in front of their keys.
+pub fn check_evaluation(at: &str, contexts: &[usize], stride: Option<usize>, max_tokens: usize) -> Result<()> {
+    let usage = |message: String| Err(PluginError::usage(message));
+    if contexts.is_empty() {
+        return usage(format!("{at}contexts: expected at least one length, got none"));
+    }
+    if let Some(bad) = contexts.iter().find(|c| !(2..=LONGEST_CONTEXT).contains(*c)) {
+        return usage(format!("{at}contexts: expected 2 to {LONGEST_CONTEXT} tokens, got {bad}"));
+    }
+    if stride == Some(0) {
+        return usage(format!("{at}stride: expected at least 1 token, got 0"));
+    }
+    if !(1..=MOST).contains(&max_tokens) {
+        return usage(format!("{at}max_tokens: expected 1 to {MOST}, got {max_tokens}"));
+    }
+    Ok(())
+}
+
 impl ExtendConfig {
     /// Reads a job's parameters.
     pub fn from_json(value: serde_json::Value) -> Result<Self> {
@@ -339,8 +362,8 @@ impl ExtendConfig {
     pub fn resolve(mut self, model: &LlamaConfig) -> Result<Self> {
         let usage = |message: String| Err(PluginError::usage(message));
         let original = model.original_context();
-        if self.context < 2 {
-            return usage(format!("context: expected a number of tokens of at least 2, got {}", self.context));
+        if !(2..=LONGEST_CONTEXT).contains(&self.context) {
+            return usage(format!("context: expected 2 to {LONGEST_CONTEXT} tokens, got {}", self.context));
         }
         if self.data.is_empty() {
             return usage("data: expected at least one file, folder or glob, got none".into());
@@ -350,20 +373,22 @@ impl ExtendConfig {
         }
         self.lora.validate(model).map_err(|e| PluginError::usage(e.to_string()))?;
         self.optimizer.validate()?;
-        if self.steps == 0 {
-            return usage("steps: expected at least 1, got 0".into());
+        if !(1..=MOST).contains(&self.steps) {
+            return usage(format!("steps: expected 1 to {MOST}, got {}", self.steps));
         }
         if self.stages.is_empty() {
             self.stages = default_stages(original, self.context, self.steps);
         }
-        self.steps = self.stages.iter().map(|s| s.steps).sum();
         for (i, stage) in self.stages.iter_mut().enumerate() {
             let at = format!("stages[{i}]");
-            if stage.context < 2 {
-                return usage(format!("{at}.context: expected at least 2 tokens, got {}", stage.context));
+            if !(2..=LONGEST_CONTEXT).contains(&stage.context) {
+                return usage(format!(
+                    "{at}.context: expected 2 to {LONGEST_CONTEXT} tokens, got {}",
+                    stage.context
+                ));
             }
-            if stage.steps == 0 {
-                return usage(format!("{at}.steps: expected at least 1, got 0"));
+            if !(1..=MOST).contains(&stage.steps) {
+                return usage(format!("{at}.steps: expected 1 to {MOST}, got {}", stage.steps));
             }
             if let GroupSize::Part(part) = stage.group
                 && !(part > 0.0 && part <= 1.0)
@@ -380,6 +405,7 @@ impl ExtendConfig {
             }
             stage.factor = Some(stage.scaling(original)?.factor());
         }
+        self.steps = self.stages.iter().map(|s| s.steps).sum();
         let last = self.stages.last().map_or(0, |s| s.context);
         if last != self.context {
             return usage(format!(
@@ -397,17 +423,14 @@ impl ExtendConfig {
         }
         self.eval.contexts.sort_unstable();
         self.eval.contexts.dedup();
-        if let Some(bad) = self.eval.contexts.iter().find(|c| **c < 2) {
-            return usage(format!("eval.contexts: expected at least 2 tokens, got {bad}"));
-        }
-        if self.eval.stride == Some(0) {
-            return usage("eval.stride: expected at least 1 token, got 0".into());
-        }
-        if self.eval.max_tokens == 0 {
-            return usage("eval.max_tokens: expected at least 1, got 0".into());
-        }
-        if self.batch.tokens_per_step == 0 || self.batch.micro_batch_tokens == 0 {
-            return usage("batch: expected tokens_per_step and micro_batch_tokens of at least 1, got 0".into());
+        check_evaluation("eval.", &self.eval.contexts, self.eval.stride, self.eval.max_tokens)?;
+        for (key, tokens) in [
+            ("tokens_per_step", self.batch.tokens_per_step),
+            ("micro_batch_tokens", self.batch.micro_batch_tokens),
+        ] {
+            if !(1..=MOST).contains(&tokens) {
+                return usage(format!("batch.{key}: expected 1 to {MOST}, got {tokens}"));
+            }
         }
         if self.checkpoint.every == 0 || self.checkpoint.keep == 0 {
             return usage("checkpoint: expected every and keep of at least 1, got 0".into());

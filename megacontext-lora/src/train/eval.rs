@@ -7,6 +7,7 @@
 //! Units: tokens, nats. Errors: documents too short to score anything.
 
 use megacontext_base::decoder::{Decoder, Forward};
+use megacontext_base::random::Random;
 use megacontext_base::rope::{RopeScaling, RopeTables};
 use megacontext_kernels::attention::{Pattern, Rows};
 use megacontext_kernels::loss::IGNORE;
@@ -61,17 +62,23 @@ pub fn pattern_name(pattern: Pattern) -> String {
     }
 }
 
-/// Chooses what to score: documents longer than `context` first, in their order, each cut to four contexts, until
-/// `max_tokens` tokens are scored.
+/// Chooses what to score: documents longer than `context` first, in an order drawn with a fixed seed so that they come
+/// from everywhere, each cut to two contexts, until `max_tokens` tokens are scored. The same documents, context and
+/// budget always give the same choice.
 pub fn select(documents: &[Vec<u32>], context: usize, max_tokens: usize) -> Vec<Vec<u32>> {
-    let (long, short): (Vec<_>, Vec<_>) = documents.iter().partition(|d| d.len() > context);
+    let mut order: Vec<&Vec<u32>> = documents.iter().collect();
+    let mut random = Random::named(0, "evaluation documents");
+    for last in (1..order.len()).rev() {
+        order.swap(last, random.below(last + 1));
+    }
+    let (long, short): (Vec<_>, Vec<_>) = order.into_iter().partition(|d| d.len() > context);
     let mut chosen = Vec::new();
     let mut left = max_tokens;
     for document in long.into_iter().chain(short) {
         if left == 0 {
             break;
         }
-        let take = document.len().min(4 * context + 1).min(left + 1);
+        let take = document.len().min(2 * context + 1).min(left + 1);
         if take < 2 {
             continue;
         }
@@ -145,9 +152,12 @@ mod tests {
 
     #[test]
     fn long_documents_are_scored_first_and_the_budget_holds() {
-        let documents = vec![vec![1; 5], vec![2; 100], vec![3; 1000]];
-        let chosen = select(&documents, 50, 200);
-        assert_eq!(chosen.iter().map(|d| d[0]).collect::<Vec<_>>(), [2, 3]);
-        assert_eq!(chosen.iter().map(|d| d.len() - 1).sum::<usize>(), 200);
+        let documents = vec![vec![1; 5], vec![2; 100], vec![3; 1000], vec![4; 7]];
+        let chosen = select(&documents, 50, 203);
+        assert_eq!(chosen.len(), 3);
+        assert!(chosen[0].len() > 50 && chosen[1].len() > 50);
+        assert!(chosen.iter().all(|d| d.len() <= 101));
+        assert_eq!(chosen.iter().map(|d| d.len() - 1).sum::<usize>(), 203);
+        assert_eq!(chosen, select(&documents, 50, 203));
     }
 }

@@ -12,7 +12,7 @@ use std::time::Instant;
 use megacontext_base::config::LlamaConfig;
 use megacontext_kernels::attention::Pattern;
 use megacontext_kernels::loss::chunk_rows;
-use megacontext_kernels::measured_flops;
+use megacontext_kernels::gemm::measured_flops;
 use serde::Serialize;
 
 use crate::error::{PluginError, Result};
