@@ -3,7 +3,7 @@
 //! Shapes: tokens T or B×T of equal length; the file holds `tokens` [B, T] (i64) and `logits` [B, T, V] (f32), dense.
 
 use std::collections::HashMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use candle_core::{Device, Tensor};
 use megacontext_base::decoder::Forward;
@@ -15,6 +15,7 @@ use serde_json::{Value, json};
 use crate::error::{IoResultExt, PluginError, Result};
 use crate::host::HostApi;
 use crate::jobs::{ModelDir, model_error, parse, to_value};
+use crate::run::folder::write_atomic;
 
 /// What the job is told.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
@@ -37,15 +38,24 @@ enum Tokens {
     Rows(Vec<Vec<u32>>),
 }
 
+/// A file appears whole or not at all; a device or a pipe is written to as it is.
+fn write(out: &Path, bytes: &[u8]) -> Result<()> {
+    if out.metadata().is_ok_and(|m| !m.is_file() && !m.is_dir()) {
+        return std::fs::write(out, bytes).at(out);
+    }
+    write_atomic(out, bytes)
+}
+
 /// Runs the job.
 pub fn run(params: Value, _: &dyn HostApi) -> Result<Value> {
     let job: LogitsJob = parse(params)?;
     let text = std::fs::read_to_string(&job.tokens).at(&job.tokens)?;
     let bad = |message: String| PluginError::data(format!("{}: {message}", job.tokens.display()));
-    let rows = match serde_json::from_str(&text).map_err(|e| bad(format!("expected token ids as JSON: {e}")))? {
-        Tokens::Row(row) => vec![row],
-        Tokens::Rows(rows) => rows,
-    };
+    let rows =
+        match serde_json::from_str(&text).map_err(|e| bad(format!("expected token ids as JSON: {e}")))? {
+            Tokens::Row(row) => vec![row],
+            Tokens::Rows(rows) => rows,
+        };
     let length = rows.first().map_or(0, Vec::len);
     if length == 0 || rows.iter().any(|r| r.len() != length) {
         return Err(bad("expected rows of one length, at least 1 token each".to_string()));
@@ -68,8 +78,9 @@ pub fn run(params: Value, _: &dyn HostApi) -> Result<Value> {
         ("tokens".to_string(), Tensor::from_vec(ids, (rows.len(), length), &Device::Cpu)?),
         ("logits".to_string(), logits),
     ]);
-    candle_core::safetensors::save(&tensors, &job.out)
-        .map_err(|e| PluginError::io(&job.out, std::io::Error::other(e)))?;
+    let bytes =
+        safetensors::serialize(&tensors, None).map_err(|e| PluginError::internal(format!("logits: {e}")))?;
+    write(&job.out, &bytes)?;
     to_value(json!({
         "out": job.out, "shape": [rows.len(), length, vocab], "rope": scaling.to_string(), "attention": "dense",
     }))

@@ -62,8 +62,15 @@ impl RunFolder {
         let lock = lock(&path)?;
         for entry in fs::read_dir(&path).at(&path)? {
             let entry = entry.at(&path)?;
-            if is_temporary(&entry.file_name().to_string_lossy()) {
-                fs::remove_file(entry.path()).at(entry.path())?;
+            if !is_temporary(&entry.file_name().to_string_lossy()) {
+                continue;
+            }
+            // A half-written adapter is a folder.
+            let path = entry.path();
+            if entry.file_type().at(&path)?.is_dir() {
+                fs::remove_dir_all(&path).at(&path)?;
+            } else {
+                fs::remove_file(&path).at(&path)?;
             }
         }
         Ok(Self { path, _lock: lock })
@@ -237,6 +244,8 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         drop(RunFolder::create(dir.path()).unwrap());
         fs::write(dir.path().join(".config.toml.x1.tmp"), "half").unwrap();
+        fs::create_dir(dir.path().join(".adapter.x2.tmp")).unwrap();
+        fs::write(dir.path().join(".adapter.x2.tmp/adapter_config.json"), "half").unwrap();
         drop(RunFolder::create(dir.path()).unwrap());
         drop(RunFolder::resume(dir.path()).unwrap());
         let names: Vec<_> = fs::read_dir(dir.path()).unwrap().map(|e| e.unwrap().file_name()).collect();
