@@ -14,7 +14,7 @@ use crate::data::documents::tokenize;
 use crate::error::{PluginError, Result};
 use crate::host::HostApi;
 use crate::jobs::{ModelDir, parse, to_value, with_threads};
-use crate::train::config::{Attention, GroupSize, StageConfig};
+use crate::train::config::{Attention, GroupSize, StageConfig, check_evaluation};
 use crate::train::eval::{Protocol, perplexity, select};
 
 /// What the job is told.
@@ -67,23 +67,15 @@ pub fn run(params: Value, host: &dyn HostApi) -> Result<Value> {
 }
 
 fn evaluate(job: &EvalPpl, host: &dyn HostApi) -> Result<Value> {
-    let Some(&longest) = job.contexts.iter().max() else {
-        return Err(PluginError::usage("contexts: expected at least one length, got none"));
-    };
-    if let Some(bad) = job.contexts.iter().find(|c| **c < 2) {
-        return Err(PluginError::usage(format!("contexts: expected at least 2 tokens, got {bad}")));
-    }
-    if job.stride == Some(0) {
-        return Err(PluginError::usage("stride: expected at least 1 token, got 0"));
-    }
+    check_evaluation("", &job.contexts, job.stride, job.max_tokens)?;
+    let longest = job.contexts.iter().copied().max().unwrap_or(0);
     let model = ModelDir::open(&job.base)?;
     let documents = super::extend::load_data(&job.data)?;
     let (decoder, mut scaling, _) = model.decoder_with(job.adapter.as_deref())?;
     if let Some(factor) = job.factor {
         scaling = RopeScaling::from_factor(factor).map_err(PluginError::usage)?;
     }
-    let tokens = select(&tokenize(&documents, &model.encoder()), longest, job.max_tokens);
-    let mut results = Vec::new();
+    let mut protocols = Vec::new();
     for &context in &job.contexts {
         let stage =
             StageConfig { context, attention: job.attention, group: job.group, factor: None, steps: 1 };
@@ -93,8 +85,12 @@ fn evaluate(job: &EvalPpl, host: &dyn HostApi) -> Result<Value> {
         {
             return Err(PluginError::usage(format!("group: expected at least 2 tokens, got {group}")));
         }
-        let protocol = Protocol { context, stride: job.stride, pattern, scaling: scaling.clone() };
-        let result = perplexity(&decoder, &tokens, &protocol, host)?;
+        protocols.push(Protocol { context, stride: job.stride, pattern, scaling: scaling.clone() });
+    }
+    let tokens = select(&tokenize(&documents, &model.encoder()), longest, job.max_tokens);
+    let mut results = Vec::new();
+    for protocol in &protocols {
+        let result = perplexity(&decoder, &tokens, protocol, host)?;
         host.event("evaluation", &to_value(&result)?);
         results.push(result);
     }

@@ -49,9 +49,12 @@ pub fn run(kind: &str, params: Value, host: &dyn HostApi) -> Result<Value> {
     }
 }
 
-/// Reads a job's parameters.
+/// Reads parameters; an error names the key.
 pub(crate) fn parse<T: DeserializeOwned>(params: Value) -> Result<T> {
-    serde_json::from_value(params).map_err(|e| PluginError::usage(format!("parameters: {e}")))
+    serde_path_to_error::deserialize(params).map_err(|e| match e.path().to_string().as_str() {
+        "." => PluginError::usage(format!("parameters: {}", e.inner())),
+        key => PluginError::usage(format!("{key}: {}", e.inner())),
+    })
 }
 
 /// Turns a result into JSON.
@@ -132,10 +135,16 @@ impl ModelDir {
     }
 }
 
+/// More threads than any machine has cores; asking for more is a slip of the pen.
+const MOST_THREADS: usize = 1024;
+
 /// Uses so many threads for everything the job does; none keeps the default.
 pub(crate) fn with_threads<R: Send>(threads: Option<usize>, f: impl FnOnce() -> R + Send) -> Result<R> {
     match threads {
         None => Ok(f()),
+        Some(threads) if !(1..=MOST_THREADS).contains(&threads) => {
+            Err(PluginError::usage(format!("threads: expected 1 to {MOST_THREADS}, got {threads}")))
+        }
         Some(threads) => {
             let pool = rayon::ThreadPoolBuilder::new()
                 .num_threads(threads)

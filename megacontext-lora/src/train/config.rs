@@ -159,7 +159,9 @@ impl OptimizerConfig {
         positive("eps", self.eps)?;
         for beta in self.betas {
             if !(0.0..1.0).contains(&beta) {
-                return Err(PluginError::usage(format!("optimizer.betas: expected 0 <= beta < 1, got {beta}")));
+                return Err(PluginError::usage(format!(
+                    "optimizer.betas: expected 0 <= beta < 1, got {beta}"
+                )));
             }
         }
         for (key, value) in [("weight_decay", self.weight_decay), ("clip", self.clip)] {
@@ -328,14 +330,20 @@ pub fn default_stages(original: usize, context: usize, steps: usize) -> Vec<Stag
     }
     let early = lengths.len();
     let share = if early == 0 { 0 } else { (steps / 2 / early).max(1) };
-    let stage = |context, steps| StageConfig { context, attention: s2(), group: quarter(), factor: None, steps };
+    let stage =
+        |context, steps| StageConfig { context, attention: s2(), group: quarter(), factor: None, steps };
     let mut stages: Vec<StageConfig> = lengths.into_iter().map(|c| stage(c, share)).collect();
     stages.push(stage(context, steps.saturating_sub(share * early).max(1)));
     stages
 }
 
 /// Refuses an evaluation's settings out of range; `at` stands in front of their keys.
-pub fn check_evaluation(at: &str, contexts: &[usize], stride: Option<usize>, max_tokens: usize) -> Result<()> {
+pub fn check_evaluation(
+    at: &str,
+    contexts: &[usize],
+    stride: Option<usize>,
+    max_tokens: usize,
+) -> Result<()> {
     let usage = |message: String| Err(PluginError::usage(message));
     if contexts.is_empty() {
         return usage(format!("{at}contexts: expected at least one length, got none"));
@@ -355,7 +363,7 @@ pub fn check_evaluation(at: &str, contexts: &[usize], stride: Option<usize>, max
 impl ExtendConfig {
     /// Reads a job's parameters.
     pub fn from_json(value: serde_json::Value) -> Result<Self> {
-        serde_json::from_value(value).map_err(|e| PluginError::usage(format!("configuration: {e}")))
+        crate::jobs::parse(value)
     }
 
     /// Fills what was left open and refuses what cannot be run on this model.
@@ -393,7 +401,9 @@ impl ExtendConfig {
             if let GroupSize::Part(part) = stage.group
                 && !(part > 0.0 && part <= 1.0)
             {
-                return usage(format!("{at}.group: expected a part of the context, 0 < group <= 1, got {part}"));
+                return usage(format!(
+                    "{at}.group: expected a part of the context, 0 < group <= 1, got {part}"
+                ));
             }
             if let Pattern::ShiftedSparse { group } = stage.pattern()
                 && group < 2
@@ -401,7 +411,8 @@ impl ExtendConfig {
                 return usage(format!("{at}.group: expected at least 2 tokens, got {group}"));
             }
             if let Some(factor) = stage.factor {
-                RopeScaling::from_factor(factor).map_err(|e| PluginError::usage(format!("{at}.factor: {e}")))?;
+                RopeScaling::from_factor(factor)
+                    .map_err(|e| PluginError::usage(format!("{at}.factor: {e}")))?;
             }
             stage.factor = Some(stage.scaling(original)?.factor());
         }
@@ -483,7 +494,8 @@ mod tests {
 
     #[test]
     fn schedule_warms_up_and_falls() {
-        let o = OptimizerConfig { lr: 1.0, schedule: Schedule::Cosine, warmup_steps: 4, ..Default::default() };
+        let o =
+            OptimizerConfig { lr: 1.0, schedule: Schedule::Cosine, warmup_steps: 4, ..Default::default() };
         assert_eq!(o.lr_at(0, 0, 100), 0.25);
         assert!((o.lr_at(50, 50, 100) - 0.55).abs() < 1e-12);
         assert!(o.lr_at(99, 100, 100) - 0.1 < 1e-12);
