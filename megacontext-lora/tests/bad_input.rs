@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use candle_core::DType;
-use common::{Fixture, edit_json, edit_tensor, mclora, tree, truncate, with};
+use common::{Fixture, Running, edit_json, edit_tensor, mclora, tree, truncate, with};
 use megacontext_lora_abi::{VERSION_LINE, loader};
 use serde_json::json;
 
@@ -551,6 +551,32 @@ fn output_folder_that_holds_something() {
         .refused(2, &[&out, "expected an empty folder", "chapter-1.md"]);
     mclora(&["merge", "--base", &base, "--adapter", &adapter, "--out", &out]).refused(1, &[&out, "is empty"]);
     assert_eq!(tree(&fixture.path("thesis")), before);
+}
+
+#[test]
+fn resuming_where_no_run_began() {
+    let fixture = Fixture::new();
+    let out = fixture.at("run");
+    // With all settings and with none: what is missing is the run.
+    let settings = fixture.extend("run");
+    for args in [&settings[..], &["extend", "--out", &out].map(str::to_owned)] {
+        mclora(&[args, &["--resume".into()]].concat())
+            .refused(2, &[&out, "expected a run to resume", "no such folder"]);
+    }
+    fs::create_dir(&out).unwrap();
+    mclora(&["extend", "--resume", "--out", &out]).refused(2, &[&out, "a folder in which none began"]);
+    assert!(tree(&fixture.path("run")).is_empty());
+}
+
+#[test]
+fn folder_that_another_run_holds() {
+    let fixture = Fixture::new();
+    let run = fixture.path("run");
+    let mut first = Running::start(&fixture.extend("run"), fixture.path("stderr"));
+    assert!(first.wait_until(|| run.join("checkpoints/00000000").exists()));
+    mclora(&[&fixture.extend("run")[..], &["--resume".into()]].concat())
+        .refused(2, &[run.to_str().unwrap(), "another run holds"]);
+    assert_eq!(first.end(), (Some(0), None), "the first is not disturbed: {}", first.said());
 }
 
 #[test]

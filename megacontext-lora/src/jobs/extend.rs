@@ -26,7 +26,7 @@ use crate::host::HostApi;
 use crate::jobs::{ModelDir, model_error, parse, to_value, with_threads};
 use crate::report::{self, RunReport};
 use crate::run::checkpoint::{load_latest, save};
-use crate::run::folder::{RunFolder, config_toml};
+use crate::run::folder::{RunFolder, config_toml, expect_run};
 use crate::run::metrics::{EvaluationRecord, Keep, Record, StageRecord, TrainRecord, wall_time};
 use crate::run::summary::{
     BaseSummary, ByContext, DataSummary, GroupSummary, Perplexity, SUMMARY, StageSummary, Summary,
@@ -122,6 +122,9 @@ fn read_text(config: &ExtendConfig, model: &ModelDir) -> Result<Text> {
 pub fn run(params: Value, host: &dyn HostApi) -> Result<Value> {
     let params: Params = parse(params)?;
     let config = ExtendConfig::from_json(Value::Object(params.config))?;
+    if params.resume {
+        expect_run(&config.out)?;
+    }
     let threads = config.threads;
     with_threads(threads, || Run::prepare(config, params.resume, host)?.finish())?
 }

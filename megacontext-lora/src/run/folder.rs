@@ -52,13 +52,7 @@ impl RunFolder {
     /// The folder of a run that began earlier.
     pub fn resume(path: impl Into<PathBuf>) -> Result<Self> {
         let path = path.into();
-        if !path.join(LOCK).is_file() {
-            let found = if path.is_dir() { "a folder in which none began" } else { "no such folder" };
-            return Err(PluginError::usage(format!(
-                "{}: expected a run to resume, got {found}; start one without resuming",
-                path.display()
-            )));
-        }
+        expect_run(&path)?;
         let lock = lock(&path)?;
         for entry in fs::read_dir(&path).at(&path)? {
             let entry = entry.at(&path)?;
@@ -100,6 +94,18 @@ impl RunFolder {
     pub fn write_config(&self, config: &impl Serialize) -> Result<PathBuf> {
         self.write(CONFIG, config_toml(config)?.as_bytes())
     }
+}
+
+/// Refuses a path at which no run ever began, so that there is nothing to resume.
+pub fn expect_run(path: &Path) -> Result<()> {
+    if path.join(LOCK).is_file() {
+        return Ok(());
+    }
+    let found = if path.is_dir() { "a folder in which none began" } else { "no such folder" };
+    Err(PluginError::usage(format!(
+        "{}: expected a run to resume, got {found}; start one without resuming",
+        path.display()
+    )))
 }
 
 /// Settings as TOML text, without what is null.
