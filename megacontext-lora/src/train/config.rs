@@ -329,7 +329,7 @@ pub fn default_stages(original: usize, context: usize, steps: usize) -> Vec<Stag
         length *= 2;
     }
     let early = lengths.len();
-    let share = if early == 0 { 0 } else { (steps / 2 / early).max(1) };
+    let share = (steps / 2).checked_div(early).map_or(0, |share| share.max(1));
     let stage =
         |context, steps| StageConfig { context, attention: s2(), group: quarter(), factor: None, steps };
     let mut stages: Vec<StageConfig> = lengths.into_iter().map(|c| stage(c, share)).collect();

@@ -51,6 +51,9 @@ struct Stage {
     micro: usize,
 }
 
+/// Tensors by name.
+pub type NamedTensors = Vec<(String, Tensor)>;
+
 /// Trains a decoder through stages.
 pub struct Trainer {
     /// The model; parameters are changed in place.
@@ -230,7 +233,7 @@ impl Trainer {
     }
 
     /// What a checkpoint needs besides the step: parameters that learn, and optimiser state.
-    pub fn tensors(&self) -> Result<(Vec<(String, Tensor)>, Vec<(String, Tensor)>)> {
+    pub fn tensors(&self) -> Result<(NamedTensors, NamedTensors)> {
         let trained =
             self.decoder.params().trainable().into_iter().map(|(name, tensor)| (name, tensor.detach())).collect();
         Ok((trained, self.optimizer.export().map_err(model_error)?))
