@@ -97,6 +97,9 @@ fn writes_adapter(run: &Path) -> bool {
     entries.flatten().any(|e| e.file_name().to_string_lossy().contains("adapter"))
 }
 
+/// The signal's number, as the system reports it.
+const SIGKILL: i32 = 9;
+
 /// When to kill; each comes later in the run than the one before it.
 type Moment = (&'static str, fn(&Path) -> bool);
 const MOMENTS: [Moment; 9] = [
@@ -130,10 +133,10 @@ fn killed_at_any_moment_and_resumed_gives_the_same_bytes() {
         let mut running = Running::start(&attempt(&fixture, "killed"), fixture.path("stderr"));
         let in_time = running.wait_until(|| moment(&run));
         if in_time {
-            running.signal(libc::SIGKILL);
+            running.signal("KILL");
         }
         match running.end() {
-            (None, Some(libc::SIGKILL)) => killed.push(name),
+            (None, Some(SIGKILL)) => killed.push(name),
             // It was done before the signal came.
             (Some(0), None) => {}
             other => panic!("{name}: {other:?}: {}", running.said()),
@@ -180,8 +183,8 @@ fn damaged_newest_checkpoint_is_passed_over() {
     let run = fixture.path("damaged");
     let mut running = Running::start(&fixture.extend("damaged"), fixture.path("stderr"));
     assert!(running.wait_until(|| step(&run) >= 14));
-    running.signal(libc::SIGKILL);
-    assert_eq!(running.end(), (None, Some(libc::SIGKILL)));
+    running.signal("KILL");
+    assert_eq!(running.end(), (None, Some(SIGKILL)));
 
     let found = whole_checkpoints(&run);
     let [before, newest] = &found[..] else { panic!("expected two checkpoints: {found:?}") };
@@ -217,7 +220,7 @@ fn interrupted_while_training_saves_and_says_how_to_go_on() {
     let run = fixture.path("interrupted");
     let mut running = Running::start(&fixture.extend("interrupted"), fixture.path("stderr"));
     assert!(running.wait_until(|| step(&run) >= 7));
-    running.signal(libc::SIGINT);
+    running.signal("INT");
     assert_eq!(running.end(), (Some(130), None), "{}", running.said());
 
     let said = running.said();
@@ -239,7 +242,7 @@ fn interrupted_while_measuring_can_go_on() {
     for (name, moment) in moments {
         let mut running = Running::start(&attempt(&fixture, "interrupted"), fixture.path("stderr"));
         assert!(running.wait_until(|| moment(&run)), "{name}: {}", running.said());
-        running.signal(libc::SIGINT);
+        running.signal("INT");
         assert_eq!(running.end(), (Some(130), None), "{name}: {}", running.said());
         assert!(!run.join("summary.json").exists() && !run.join("adapter").exists(), "{name}");
     }

@@ -258,11 +258,11 @@ impl Running {
         self.child.try_wait().unwrap().is_none()
     }
 
-    /// Sends a signal.
-    pub fn signal(&self, signal: i32) {
-        // SAFETY: plain system call; the child has not been waited for, so its process id is still its own.
-        let sent = unsafe { libc::kill(self.child.id().cast_signed(), signal) };
-        assert_eq!(sent, 0, "kill: {}", std::io::Error::last_os_error());
+    /// Sends a signal by its name, without SIG.
+    pub fn signal(&self, name: &str) {
+        // The shell's own `kill`: the child has not been waited for, so its process id is still its own.
+        let line = format!("kill -{name} {}", self.child.id());
+        assert!(Command::new("sh").args(["-c", &line]).status().unwrap().success(), "{line}");
     }
 
     /// Waits for the end: exit code, signal.
