@@ -28,7 +28,7 @@ use megacontext_lora_abi::{
 use serde_json::Value;
 
 use crate::error::{Kind, PluginError};
-use crate::host::HostApi;
+use crate::host::{self, HostApi};
 use crate::jobs;
 use crate::session::{Context, Entries, Session};
 
@@ -122,6 +122,29 @@ impl HostApi for HostProxy {
 
     fn cancelled(&self) -> bool {
         self.0.cancelled()
+    }
+
+    fn documents(&self, split: &str, start: u64, count: u64) -> Result<Vec<String>, PluginError> {
+        let documents = self.0.documents(split.into(), start, count).into_result();
+        let documents = documents.map_err(|e| PluginError::data(format!("the host's documents: {e}")))?;
+        Ok(documents.into_iter().map(RString::into_string).collect())
+    }
+
+    fn phase_entered(&self, json: &Value) -> host::Answer {
+        answer(self.0.phase_entered(json.to_string().as_str().into()))
+    }
+
+    fn phase_left(&self, json: &Value) -> host::Answer {
+        answer(self.0.phase_left(json.to_string().as_str().into()))
+    }
+}
+
+fn answer(answer: megacontext_lora_abi::Answer) -> host::Answer {
+    use megacontext_lora_abi::Answer as Given;
+    match answer {
+        Given::Continue => host::Answer::Continue,
+        Given::RollBack => host::Answer::RollBack,
+        Given::Stop => host::Answer::Stop,
     }
 }
 

@@ -4,6 +4,19 @@
 
 use serde_json::Value;
 
+use crate::error::Result;
+
+/// What becomes of a phase.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Answer {
+    /// Go on.
+    Continue,
+    /// Undo the phase: what learned is as it was when the phase began.
+    RollBack,
+    /// End the job here, in good order.
+    Stop,
+}
+
 /// A host, seen from inside the plugin.
 pub trait HostApi: Send + Sync {
     /// Something happened: `kind` names it, `json` describes it.
@@ -11,4 +24,22 @@ pub trait HostApi: Send + Sync {
 
     /// Should the job stop? Asked at least once a step.
     fn cancelled(&self) -> bool;
+
+    /// Documents `start .. start + count` of the host's split `split`; fewer than `count` means there are no more.
+    fn documents(&self, split: &str, start: u64, count: u64) -> Result<Vec<String>> {
+        let _ = (split, start, count);
+        Ok(Vec::new())
+    }
+
+    /// A phase begins.
+    fn phase_entered(&self, json: &Value) -> Answer {
+        let _ = json;
+        Answer::Continue
+    }
+
+    /// A phase ended.
+    fn phase_left(&self, json: &Value) -> Answer {
+        let _ = json;
+        Answer::Continue
+    }
 }

@@ -23,7 +23,7 @@ use serde::Deserialize;
 use serde_json::{Value, json};
 
 use crate::error::{PluginError, Result};
-use crate::host::HostApi;
+use crate::host::{Answer, HostApi};
 use crate::jobs::{self, ModelDir, model_error, parse, to_value};
 use crate::run::checkpoint;
 use crate::run::folder::config_hash;
@@ -77,6 +77,9 @@ struct Phase {
     groups: Vec<Group>,
     optimizer: OptimizerConfig,
     begun_at: u64,
+    /// What learns and its moments as they were when the phase began, for a roll-back.
+    parameters: Vec<(String, Tensor)>,
+    moments: Vec<(String, Tensor)>,
 }
 
 /// An open session.
@@ -121,9 +124,9 @@ impl Session {
     }
 
     fn lock(&self) -> Result<&RwLock<Loaded>> {
-        self.loaded
-            .as_ref()
-            .ok_or_else(|| PluginError::usage("this session was opened without a base; name one in its config"))
+        self.loaded.as_ref().ok_or_else(|| {
+            PluginError::usage("this session was opened without a base; name one in its config")
+        })
     }
 
     fn read(&self) -> Result<RwLockReadGuard<'_, Loaded>> {
@@ -235,11 +238,14 @@ impl Session {
     /// What LoRA adds to a module's weight, alpha/r·B·A, [out, in].
     pub fn lora_delta(&self, module: &str, out: &mut [f32]) -> Result<()> {
         let l = self.read()?;
-        let lora = l.decoder.lora().ok_or_else(|| PluginError::usage("lora delta: the model carries no LoRA"))?;
+        let lora =
+            l.decoder.lora().ok_or_else(|| PluginError::usage("lora delta: the model carries no LoRA"))?;
         let modules = lora.modules(l.decoder.config());
         let Some((_, rows, columns)) = modules.iter().find(|(name, _, _)| name == module) else {
             let known: Vec<&str> = modules.iter().map(|(name, _, _)| name.as_str()).collect();
-            return Err(PluginError::usage(format!("lora delta: expected one of {known:?}, got \"{module}\"")));
+            return Err(PluginError::usage(format!(
+                "lora delta: expected one of {known:?}, got \"{module}\""
+            )));
         };
         size("lora delta: out", rows * columns, out.len())?;
         let params = l.decoder.params();
@@ -300,7 +306,10 @@ impl Session {
         let enter: Enter = parse(params)?;
         let mut l = self.write()?;
         if let Some(phase) = &l.phase {
-            return Err(PluginError::usage(format!("a phase over {:?} is open; leave it first", phase.groups)));
+            return Err(PluginError::usage(format!(
+                "a phase over {:?} is open; leave it first",
+                phase.groups
+            )));
         }
         if enter.groups.is_empty() {
             return Err(PluginError::usage("groups: expected at least one, got none"));
@@ -312,7 +321,9 @@ impl Session {
         enter.optimizer.validate()?;
         let lora_learns = enter.groups.contains(&Group::Lora);
         if lora_learns && enter.groups.contains(&Group::Base) {
-            return Err(PluginError::usage("groups: a base that carries LoRA has to stay frozen; name lora or base"));
+            return Err(PluginError::usage(
+                "groups: a base that carries LoRA has to stay frozen; name lora or base",
+            ));
         }
         let original = l.decoder.config().original_context();
         if let Some(context) = enter.context {
@@ -327,24 +338,48 @@ impl Session {
         if l.optimizer.is_none() {
             l.optimizer = Some(Optimizer::new(enter.optimizer.adamw()));
         }
-        let learning = l.decoder.params().trainable().iter().map(|(_, t)| t.elem_count()).sum::<usize>();
-        let begun_at = l.steps;
-        l.phase = Some(Phase { groups: enter.groups.clone(), optimizer: enter.optimizer, begun_at });
+        let parameters = l.copies()?;
+        let learning = parameters.iter().map(|(_, t)| t.elem_count()).sum::<usize>();
+        let moments = match &l.optimizer {
+            Some(optimizer) => optimizer.export().map_err(model_error)?,
+            None => Vec::new(),
+        };
+        let (groups, optimizer, begun_at) = (enter.groups.clone(), enter.optimizer, l.steps);
+        l.phase = Some(Phase { groups, optimizer, begun_at, parameters, moments });
         drop(l);
         let event = json!({ "groups": enter.groups, "parameters": learning });
-        self.host.event("phase_entered", &event);
+        if self.host.phase_entered(&event) != Answer::Continue {
+            let mut l = self.write()?;
+            l.phase = None;
+            l.decoder.params_mut().set_learning([]);
+            return Err(PluginError::cancelled("the host did not want this phase to begin"));
+        }
         Ok(event)
     }
 
-    /// Ends the phase: nothing learns any more.
+    /// Ends the phase: nothing learns any more. The host may answer that the phase be rolled back: then parameters,
+    /// optimiser state and the count of steps are as they were when it began.
     pub fn leave_phase(&self) -> Result<Value> {
         let mut l = self.write()?;
         let phase = l.phase.take().ok_or_else(|| PluginError::usage("there is no phase to leave"))?;
         l.decoder.params_mut().set_learning([]);
         l.gradients = Gradients::new();
-        let event = json!({ "groups": phase.groups, "steps": l.steps - phase.begun_at });
+        let mut event = json!({ "groups": phase.groups, "steps": l.steps - phase.begun_at });
         drop(l);
-        self.host.event("phase_left", &event);
+        let answer = self.host.phase_left(&event);
+        if answer == Answer::RollBack {
+            let mut l = self.write()?;
+            let l = &mut *l;
+            for (name, value) in &phase.parameters {
+                l.decoder.params().set(name, value).map_err(model_error)?;
+            }
+            if let Some(optimizer) = &mut l.optimizer {
+                let moments = phase.moments.into_iter().collect();
+                optimizer.import(l.decoder.params(), &moments).map_err(model_error)?;
+            }
+            l.steps = phase.begun_at;
+        }
+        event["rolled_back"] = json!(answer == Answer::RollBack);
         Ok(event)
     }
 
@@ -363,8 +398,12 @@ impl Session {
         let c = l.decoder.config();
         let rope = RopeTables::sequence(c.head_dim, c.rope_theta, &l.scaling, length)?;
         let rows = Rows::default();
-        let with =
-            Forward { pattern: batch.pattern(length)?, rope: &rope, rows: &rows, dropout_seed: Some(l.steps) };
+        let with = Forward {
+            pattern: batch.pattern(length)?,
+            rope: &rope,
+            rows: &rows,
+            dropout_seed: Some(l.steps),
+        };
         l.gradients.clear();
         let count = targets.len();
         let loss = l
@@ -381,10 +420,13 @@ impl Session {
             .map_err(model_error)?;
         let stage_step = (l.steps - phase.begun_at) as usize;
         let lr = batch.lr.unwrap_or_else(|| phase.optimizer.lr_at(stage_step, stage_step, usize::MAX));
-        let optimizer = l.optimizer.as_mut().ok_or_else(|| PluginError::internal("a phase has no optimizer"))?;
+        let optimizer =
+            l.optimizer.as_mut().ok_or_else(|| PluginError::internal("a phase has no optimizer"))?;
         let grad_norm = optimizer.step(l.decoder.params(), &l.gradients, lr).map_err(model_error)?;
         l.steps += 1;
-        Ok(json!({ "step": l.steps, "loss": loss.sum / count as f64, "lr": lr, "grad_norm": grad_norm, "tokens": count }))
+        Ok(
+            json!({ "step": l.steps, "loss": loss.sum / count as f64, "lr": lr, "grad_norm": grad_norm, "tokens": count }),
+        )
     }
 
     /// Mean NLL of a batch, given as for [`Session::step`]; nothing learns.
@@ -429,11 +471,16 @@ impl Session {
             return Err(PluginError::usage("resume: enter the phase first, with the groups that were saved"));
         }
         let mut warnings = Vec::new();
-        let loaded = checkpoint::load_latest(dir, &l.identity()?, &mut |w| warnings.push(w))?
-            .ok_or_else(|| PluginError::data(format!("{}: expected a checkpoint, found none", dir.display())))?;
+        let loaded =
+            checkpoint::load_latest(dir, &l.identity()?, &mut |w| warnings.push(w))?.ok_or_else(|| {
+                PluginError::data(format!("{}: expected a checkpoint, found none", dir.display()))
+            })?;
         for (name, _) in l.decoder.params().trainable() {
             if !loaded.tensors.iter().any(|(n, _)| *n == name) {
-                return Err(PluginError::data(format!("{}: parameter {name} is not in it", loaded.path.display())));
+                return Err(PluginError::data(format!(
+                    "{}: parameter {name} is not in it",
+                    loaded.path.display()
+                )));
             }
         }
         if let Some(optimizer) = &mut l.optimizer {
@@ -449,8 +496,10 @@ impl Session {
     /// Writes the adapter as it stands, in PEFT's format.
     pub fn export(&self, dir: &Path) -> Result<Value> {
         let l = self.read()?;
-        let lora =
-            l.decoder.lora().ok_or_else(|| PluginError::usage("export: the model carries no LoRA to write"))?;
+        let lora = l
+            .decoder
+            .lora()
+            .ok_or_else(|| PluginError::usage("export: the model carries no LoRA to write"))?;
         let params = l.decoder.params();
         let base = &l.model.config;
         let mut tensors: Vec<(String, Tensor)> = Vec::new();
@@ -537,7 +586,10 @@ impl Loaded {
         let x = match context.entries {
             Entries::Tokens(tokens) => {
                 if tokens.contains(&IGNORE) {
-                    return Err(PluginError::usage(format!("token id: expected below {}, got {IGNORE}", c.vocab_size)));
+                    return Err(PluginError::usage(format!(
+                        "token id: expected below {}, got {IGNORE}",
+                        c.vocab_size
+                    )));
                 }
                 self.check_tokens(tokens)?;
                 if tokens.is_empty() {
@@ -572,6 +624,15 @@ impl Loaded {
         Ok((x, rope))
     }
 
+    /// Copies of what learns.
+    fn copies(&self) -> Result<Vec<(String, Tensor)>> {
+        let learning = self.decoder.params().trainable();
+        Ok(learning
+            .into_iter()
+            .map(|(name, t)| Ok((name, t.copy()?.detach())))
+            .collect::<candle_core::Result<_>>()?)
+    }
+
     fn identity(&self) -> Result<String> {
         config_hash(&json!({
             "fingerprint": self.model.weights.fingerprint(),
@@ -595,7 +656,9 @@ fn check_positions(mu: &[f64], sigma: Option<&[f64]>) -> Result<()> {
     if let Some(sigma) = sigma {
         size("sigma", mu.len(), sigma.len())?;
         if let Some(bad) = sigma.iter().find(|s| !s.is_finite() || **s < 0.0) {
-            return Err(PluginError::usage(format!("sigma: expected finite spreads of at least 0, got {bad}")));
+            return Err(PluginError::usage(format!(
+                "sigma: expected finite spreads of at least 0, got {bad}"
+            )));
         }
     }
     Ok(())

@@ -22,16 +22,16 @@ use crate::corpus;
 use crate::data::documents::{Document, load, tokenize};
 use crate::data::packing::{TokenStream, split_holdout};
 use crate::error::{PluginError, Result};
-use crate::host::HostApi;
+use crate::host::{Answer, HostApi};
 use crate::jobs::{ModelDir, model_error, parse, to_value, with_threads};
 use crate::report::{self, RunReport};
+use crate::run::Telemetry;
 use crate::run::checkpoint::{load_latest, save};
 use crate::run::folder::{RunFolder, config_toml, expect_run};
 use crate::run::metrics::{EvaluationRecord, Keep, Record, StageRecord, TrainRecord, wall_time};
 use crate::run::summary::{
     BaseSummary, ByContext, DataSummary, GroupSummary, Perplexity, SUMMARY, StageSummary, Summary,
 };
-use crate::run::Telemetry;
 use crate::train::config::{ExtendConfig, StageConfig};
 use crate::train::eval::{Protocol, perplexity, select};
 use crate::train::plan::{self, Plan, peak_bytes, since};
@@ -39,6 +39,10 @@ use crate::train::trainer::Trainer;
 
 /// Stands for text found on this machine that the embedded model never saw.
 pub const HELD_OUT_CORPUS: &str = "corpus:held-out";
+/// In front of the name of a split of the host's own documents.
+pub const HOST_SPLIT: &str = "host:";
+/// Documents asked of the host at a time.
+const HOST_PAGE: u64 = 256;
 /// Bytes of held-out text below which the project's own files are added.
 const ENOUGH_TEXT: usize = 2_000_000;
 /// Steps averaged for a stage's first and last loss.
@@ -69,15 +73,41 @@ struct State {
 }
 
 /// Documents of `data`, the held-out corpus of this machine among them where it is asked for.
-pub fn load_data(data: &[String]) -> Result<Vec<Document>> {
+pub fn load_data(data: &[String], host: &dyn HostApi) -> Result<Vec<Document>> {
     if data.is_empty() {
         return Err(PluginError::usage("data: expected at least one file, folder or glob, got none"));
     }
-    let (corpus, paths): (Vec<String>, Vec<String>) = data.iter().cloned().partition(|d| d == HELD_OUT_CORPUS);
+    let (corpus, paths): (Vec<String>, Vec<String>) =
+        data.iter().cloned().partition(|d| d == HELD_OUT_CORPUS);
+    let (splits, paths): (Vec<String>, Vec<String>) =
+        paths.into_iter().partition(|d| d.starts_with(HOST_SPLIT));
     let mut documents = if paths.is_empty() { Vec::new() } else { load(&paths)? };
+    for split in &splits {
+        documents.extend(host_documents(&split[HOST_SPLIT.len()..], host)?);
+    }
     if !corpus.is_empty() {
         let workspace = Path::new(env!("CARGO_MANIFEST_DIR")).parent().filter(|p| p.is_dir());
-        documents.extend(corpus::quickstart_documents(ENOUGH_TEXT, &corpus::Roots::find(), workspace).documents);
+        documents
+            .extend(corpus::quickstart_documents(ENOUGH_TEXT, &corpus::Roots::find(), workspace).documents);
+    }
+    Ok(documents)
+}
+
+/// All documents of a host's split.
+fn host_documents(split: &str, host: &dyn HostApi) -> Result<Vec<Document>> {
+    let mut documents = Vec::new();
+    loop {
+        let start = documents.len() as u64;
+        let page = host.documents(split, start, HOST_PAGE)?;
+        let last = (page.len() as u64) < HOST_PAGE;
+        let numbered = page.into_iter().zip(start..);
+        documents.extend(numbered.map(|(text, n)| Document::new(format!("{HOST_SPLIT}{split}/{n}"), text)));
+        if last {
+            break;
+        }
+    }
+    if documents.is_empty() {
+        return Err(PluginError::data(format!("data: the host has no documents in its split \"{split}\"")));
     }
     Ok(documents)
 }
@@ -89,13 +119,15 @@ struct Text {
     summary: DataSummary,
 }
 
-fn read_text(config: &ExtendConfig, model: &ModelDir) -> Result<Text> {
-    let documents = load_data(&config.data)?;
+fn read_text(config: &ExtendConfig, model: &ModelDir, host: &dyn HostApi) -> Result<Text> {
+    let documents = load_data(&config.data, host)?;
     let (mut train, mut held_out) = split_holdout(documents, config.holdout, config.seed);
     if held_out.is_empty() || train.is_empty() {
         // A single source: its last part is held out instead of a document.
         train.append(&mut held_out);
-        let Some(last) = train.last_mut() else { return Err(PluginError::data("data: there is no text in it")) };
+        let Some(last) = train.last_mut() else {
+            return Err(PluginError::data("data: there is no text in it"));
+        };
         let cut = last.text.floor_char_boundary((last.text.len() as f64 * (1.0 - config.holdout)) as usize);
         let tail = last.text.split_off(cut);
         held_out.push(Document::new(format!("{} (its last part)", last.name), tail));
@@ -133,7 +165,7 @@ pub fn run(params: Value, host: &dyn HostApi) -> Result<Value> {
 pub fn dry_run(config: ExtendConfig, host: &dyn HostApi) -> Result<Plan> {
     let model = ModelDir::open(&config.base)?;
     let config = config.resolve(&model.config)?;
-    let text = read_text(&config, &model)?;
+    let text = read_text(&config, &model, host)?;
     let plan = plan::plan(&model.config, &config, text.stream.len())?;
     host.event("plan", &plan_event(&plan)?);
     Ok(plan)
@@ -164,7 +196,7 @@ impl<'h> Run<'h> {
         let started = Instant::now();
         let model = ModelDir::open(&config.base)?;
         let config = config.resolve(&model.config)?;
-        let text = read_text(&config, &model)?;
+        let text = read_text(&config, &model, host)?;
         let plan = plan::plan(&model.config, &config, text.stream.len())?;
         host.event("plan", &plan_event(&plan)?);
 
@@ -205,7 +237,8 @@ impl<'h> Run<'h> {
                 let keep = Keep::Lines(state.metric_lines);
                 let telemetry = Telemetry::resume(&folder, &toml, keep, &mut |w| warnings.push(w))?;
                 let mut trainer = trainer;
-                let (trained, optim) = (loaded.tensors.into_iter().collect(), loaded.optim.into_iter().collect());
+                let (trained, optim) =
+                    (loaded.tensors.into_iter().collect(), loaded.optim.into_iter().collect());
                 trainer.restore(loaded.step as usize, &trained, &optim)?;
                 let (data, held_out) = (text.summary, text.held_out);
                 Run { host, config, model, data, held_out, plan, trainer, folder, telemetry, state, started }
@@ -230,7 +263,12 @@ impl<'h> Run<'h> {
     }
 
     /// Perplexity of one model at every context length; records each.
-    fn evaluate(&mut self, name: &str, scaling: &RopeScaling, sparse: Option<&StageConfig>) -> Result<ByContext> {
+    fn evaluate(
+        &mut self,
+        name: &str,
+        scaling: &RopeScaling,
+        sparse: Option<&StageConfig>,
+    ) -> Result<ByContext> {
         let mut results = ByContext::new();
         for context in self.config.eval.contexts.clone() {
             let start = Instant::now();
@@ -343,7 +381,8 @@ impl<'h> Run<'h> {
 
     fn finish(mut self) -> Result<Value> {
         let before = self.state.seconds;
-        let last = self.config.stages.last().cloned().ok_or_else(|| PluginError::usage("stages: got none"))?;
+        let last =
+            self.config.stages.last().cloned().ok_or_else(|| PluginError::usage("stages: got none"))?;
         let scaling = last.scaling(self.original())?;
         if self.trainer.step_count() == 0 && self.state.perplexity.base.is_empty() {
             self.say("measuring the base model as it came");
@@ -353,9 +392,26 @@ impl<'h> Run<'h> {
             self.state.perplexity.interpolated = self.evaluate("interpolated", &scaling, None)?;
             self.checkpoint(before)?;
         }
+        let frozen = self.frozen_hashes()?;
+        let learning: Vec<Group> = self.trainer.decoder.params().learning().collect();
+        let phase = json!({ "job": "extend", "groups": learning, "steps": self.trainer.steps() });
+        if self.host.phase_entered(&phase) != Answer::Continue {
+            return Err(PluginError::cancelled(
+                "the host did not want the training to begin; go on with --resume",
+            ));
+        }
         self.train(before)?;
+        if self.frozen_hashes()? != frozen {
+            return Err(PluginError::internal("a frozen parameter group changed while training"));
+        }
         self.say("measuring the adapted model");
         let adapted = self.evaluate("adapted", &scaling, None)?;
+        let phase = json!({ "job": "extend", "groups": learning, "perplexity": adapted });
+        if self.host.phase_left(&phase) != Answer::Continue {
+            return Err(PluginError::cancelled(
+                "the host turned the result down: no adapter was written; the last checkpoint is kept",
+            ));
+        }
         let sparse = match last.pattern() {
             Pattern::ShiftedSparse { .. } => self.evaluate("adapted", &scaling, Some(&last))?,
             _ => ByContext::new(),
@@ -376,11 +432,20 @@ impl<'h> Run<'h> {
         to_value(&summary)
     }
 
+    /// Hash of every group that must not change.
+    fn frozen_hashes(&self) -> Result<Vec<String>> {
+        let params = self.trainer.decoder.params();
+        let groups = [Group::Base, Group::Embeddings, Group::Norms, Group::Lora];
+        let frozen = groups.into_iter().filter(|group| !params.learns(*group));
+        frozen.map(|group| params.group_hash(group).map_err(model_error)).collect()
+    }
+
     fn write_adapter(&self, scaling: &RopeScaling) -> Result<()> {
         let decoder: &Decoder = &self.trainer.decoder;
         let trained: Vec<_> =
             decoder.params().trainable().into_iter().map(|(name, t)| (name, t.detach())).collect();
-        let whole = trained.iter().map(|(name, _)| name.as_str()).filter(|n| Group::of_name(n) != Group::Lora);
+        let whole =
+            trained.iter().map(|(name, _)| name.as_str()).filter(|n| Group::of_name(n) != Group::Lora);
         let base = &self.model.config;
         let own = MegacontextKey {
             base_fingerprint: self.model.weights.fingerprint(),
@@ -389,7 +454,8 @@ impl<'h> Run<'h> {
             original_max_position_embeddings: base.original_context(),
             context_length: self.config.context,
         };
-        let config = AdapterConfig::new(&self.config.lora, base, whole, &self.config.base, own).map_err(model_error)?;
+        let config = AdapterConfig::new(&self.config.lora, base, whole, &self.config.base, own)
+            .map_err(model_error)?;
         write_adapter(&self.folder.path().join("adapter"), &config, &trained).map_err(model_error)
     }
 

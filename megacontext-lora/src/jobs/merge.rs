@@ -1,4 +1,7 @@
 //! The job `merge`: base and adapter become one model folder, scaling written into its `config.json`.
+//!
+//! f32 is the default, whatever the base is stored in: rounding W + s·B·A to bf16 moves logits by about a hundredth of
+//! their size, f32 by a millionth.
 
 use std::path::PathBuf;
 
@@ -21,7 +24,7 @@ pub struct Merge {
     pub adapter: PathBuf,
     /// Folder to write; must not exist or be empty.
     pub out: PathBuf,
-    /// `f32`, `f16` or `bf16`; none keeps the base's.
+    /// `f32` (the default), `f16` or `bf16`.
     pub dtype: Option<String>,
 }
 
@@ -34,8 +37,7 @@ pub fn run(params: Value, _: &dyn HostApi) -> Result<Value> {
         }
     }
     let dtype = match job.dtype.as_deref() {
-        None => None,
-        Some("f32") => Some(Dtype::F32),
+        None | Some("f32") => Some(Dtype::F32),
         Some("f16") => Some(Dtype::F16),
         Some("bf16") => Some(Dtype::BF16),
         Some(other) => {

@@ -130,7 +130,9 @@ impl ModelDir {
     /// The token that ends a document.
     pub fn eos(&self) -> Result<u32> {
         self.tokenizer.eos_id().or(self.config.eos_token_id).ok_or_else(|| {
-            PluginError::model("expected an end-of-sequence token in config.json or tokenizer_config.json, got none")
+            PluginError::model(
+                "expected an end-of-sequence token in config.json or tokenizer_config.json, got none",
+            )
         })
     }
 }

@@ -144,7 +144,11 @@ fn pretrain(c: &PretrainConfig, host: &dyn HostApi) -> Result<Value> {
     let eos = tokenizer.eos_id().ok_or_else(|| PluginError::internal("the new tokenizer has no eos"))?;
     let stream = TokenStream::join(&tokenize(&training, &encode), eos).tokens;
     let held_out = tokenize(&held_out, &encode);
-    say(format!("{} training tokens, {} held out", stream.len(), held_out.iter().map(Vec::len).sum::<usize>()));
+    say(format!(
+        "{} training tokens, {} held out",
+        stream.len(),
+        held_out.iter().map(Vec::len).sum::<usize>()
+    ));
 
     let decoder = Decoder::random(model.clone(), c.seed).map_err(model_error)?;
     let stage = |steps| StageConfig {
@@ -161,7 +165,8 @@ fn pretrain(c: &PretrainConfig, host: &dyn HostApi) -> Result<Value> {
         weight_decay: c.weight_decay,
         ..Default::default()
     };
-    let batch = BatchConfig { tokens_per_step: c.tokens_per_step, micro_batch_tokens: c.tokens_per_step.min(8192) };
+    let batch =
+        BatchConfig { tokens_per_step: c.tokens_per_step, micro_batch_tokens: c.tokens_per_step.min(8192) };
     let mut trainer = Trainer::new(
         decoder,
         &[Group::Base, Group::Embeddings, Group::Norms],
@@ -207,7 +212,8 @@ fn pretrain(c: &PretrainConfig, host: &dyn HostApi) -> Result<Value> {
     let (decoder, stream) = trainer.into_parts();
     let unigram = Ngram::train(&stream, 1, c.vocab_size)?.nll_per_token(&scored);
     let five = Ngram::train(&stream, 5, c.vocab_size)?.nll_per_token(&scored);
-    let tensors = model.tensors().into_iter().filter_map(|(name, _)| decoder.params().get(&name).map(|t| (name, t)));
+    let tensors =
+        model.tensors().into_iter().filter_map(|(name, _)| decoder.params().get(&name).map(|t| (name, t)));
     write_model_dir(&c.out, &model, tensors, Dtype::BF16, Some(work.path())).map_err(model_error)?;
     to_value(json!({
         "model": c.out,

@@ -120,7 +120,9 @@ pub(super) fn tick(x: f64, step: f64) -> String {
 
 /// A learning rate: `2e-5`, `1.5e-3`.
 pub(super) fn rate(x: f64) -> String {
-    format!("{:e}", (x * 1e12).round() / 1e12).replace("e-0", "e-")
+    let text = format!("{x:.2e}");
+    let (digits, exponent) = text.split_once('e').unwrap_or((&text, "0"));
+    format!("{}e{exponent}", digits.trim_end_matches('0').trim_end_matches('.'))
 }
 
 /// An SVG coordinate, tenths of a unit.

@@ -103,7 +103,9 @@ pub fn perplexity(
     let mut windows: Vec<(&[u32], Window)> = Vec::new();
     for document in documents {
         if document.len() >= 2 {
-            windows.extend(strided_windows(document.len(), context, stride)?.into_iter().map(|w| (&document[..], w)));
+            windows.extend(
+                strided_windows(document.len(), context, stride)?.into_iter().map(|w| (&document[..], w)),
+            );
         }
     }
     if windows.is_empty() {
@@ -128,7 +130,8 @@ pub fn perplexity(
             scored += window.targets().len();
         }
         let rope = RopeTables::sequence(c.head_dim, c.rope_theta, &protocol.scaling, longest)?;
-        let rows = Rows { lengths: Some(batch.iter().map(|(_, w)| w.inputs().len()).collect()), segments: None };
+        let rows =
+            Rows { lengths: Some(batch.iter().map(|(_, w)| w.inputs().len()).collect()), segments: None };
         let with = Forward { pattern: protocol.pattern, rope: &rope, rows: &rows, dropout_seed: None };
         let x = decoder.embed(&tokens, batch.len()).map_err(model_error)?;
         let nll = decoder.nll(&x, &targets, &with).map_err(model_error)?;

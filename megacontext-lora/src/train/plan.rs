@@ -11,8 +11,8 @@ use std::time::Instant;
 
 use megacontext_base::config::LlamaConfig;
 use megacontext_kernels::attention::Pattern;
-use megacontext_kernels::loss::chunk_rows;
 use megacontext_kernels::gemm::measured_flops;
+use megacontext_kernels::loss::chunk_rows;
 use serde::Serialize;
 
 use crate::error::{PluginError, Result};
@@ -49,7 +49,13 @@ struct Step {
     context: u64,
 }
 
-fn memory(model: &LlamaConfig, config: &ExtendConfig, step: &Step, data_tokens: u64, recompute: bool) -> MemoryPlan {
+fn memory(
+    model: &LlamaConfig,
+    config: &ExtendConfig,
+    step: &Step,
+    data_tokens: u64,
+    recompute: bool,
+) -> MemoryPlan {
     let weights: u64 = model.tensors().iter().map(|(_, s)| s.iter().product::<usize>() as u64).sum();
     let lora: u64 = config.lora.modules(model).iter().map(|(_, o, i)| (config.lora.r * (o + i)) as u64).sum();
     let trained = trained(model, config, lora);

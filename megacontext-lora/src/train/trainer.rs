@@ -234,8 +234,13 @@ impl Trainer {
 
     /// What a checkpoint needs besides the step: parameters that learn, and optimiser state.
     pub fn tensors(&self) -> Result<(NamedTensors, NamedTensors)> {
-        let trained =
-            self.decoder.params().trainable().into_iter().map(|(name, tensor)| (name, tensor.detach())).collect();
+        let trained = self
+            .decoder
+            .params()
+            .trainable()
+            .into_iter()
+            .map(|(name, tensor)| (name, tensor.detach()))
+            .collect();
         Ok((trained, self.optimizer.export().map_err(model_error)?))
     }
 

@@ -107,7 +107,8 @@ pub struct Extend {
     /// Model folder: config.json, model.safetensors (or shards), tokenizer.json
     #[arg(long, value_name = "DIR", help_heading = "What")]
     pub base: Option<PathBuf>,
-    /// Text to train on: files, folders, globs (text, markdown, source, JSONL with a text field)
+    /// Text to train on: files, folders, globs (text, markdown, source, JSONL with a text field); corpus:held-out is
+    /// what the quickstart uses
     #[arg(long, value_name = "PATH", num_args = 1.., help_heading = "What")]
     pub data: Vec<String>,
     /// Context to reach, in tokens
@@ -255,7 +256,7 @@ pub struct Merge {
     /// Folder to write, absent or empty
     #[arg(long, value_name = "DIR")]
     pub out: PathBuf,
-    /// f32, f16 or bf16 [default: the base's]
+    /// f32, f16 or bf16; the short ones round the merged weights [default: f32]
     #[arg(long, value_name = "NAME")]
     pub dtype: Option<String>,
 }

@@ -1,0 +1,212 @@
+//! A session in plain Rust: reading calls, host-driven phases, roll-back, checkpoints, export, and the host's callbacks.
+
+mod common;
+
+use std::sync::{Arc, Mutex};
+
+use common::{Fixture, VOCAB};
+use megacontext_lora::error::{Kind, Result};
+use megacontext_lora::host::{Answer, HostApi};
+use megacontext_lora::jobs;
+use megacontext_lora::session::{Context, Entries, Session};
+use serde_json::{Value, json};
+
+/// A host that brings text of its own and gives the answers it was made with.
+struct Recorder {
+    on_left: Answer,
+    heard: Mutex<Vec<String>>,
+}
+
+impl Recorder {
+    fn new(on_left: Answer) -> Arc<Self> {
+        Arc::new(Self { on_left, heard: Mutex::default() })
+    }
+}
+
+impl HostApi for Recorder {
+    fn event(&self, kind: &str, _: &Value) {
+        self.heard.lock().unwrap().push(kind.to_string());
+    }
+
+    fn cancelled(&self) -> bool {
+        false
+    }
+
+    fn documents(&self, split: &str, start: u64, count: u64) -> Result<Vec<String>> {
+        assert_eq!(split, "mine");
+        let text = |n: u64| format!("Number {n} follows {}. ", n.wrapping_sub(1)).repeat(40 + n as usize % 7);
+        Ok((start..(start + count).min(300)).map(text).collect())
+    }
+
+    fn phase_entered(&self, _: &Value) -> Answer {
+        self.heard.lock().unwrap().push("entered".to_string());
+        Answer::Continue
+    }
+
+    fn phase_left(&self, _: &Value) -> Answer {
+        self.heard.lock().unwrap().push("left".to_string());
+        self.on_left
+    }
+}
+
+fn open(fixture: &Fixture, adapter: Option<&str>, host: Arc<Recorder>) -> Session {
+    Session::open(json!({ "base": fixture.path("base"), "adapter": adapter }), host).unwrap()
+}
+
+fn tokens(context: &[u32]) -> Context<'_> {
+    Context { entries: Entries::Tokens(context), mu: None, sigma: None, targets: None }
+}
+
+fn batch() -> Value {
+    let row = |r: u32| (0..33).map(|i| 1 + (i * 7 + r * 13) % 40).collect::<Vec<u32>>();
+    json!({ "tokens": [row(0), row(1), row(2)], "lr": 0.01 })
+}
+
+fn usage(result: Result<impl std::fmt::Debug>, says: &str) {
+    let error = result.unwrap_err();
+    assert!(error.kind == Kind::Usage && error.message.contains(says), "{:?} {error}", error.kind);
+}
+
+#[test]
+fn reading_calls_agree_with_each_other() {
+    let fixture = Fixture::new();
+    let session = open(&fixture, None, Recorder::new(Answer::Continue));
+    let ids = [5u32, 9, 17, 3, 250];
+    let width = session.describe().unwrap()["hidden_size"].as_u64().unwrap() as usize;
+    let mut embedded = vec![0f32; ids.len() * width];
+    session.embed(&ids, &mut embedded).unwrap();
+    let (mut a, mut b) = (vec![0f32; ids.len() * VOCAB], vec![0f32; ids.len() * VOCAB]);
+    session.logits(tokens(&ids), &mut a).unwrap();
+    session.logits(Context { entries: Entries::Embeddings(&embedded), ..tokens(&ids) }, &mut b).unwrap();
+    assert_eq!(a, b);
+    // NLL is minus the log-softmax of the same logits at the next token.
+    let mut nll = vec![0f32; ids.len()];
+    session.nll(tokens(&ids), &mut nll).unwrap();
+    for i in 0..ids.len() - 1 {
+        let row = &a[i * VOCAB..(i + 1) * VOCAB];
+        let want =
+            row.iter().map(|z| f64::from(*z).exp()).sum::<f64>().ln() - f64::from(row[ids[i + 1] as usize]);
+        assert!((f64::from(nll[i]) - want).abs() < 1e-5);
+    }
+    assert!(nll[ids.len() - 1].is_nan());
+    // Positions given outright are the ones counted; other positions give other logits.
+    session.logits(Context { mu: Some(&[0., 1., 2., 3., 4.]), ..tokens(&ids) }, &mut b).unwrap();
+    assert_eq!(a, b);
+    session.logits(Context { mu: Some(&[0., 5., 9., 30., 31.]), ..tokens(&ids) }, &mut b).unwrap();
+    assert_ne!(a, b);
+    let half = session.describe().unwrap()["head_dim"].as_u64().unwrap() as usize / 2;
+    let (mut cos, mut sin) = (vec![0f32; half], vec![0f32; half]);
+    session.rope_tables(&[3.0], Some(&[0.0]), &mut cos, &mut sin).unwrap();
+    assert!(cos.iter().zip(&sin).all(|(c, s)| (c * c + s * s - 1.0).abs() < 1e-6));
+    session.rope_tables(&[3.0], Some(&[2.0]), &mut cos, &mut sin).unwrap();
+    assert!(cos[0].hypot(sin[0]) < 0.2, "a spread of two tokens leaves e^-2 of the fastest band");
+}
+
+#[test]
+fn a_phase_learns_and_export_carries_it() {
+    let fixture = Fixture::new();
+    let host = Recorder::new(Answer::Continue);
+    let session = open(&fixture, None, host.clone());
+    usage(session.step(batch()), "enter a phase first");
+    session.enter_phase(json!({ "groups": ["lora", "norms"], "lora": { "r": 4 }, "context": 64 })).unwrap();
+    usage(session.enter_phase(json!({ "groups": ["lora"] })), "leave it first");
+    let before = session.evaluate(batch()).unwrap()["nll"].as_f64().unwrap();
+    for _ in 0..120 {
+        session.step(batch()).unwrap();
+    }
+    let after = session.evaluate(batch()).unwrap()["nll"].as_f64().unwrap();
+    assert!(after < 0.9 * before, "120 steps on one batch took the loss from {before} to {after} only");
+    let left = session.leave_phase().unwrap();
+    assert_eq!((left["steps"].as_u64(), left["rolled_back"].as_bool()), (Some(120), Some(false)));
+    assert_eq!(*host.heard.lock().unwrap(), ["entered", "left"]);
+
+    // What LoRA adds is what distinguishes the weight: not zero after training.
+    let (shape, _) = session.parameter("model.layers.0.self_attn.q_proj.weight").unwrap();
+    let mut delta = vec![0f32; shape.iter().product()];
+    session.lora_delta("model.layers.0.self_attn.q_proj", &mut delta).unwrap();
+    assert!(delta.iter().any(|v| *v != 0.0));
+    usage(session.lora_delta("model.layers.0.mlp.up_proj", &mut delta), "expected one of");
+
+    let adapter = fixture.path("exported");
+    session.export(&adapter).unwrap();
+    let again = open(&fixture, Some(adapter.to_str().unwrap()), Recorder::new(Answer::Continue));
+    let loaded = again.evaluate(batch()).unwrap()["nll"].as_f64().unwrap();
+    assert!((loaded - after).abs() < 1e-6, "exported {after}, loaded {loaded}");
+}
+
+#[test]
+fn a_phase_rolled_back_never_was() {
+    let fixture = Fixture::new();
+    let session = open(&fixture, None, Recorder::new(Answer::RollBack));
+    session.enter_phase(json!({ "groups": ["lora", "embeddings", "norms"] })).unwrap();
+    let before = session.evaluate(batch()).unwrap();
+    for _ in 0..3 {
+        session.step(batch()).unwrap();
+    }
+    assert_ne!(session.evaluate(batch()).unwrap(), before);
+    assert_eq!(session.leave_phase().unwrap()["rolled_back"], json!(true));
+    assert_eq!(session.evaluate(batch()).unwrap(), before);
+    assert_eq!(session.describe().unwrap()["steps"], json!(0));
+}
+
+#[test]
+fn a_phase_goes_on_from_its_checkpoint_with_the_same_numbers() {
+    let fixture = Fixture::new();
+    let phase = json!({ "groups": ["lora", "norms"], "seed": 3 });
+    let whole = open(&fixture, None, Recorder::new(Answer::Continue));
+    whole.enter_phase(phase.clone()).unwrap();
+    for _ in 0..3 {
+        whole.step(batch()).unwrap();
+    }
+    whole.save(&fixture.path("saved")).unwrap();
+    let expected: Vec<Value> = (0..3).map(|_| whole.step(batch()).unwrap()).collect();
+
+    let later = open(&fixture, None, Recorder::new(Answer::Continue));
+    later.enter_phase(phase).unwrap();
+    assert_eq!(later.resume(&fixture.path("saved")).unwrap()["step"], json!(3));
+    let got: Vec<Value> = (0..3).map(|_| later.step(batch()).unwrap()).collect();
+    assert_eq!(got, expected);
+
+    let other = open(&fixture, None, Recorder::new(Answer::Continue));
+    other.enter_phase(json!({ "groups": ["norms"] })).unwrap();
+    usage(other.resume(&fixture.path("saved")), "configuration");
+}
+
+#[test]
+fn the_hosts_own_documents_are_trained_on_and_its_word_is_final() {
+    let fixture = Fixture::new();
+    let job = |out: &str| {
+        json!({
+            "base": fixture.path("base"), "data": ["host:mine"], "out": fixture.path(out), "context": 64, "steps": 2,
+            "batch": { "tokens_per_step": 256 }, "eval": { "max_tokens": 200 },
+        })
+    };
+    let host = Recorder::new(Answer::Continue);
+    let summary = jobs::run("extend", job("taken"), &*host).unwrap();
+    let documents = |key: &str| summary["data"][key].as_u64().unwrap();
+    assert_eq!(documents("train_documents") + documents("held_out_documents"), 300);
+    assert!(fixture.path("taken/adapter").is_dir());
+    let host = Recorder::new(Answer::RollBack);
+    let error = jobs::run("extend", job("refused"), &*host).unwrap_err();
+    assert_eq!(error.kind, Kind::Cancelled);
+    assert!(!fixture.path("refused/adapter").exists());
+}
+
+#[test]
+fn sizes_that_do_not_fit_are_refused_before_anything_is_written() {
+    let fixture = Fixture::new();
+    let session = open(&fixture, None, Recorder::new(Answer::Continue));
+    let mut out = vec![7f32; 3];
+    usage(session.embed(&[1, 2], &mut out), "expected 64 values, got 3");
+    usage(session.logits(tokens(&[1]), &mut out), "expected 300 values, got 3");
+    usage(session.logits(tokens(&[300]), &mut out), "expected below 300, got 300");
+    usage(session.nll(tokens(&[]), &mut out), "at least 1");
+    usage(session.rope_tables(&[f64::NAN], None, &mut [0.0; 4], &mut [0.0; 4]), "finite");
+    usage(session.rope_tables(&[1.0], Some(&[-1.0]), &mut [0.0; 4], &mut [0.0; 4]), "at least 0");
+    assert_eq!(out, [7.0; 3]);
+    let jobs_only = Session::open(json!({}), Recorder::new(Answer::Continue)).unwrap();
+    usage(jobs_only.embed(&[1], &mut out), "without a base");
+    usage(session.enter_phase(json!({ "groups": ["gistnet"] })), "gistnet");
+    usage(session.enter_phase(json!({ "groups": ["lora", "base"] })), "has to stay frozen");
+    usage(session.run("dance", json!({})), "dance");
+}
