@@ -24,7 +24,7 @@ fn open(name: &str) -> (tempfile::TempDir, Session) {
     (folder, session)
 }
 
-/// Tokens and logits of the first row of a golden case: T, tokens [T], logits [T, V].
+/// Tokens and logits of the first row of a golden case: T, tokens `[T]`, logits [T, V].
 fn golden(name: &str) -> (usize, Vec<u32>, Vec<f32>) {
     let bytes = std::fs::read(fixture(name).join("expected.safetensors")).unwrap();
     let file = safetensors::SafeTensors::deserialize(&bytes).unwrap();

@@ -43,7 +43,7 @@ pub fn gather(table_ve: &Tensor, ids: &[u32]) -> Result<Tensor> {
 /// When sizes do not agree or an id is not in the table.
 pub fn scatter_add(rows_ne: &Tensor, ids: &[u32], table: &mut [f32]) -> Result<()> {
     let (n, width) = rows_ne.dims2()?;
-    if n != ids.len() || width == 0 || table.len() % width != 0 {
+    if n != ids.len() || width == 0 || !table.len().is_multiple_of(width) {
         return Err(KernelError::shape(
             OP,
             format!("{} gradient rows and a table of rows of {width}", ids.len()),

@@ -1,4 +1,16 @@
-//! Differentiable operations for training a decoder on long contexts, as candle custom ops.
+//! Differentiable operations for training a decoder on long contexts, on candle tensors.
+//!
+//! Two layers. Custom operations for candle's tape, each a named struct with its forward and backward side by side:
+//! [`attention::attention`], [`linear::linear`], [`norm::rms_norm`], [`rope::rope`], [`mlp::swiglu`]. Underneath, the same
+//! work on slices, for composites that walk their graph themselves: [`attention::slices`], [`gemm`], and the `forward_into`
+//! and `backward_*` functions beside each operation. The loss over the output head ([`loss`]), embeddings ([`embedding`])
+//! and the optimiser ([`adamw`]) exist on slices only.
+//!
+//! Everything is f32 on the CPU, compiled for AVX-512, AVX2 with FMA and any machine, and chosen when the program runs
+//! ([`cpu::level`]). The same inputs and the same number of threads give the same bytes.
+//!
+//! Errors are [`error::KernelError`]: operation, expectation, finding.
+
 pub mod adamw;
 pub mod attention;
 pub mod cpu;

@@ -4,7 +4,7 @@
 //! Backward, with r = 1/sqrt(mean(x²)+eps), n = E and g the gradient of y:
 //!   dx = r·(g·w) − x·r³/n·Σ(g·w·x),   dw = Σ_rows g·x·r.
 //!
-//! Shapes: x [.., E], w [E]. Sums in f32 per row, the gain's gradient summed over rows in a fixed order.
+//! Shapes: x [.., E], w `[E]`. Sums in f32 per row, the gain's gradient summed over rows in a fixed order.
 //! A frozen gain gets no gradient.
 
 use candle_core::{CpuStorage, CustomOp2, Layout, Shape, Tensor};

@@ -91,7 +91,11 @@ pub fn previous(target: &Path) -> PathBuf {
 pub fn is_vacant(path: &Path) -> bool {
     match fs::read_dir(path) {
         Ok(mut entries) => entries.next().is_none(),
-        Err(e) => e.kind() == io::ErrorKind::NotFound,
+        // Below a regular file nothing stands in the way yet; making the folder will say what does.
+        Err(e) => {
+            e.kind() == io::ErrorKind::NotFound
+                || (e.kind() == io::ErrorKind::NotADirectory && !path.exists())
+        }
     }
 }
 

@@ -1,17 +1,26 @@
-//! Base model of the plugin: a trainable decoder, LoRA, positions, parameter groups and adapter files.
-mod block;
-pub mod config;
-pub mod error;
-pub mod random;
-pub mod rope;
-pub mod decoder;
-pub mod gradients;
-pub mod lora;
-pub mod params;
-pub mod weights;
+//! The base model of the plugin: a trainable decoder and everything that belongs to it.
+//!
+//! [`decoder`] runs and trains a Llama-family model whose parameters live in a [`params::ParamStore`], each in one group;
+//! [`gradients`] holds their gradients and the optimiser; [`lora`] attaches low-rank updates; [`rope`] maps positions to
+//! angles. [`config`], [`weights`] and [`tokenizer`] read a Hugging Face folder, [`hf_export`] writes one, [`adapter`]
+//! reads and writes PEFT folders, [`merge`] folds one into its base. [`atomic`] makes folders appear whole or not at all;
+//! [`random`] is the one source of random numbers.
+//!
+//! Errors are [`error::BaseError`]: what was refused, what was expected, what was found, and where.
+
 pub mod adapter;
 mod adapter_config;
 pub mod atomic;
+mod block;
+pub mod config;
+pub mod decoder;
+pub mod error;
+pub mod gradients;
 pub mod hf_export;
+pub mod lora;
 pub mod merge;
+pub mod params;
+pub mod random;
+pub mod rope;
 pub mod tokenizer;
+pub mod weights;

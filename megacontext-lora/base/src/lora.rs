@@ -65,7 +65,10 @@ impl LoraConfig {
         }
         let widest = config.hidden_size.max(config.num_attention_heads * config.head_dim);
         if self.r > widest {
-            return fail(format!("r (rank): expected at most {widest}, the width of the model, got {}", self.r));
+            return fail(format!(
+                "r (rank): expected at most {widest}, the width of the model, got {}",
+                self.r
+            ));
         }
         if !self.alpha.is_finite() || self.alpha <= 0.0 {
             return fail(format!("alpha: expected a positive number, got {}", self.alpha));

@@ -25,9 +25,9 @@ impl Random {
     /// A stream of its own for something named, so that adding one parameter does not change another.
     pub fn named(seed: u64, name: &str) -> Self {
         // FNV-1a over the name, mixed with the seed.
-        let hash = name.bytes().fold(0xCBF2_9CE4_8422_2325u64, |h, b| {
-            (h ^ u64::from(b)).wrapping_mul(0x0000_0100_0000_01B3)
-        });
+        let hash = name
+            .bytes()
+            .fold(0xCBF2_9CE4_8422_2325u64, |h, b| (h ^ u64::from(b)).wrapping_mul(0x0000_0100_0000_01B3));
         Self::new(seed ^ mix(hash))
     }
 

@@ -123,7 +123,12 @@ pub struct RopeTables {
 
 impl RopeTables {
     /// Tables of the positions 0..n of a plain token sequence.
-    pub fn sequence(head_dim: usize, theta: f64, scaling: &RopeScaling, n: usize) -> candle_core::Result<Self> {
+    pub fn sequence(
+        head_dim: usize,
+        theta: f64,
+        scaling: &RopeScaling,
+        n: usize,
+    ) -> candle_core::Result<Self> {
         let mu: Vec<f64> = (0..n).map(|p| p as f64).collect();
         Self::at(head_dim, theta, scaling, &mu, None)
     }

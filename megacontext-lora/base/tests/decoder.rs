@@ -2,6 +2,9 @@
 //!
 //! The fixtures are small random Llama folders; where they come from stands in integration-tests/fixtures/README.md.
 
+// A test stops at the first thing that is not as it should be.
+#![allow(clippy::unwrap_used)]
+
 use std::collections::HashMap;
 use std::path::PathBuf;
 

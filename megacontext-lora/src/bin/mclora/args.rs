@@ -152,8 +152,8 @@ pub struct Extend {
     #[arg(long, help_heading = "What learns")]
     pub freeze_norms: bool,
 
-    /// Stages, CONTEXT:STEPS[:s2|dense[:GROUP]] separated by commas; GROUP in tokens, or a part of the context such as 0.25
-    /// [default: the context doubles until it is reached]
+    /// Stages separated by commas, each CONTEXT:STEPS, then :s2 or :dense, then :GROUP if wanted; GROUP in tokens, or a part
+    /// of the context such as 0.25 [default: the context doubles until it is reached]
     #[arg(long, value_name = "LIST", help_heading = "How")]
     pub stages: Option<String>,
     /// Optimiser steps, shared out over the default stages [default: 300]
