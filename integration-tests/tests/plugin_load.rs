@@ -5,7 +5,7 @@
 
 use integration_tests::{example_library, fixture, model_with_tokenizer, plugin};
 use megacontext_lora_abi::{
-    ABI_REVISION, ContextView, DType, Device, EntriesView, ErrorKind, Host, LoadError, LoadOptions,
+    ABI_REVISION, Answer, ContextView, DType, Device, EntriesView, ErrorKind, Host, LoadError, LoadOptions,
     NO_TARGET, Plugin, Session, TensorView, TensorViewMut, VERSION_LINE,
 };
 use serde_json::{Value, json};
@@ -254,8 +254,13 @@ fn a_host_drives_a_phase_and_takes_the_adapter_away() {
     #[derive(Default)]
     struct Recorder(Mutex<Vec<String>>);
     impl Host for Recorder {
-        fn event(&self, kind: &str, _: &str) {
-            self.0.lock().unwrap().push(kind.to_owned());
+        fn phase_entered(&self, _: &str) -> Answer {
+            self.0.lock().unwrap().push("entered".to_owned());
+            Answer::Continue
+        }
+        fn phase_left(&self, _: &str) -> Answer {
+            self.0.lock().unwrap().push("left".to_owned());
+            Answer::Continue
         }
     }
     let folder = tempfile::tempdir().unwrap();
@@ -276,7 +281,7 @@ fn a_host_drives_a_phase_and_takes_the_adapter_away() {
     let after = session.evaluate(&batch).unwrap()["nll"].as_f64().unwrap();
     assert!(after < before - 0.1, "{before} to {after}");
     session.leave_phase().unwrap();
-    assert_eq!(*recorder.0.lock().unwrap(), ["phase_entered", "phase_left"]);
+    assert_eq!(*recorder.0.lock().unwrap(), ["entered", "left"]);
 
     let groups = session.parameter_groups().unwrap();
     let names = |group: &str| groups[group]["parameters"].as_array().map_or(0, Vec::len);

@@ -207,15 +207,4 @@ mod tests {
         assert!(error.kind == Kind::Data && error.message.contains("expected 400 tokens"), "{error}");
         assert!(!dir.path().join("tokenizer.json").exists());
     }
-
-    /// Run by hand: the tokenizer of this machine's corpus, into `$MEGACONTEXT_BPE_OUT`.
-    #[test]
-    #[ignore = "trains on the whole registry of the machine"]
-    fn this_machine() {
-        let out = std::env::var("MEGACONTEXT_BPE_OUT").expect("MEGACONTEXT_BPE_OUT names a folder");
-        let corpus = crate::corpus::discover(crate::corpus::Split::Pretrain, &crate::corpus::Roots::find());
-        let start = std::time::Instant::now();
-        let summary = train(&corpus.documents, 4096, 0, Path::new(&out)).unwrap();
-        println!("{summary:?} {:.1} s", start.elapsed().as_secs_f64());
-    }
 }

@@ -509,25 +509,4 @@ mod tests {
         let order = ["0.9.1", "0.10.0", "1.0.0-rc.3", "1.0.0", "1.2.1+spec-1.1.0"];
         assert!(order.windows(2).all(|pair| Version::parse(pair[0]) < Version::parse(pair[1])));
     }
-
-    /// Run by hand: what this machine yields (`cargo test -p megacontext-lora --lib corpus -- --ignored
-    /// --nocapture`).
-    #[test]
-    #[ignore = "reads the whole registry of the machine"]
-    fn this_machine() {
-        let roots = Roots::find();
-        for split in [Split::Pretrain, Split::HeldOut] {
-            let start = std::time::Instant::now();
-            let corpus = discover(split, &roots);
-            println!("{split:?}: {} ({:.1} s)", corpus.provenance, start.elapsed().as_secs_f64());
-            let mut bytes: BTreeMap<&str, usize> = BTreeMap::new();
-            corpus
-                .documents
-                .iter()
-                .for_each(|document| *bytes.entry(&document.group).or_default() += document.text.len());
-            let mut bytes: Vec<_> = bytes.into_iter().collect();
-            bytes.sort_by_key(|&(_, size)| std::cmp::Reverse(size));
-            println!("largest: {:?}", &bytes[..bytes.len().min(60)]);
-        }
-    }
 }

@@ -323,30 +323,4 @@ mod tests {
     fn refuses_text_shorter_than_the_order() {
         assert!(Ngram::train(&[0, 1], 3, 4).unwrap_err().message.contains("got 2"));
     }
-
-    /// Run by hand: the baselines of this machine's corpus with the tokenizer in `$MEGACONTEXT_BPE_OUT`.
-    #[test]
-    #[ignore = "tokenises the whole registry of the machine"]
-    fn this_machine() {
-        use crate::corpus::{Roots, Split, discover};
-        use crate::data::{documents::tokenize, packing::TokenStream};
-        let dir = std::env::var("MEGACONTEXT_BPE_OUT").expect("MEGACONTEXT_BPE_OUT names a folder");
-        let tokenizer = megacontext_base::tokenizer::Tokenizer::from_dir(std::path::Path::new(&dir)).unwrap();
-        let tokens = |split| {
-            tokenize(&discover(split, &Roots::find()).documents, &|text| tokenizer.encode(text).unwrap())
-        };
-        let (train, held_out) =
-            (TokenStream::join(&tokens(Split::Pretrain), 0).tokens, tokens(Split::HeldOut));
-        println!("{} tokens, {} held out", train.len(), held_out.iter().map(Vec::len).sum::<usize>());
-        for order in [1, 3, 5] {
-            let start = std::time::Instant::now();
-            let model = Ngram::train(&train, order, 4096).unwrap();
-            let trained = start.elapsed().as_secs_f64();
-            let nll = model.nll_per_token(&held_out);
-            println!(
-                "order {order}: {nll:.4} nats/token, {trained:.1} s + {:.1} s",
-                start.elapsed().as_secs_f64() - trained
-            );
-        }
-    }
 }

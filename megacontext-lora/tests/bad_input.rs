@@ -531,7 +531,7 @@ fn output_that_cannot_be_written() {
     let (base, merged, logits) =
         (fixture.at("base"), fixture.at("file/merged"), fixture.at("file/x.safetensors"));
     mclora(&["merge", "--base", &base, "--adapter", &adapter, "--out", &merged])
-        .refused(1, &[&merged, "expected a folder that does not exist yet"]);
+        .refused(1, &[&merged, "is not a directory"]);
     fs::write(fixture.path("tokens.json"), "[1]").unwrap();
     let tokens = fixture.at("tokens.json");
     mclora(&["logits", "--base", &base, "--tokens", &tokens, "--out", &logits])

@@ -35,6 +35,11 @@ impl AtomicDir {
             Some(parent) if !parent.as_os_str().is_empty() => parent.to_path_buf(),
             _ => PathBuf::from("."),
         };
+        if parent.exists() && !parent.is_dir() {
+            let message = format!("cannot be written: {} is not a directory", parent.display());
+            let source = io::Error::new(io::ErrorKind::NotADirectory, message);
+            return Err(BaseError::Io { path: target.to_path_buf(), source });
+        }
         fs::create_dir_all(&parent).map_err(BaseError::io(&parent))?;
         let mut builder = tempfile::Builder::new();
         let prefix = format!(".{}.", name.to_string_lossy());
