@@ -13,7 +13,7 @@ use rayon::prelude::*;
 use crate::cpu::{multiversion, tensor, with_values};
 use crate::error::{KernelError, Result};
 use crate::gemm::{Mat, matmul};
-use crate::math::exp_lane;
+use crate::math::exp;
 
 const OP: &str = "head_cross_entropy";
 
@@ -81,13 +81,13 @@ multiversion! {
         let mut sums = [0f32; 16];
         for chunk in z[..whole].chunks_exact_mut(16) {
             for i in 0..16 {
-                chunk[i] = exp_lane(chunk[i] - max);
+                chunk[i] = exp(chunk[i] - max);
                 sums[i] += chunk[i];
             }
         }
         let mut sum: f32 = sums.iter().sum();
         for v in &mut z[whole..] {
-            *v = exp_lane(*v - max);
+            *v = exp(*v - max);
             sum += *v;
         }
         if scale != 0.0 {

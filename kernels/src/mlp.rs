@@ -8,7 +8,7 @@ use rayon::prelude::*;
 
 use crate::cpu::{contiguous, for_rows, multiversion, tensor, with_values};
 use crate::error::{KernelError, Result};
-use crate::math::exp_lane;
+use crate::math::exp;
 
 const OP: &str = "swiglu";
 const CHUNK: usize = 16_384;
@@ -17,7 +17,7 @@ struct SwiGlu;
 
 #[inline(always)]
 fn sigmoid(z: f32) -> f32 {
-    1.0 / (1.0 + exp_lane(-z))
+    1.0 / (1.0 + exp(-z))
 }
 
 multiversion! {

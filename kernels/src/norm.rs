@@ -12,26 +12,13 @@ use rayon::prelude::*;
 
 use crate::cpu::{contiguous, for_rows, multiversion, rows_per_task, sum_partials, tensor, with_values};
 use crate::error::{KernelError, Result};
+use crate::math::dot;
 
 const OP: &str = "rms_norm";
 
 struct RmsNorm {
     eps: f32,
     gain_learns: bool,
-}
-
-multiversion! {
-    fn dot(a: &[f32], b: &[f32]) -> f32 {
-        let mut lanes = [0f32; 16];
-        let (a_head, a_tail) = a.split_at(a.len() / 16 * 16);
-        let (b_head, b_tail) = b.split_at(a_head.len());
-        for (x, y) in a_head.chunks_exact(16).zip(b_head.chunks_exact(16)) {
-            for i in 0..16 {
-                lanes[i] += x[i] * y[i];
-            }
-        }
-        lanes.iter().sum::<f32>() + a_tail.iter().zip(b_tail).map(|(x, y)| x * y).sum::<f32>()
-    }
 }
 
 multiversion! {

@@ -14,7 +14,9 @@ use rayon::prelude::*;
 
 use super::forward::Dims;
 use super::pattern::Plan;
-use super::tile::{Matrix, Output, View, add_row, dot, multiply, softmax_backward};
+use crate::math::dot;
+
+use super::tile::{Matrix, Output, View, add_row, multiply, softmax_backward};
 
 /// Entries in a block.
 const BLOCK: usize = 256;

@@ -9,6 +9,7 @@ use candle_core::{CpuStorage, Layout};
 use super::pattern::OP;
 use crate::cpu::multiversion;
 use crate::error::{KernelError, Result};
+use crate::math::exp;
 
 /// A [B, T, heads, D] operand read where it lies.
 #[derive(Clone, Copy)]
@@ -122,32 +123,6 @@ pub(super) fn multiply(out: &mut [f32], a: Matrix<'_>, b: Matrix<'_>, scale: f32
     }
 }
 
-/// e^x for x that is at most about 0, as scores minus their largest value are. A shorter way than
-/// [`crate::math::exp_lane`], with the same polynomial: relative error below 2e-7; below −87.3 it is 0; above 88 it
-/// stays e^88; NaN stays NaN. No step can overflow an integer, so that checked builds vectorise it too.
-#[inline(always)]
-fn exp_below(x: f32) -> f32 {
-    const LEAST: f32 = -87.3;
-    const LN2_HI: f32 = 0.693_359_4;
-    const LN2_LO: f32 = -2.121_944_4e-4;
-    // 1.5·2^23: adding it leaves the nearest integer in the low bits of the sum.
-    const ROUND: f32 = 12_582_912.0;
-    let least = if x < LEAST { LEAST } else { x };
-    let x_in = if least > 88.0 { 88.0 } else { least };
-    let shifted = x_in * std::f32::consts::LOG2_E + ROUND;
-    let n = shifted - ROUND;
-    let r = x_in - n * LN2_HI - n * LN2_LO;
-    let mut p = 1.987_569_1e-4;
-    p = p * r + 1.398_199_9e-3;
-    p = p * r + 8.333_452e-3;
-    p = p * r + 4.166_579_6e-2;
-    p = p * r + 1.666_666_5e-1;
-    p = p * r + 0.5;
-    let value = p * r * r + r + 1.0;
-    let two_to_n = f32::from_bits((shifted.to_bits() << 23).wrapping_add(0x3f80_0000));
-    if x < LEAST { 0.0 } else { value * two_to_n }
-}
-
 multiversion! {
     fn all_finite(values: &[f32]) -> bool {
         let mut bad = 0u32;
@@ -179,14 +154,14 @@ multiversion! {
         let (head, tail) = values.split_at_mut(values.len() / 32 * 32);
         for chunk in head.chunks_exact_mut(32) {
             for (lane, x) in lanes.iter_mut().zip(chunk) {
-                let e = exp_below(*x - top);
+                let e = exp(*x - top);
                 *x = e;
                 *lane += e;
             }
         }
         let mut sum = lanes.iter().sum::<f32>();
         for x in tail {
-            *x = exp_below(*x - top);
+            *x = exp(*x - top);
             sum += *x;
         }
         sum
@@ -197,7 +172,7 @@ multiversion! {
     /// p = e^(p − lse); ds = p·(ds − delta)·scale. On entry p holds scores and ds the gradient of p.
     pub(super) fn softmax_backward(p: &mut [f32], ds: &mut [f32], lse: f32, delta: f32, scale: f32) {
         for (p, ds) in p.iter_mut().zip(ds) {
-            let e = exp_below(*p - lse);
+            let e = exp(*p - lse);
             *p = e;
             *ds = e * (*ds - delta) * scale;
         }
@@ -219,20 +194,6 @@ multiversion! {
         for (o, x) in out.iter_mut().zip(values) {
             *o += x;
         }
-    }
-}
-
-multiversion! {
-    /// Σ a·b.
-    pub(super) fn dot(a: &[f32], b: &[f32]) -> f32 {
-        let mut lanes = [0f32; 16];
-        let whole = a.len().min(b.len()) / 16 * 16;
-        for (x, y) in a[..whole].chunks_exact(16).zip(b[..whole].chunks_exact(16)) {
-            for i in 0..16 {
-                lanes[i] += x[i] * y[i];
-            }
-        }
-        lanes.iter().sum::<f32>() + a[whole..].iter().zip(&b[whole..]).map(|(x, y)| x * y).sum::<f32>()
     }
 }
 
@@ -269,22 +230,7 @@ impl<'a> Output<'a> {
 
 #[cfg(test)]
 mod tests {
-    use super::{dot, exp_below, largest};
-
-    #[test]
-    fn exp_is_close_to_libm_and_keeps_its_edges() {
-        for i in -872_000..=10_000 {
-            let x = i as f32 * 1e-4;
-            let want = f64::from(x).exp();
-            let relative = ((f64::from(exp_below(x)) - want) / want).abs();
-            assert!(relative < 2e-7, "{x}: relative error {relative}");
-        }
-        assert_eq!(exp_below(0.0), 1.0);
-        assert_eq!(exp_below(-88.0), 0.0);
-        assert_eq!(exp_below(f32::NEG_INFINITY), 0.0);
-        assert!(exp_below(f32::NAN).is_nan() && exp_below(-f32::NAN).is_nan());
-        assert!(exp_below(f32::INFINITY).is_finite());
-    }
+    use super::largest;
 
     #[test]
     fn row_loops_reach_every_value() {
@@ -292,7 +238,7 @@ mod tests {
             let values: Vec<f32> = (0..len).map(|i| i as f32).collect();
             let most = if len == 0 { f32::NEG_INFINITY } else { len as f32 - 1.0 };
             assert_eq!(largest(&values), most);
-            assert_eq!(dot(&values, &vec![2.0; len]), values.iter().sum::<f32>() * 2.0);
+            assert_eq!(crate::math::dot(&values, &vec![2.0; len]), values.iter().sum::<f32>() * 2.0);
         }
     }
 }
