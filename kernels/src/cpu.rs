@@ -1,7 +1,7 @@
 //! What every CPU operation here shares: reading operands, splitting work over threads, choosing instructions.
 //!
-//! Operations work on rows of contiguous f32. An operand that is not contiguous is copied once, here; the attention
-//! and linear kernels that can read strides do not come through this door.
+//! Operations work on rows of contiguous f32. An operand that is not contiguous is copied once, here; attention reads
+//! strides itself and does not come through this door.
 //!
 //! Threads: rayon's current pool, and fixed splits of the work, so that a result does not depend on which thread ran
 //! what.
@@ -204,7 +204,13 @@ pub fn level() -> Level {
 #[cfg(target_arch = "x86_64")]
 fn detect() -> Level {
     use std::arch::is_x86_feature_detected as has;
-    if has!("avx512f") && has!("avx512vl") && has!("avx512bw") && has!("avx512dq") && has!("fma") {
+    if has!("avx512f")
+        && has!("avx512vl")
+        && has!("avx512bw")
+        && has!("avx512dq")
+        && has!("avx2")
+        && has!("fma")
+    {
         Level::Avx512
     } else if has!("avx2") && has!("fma") {
         Level::Avx2

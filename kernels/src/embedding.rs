@@ -1,7 +1,7 @@
 //! Token embeddings: gathering rows, and adding their gradients back.
 //!
 //! The gradient of a gather is written straight into a buffer of the table's shape, so that tied embeddings and
-//! several micro-batches share one. Work is split by columns: a row's sum is always made in token order.
+//! several micro-batches share one. Rows are added in token order, on one thread: the work is a memory copy.
 //!
 //! Shapes: table [V, E], ids N, rows [N, E].
 

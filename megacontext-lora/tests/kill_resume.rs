@@ -261,3 +261,23 @@ fn other_settings_are_not_resumed() {
     mclora(&args).refused(2, &["checkpoints/00000024", "expected a checkpoint of this configuration"]);
     assert_eq!(common::tree(&run), before);
 }
+
+#[test]
+fn other_text_or_another_base_under_the_same_names_is_not_resumed() {
+    let fixture = Fixture::new();
+    uninterrupted(&fixture);
+    let run = fixture.path("whole");
+    let before = common::tree(&run);
+    let mut args = fixture.extend("whole");
+    args.push("--resume".into());
+
+    let extra = fixture.path("data/99.txt");
+    fs::write(&extra, "A text that was not there before. ".repeat(50)).unwrap();
+    mclora(&args).refused(2, &["the text of --data is not what the run began with", "sha256"]);
+    fs::remove_file(&extra).unwrap();
+
+    fs::remove_dir_all(fixture.path("base")).unwrap();
+    fixture.model("base", 2);
+    mclora(&args).refused(2, &["the base model is not what the run began with", "sha256"]);
+    assert_eq!(common::tree(&run), before);
+}

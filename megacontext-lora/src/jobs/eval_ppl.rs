@@ -70,6 +70,7 @@ fn evaluate(job: &EvalPpl, host: &dyn HostApi) -> Result<Value> {
     check_evaluation("", &job.contexts, job.stride, job.max_tokens)?;
     let longest = job.contexts.iter().copied().max().unwrap_or(0);
     let model = ModelDir::open(&job.base)?;
+    crate::train::plan::check_evaluation(&model.config, longest)?;
     let documents = super::extend::load_data(&job.data, host)?;
     let (decoder, mut scaling, _) = model.decoder_with(job.adapter.as_deref())?;
     if let Some(factor) = job.factor {

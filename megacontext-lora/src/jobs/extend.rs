@@ -17,6 +17,7 @@ use megacontext_base::rope::RopeScaling;
 use megacontext_kernels::attention::Pattern;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
+use sha2::{Digest, Sha256};
 
 use crate::corpus;
 use crate::data::documents::{Document, load, tokenize};
@@ -70,6 +71,54 @@ struct State {
     evaluated: BTreeMap<usize, u64>,
     stage_seconds: Vec<f64>,
     seconds_by_part: BTreeMap<String, f64>,
+    inputs: Inputs,
+}
+
+/// What the settings name, as it was when the run began: a run that goes on with something else would not end the same.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+struct Inputs {
+    /// Fingerprint of the base's weights.
+    base: String,
+    /// SHA-256 of the tokens to train and to evaluate on.
+    text: String,
+    threads: usize,
+}
+
+impl Inputs {
+    fn of(model: &ModelDir, text: &Text) -> Self {
+        let mut hash = Sha256::new();
+        for document in std::iter::once(&text.stream).chain(&text.held_out) {
+            hash.update((document.len() as u64).to_le_bytes());
+            document.iter().for_each(|token| hash.update(token.to_le_bytes()));
+        }
+        Self {
+            base: model.weights.fingerprint(),
+            text: megacontext_base::params::hex(&hash.finalize()),
+            threads: rayon::current_num_threads(),
+        }
+    }
+
+    /// Refuses other weights and other text; returns a warning for another number of threads.
+    fn check(&self, now: &Self) -> Result<Option<String>> {
+        let differs = |what: &str, began: &str, now: &str| {
+            let (began, now) = (&began[..12.min(began.len())], &now[..12.min(now.len())]);
+            Err(PluginError::usage(format!(
+                "resume: {what} is not what the run began with: expected sha256 {began}…, got {now}…; bring it back, or \
+                 begin a new run in another folder"
+            )))
+        };
+        if self.base != now.base {
+            return differs("the base model", &self.base, &now.base);
+        }
+        if self.text != now.text {
+            return differs("the text of --data", &self.text, &now.text);
+        }
+        let warning = format!(
+            "the run began with {} threads and goes on with {}: the last bits of the result may differ",
+            self.threads, now.threads
+        );
+        Ok((self.threads != now.threads).then_some(warning))
+    }
 }
 
 /// Documents of `data`, the held-out corpus of this machine among them where it is asked for.
@@ -97,6 +146,9 @@ pub fn load_data(data: &[String], host: &dyn HostApi) -> Result<Vec<Document>> {
 fn host_documents(split: &str, host: &dyn HostApi) -> Result<Vec<Document>> {
     let mut documents = Vec::new();
     loop {
+        if host.cancelled() {
+            return Err(PluginError::cancelled("the host asked to stop while its documents were read"));
+        }
         let start = documents.len() as u64;
         let page = host.documents(split, start, HOST_PAGE)?;
         let last = (page.len() as u64) < HOST_PAGE;
@@ -112,11 +164,20 @@ fn host_documents(split: &str, host: &dyn HostApi) -> Result<Vec<Document>> {
     Ok(documents)
 }
 
+/// The stage's attention and group size, as they stand in files.
+fn attention_of(stage: &StageConfig) -> (String, Option<usize>) {
+    match stage.pattern() {
+        Pattern::ShiftedSparse { group } => ("s2".to_string(), Some(group)),
+        _ => ("dense".to_string(), None),
+    }
+}
+
 /// Text ready for a run.
 struct Text {
     stream: Vec<u32>,
     held_out: Vec<Vec<u32>>,
     summary: DataSummary,
+    warning: Option<String>,
 }
 
 fn read_text(config: &ExtendConfig, model: &ModelDir, host: &dyn HostApi) -> Result<Text> {
@@ -147,7 +208,16 @@ fn read_text(config: &ExtendConfig, model: &ModelDir, host: &dyn HostApi) -> Res
     if held_out.is_empty() {
         return Err(PluginError::data("data: the held-out documents have no text to evaluate on"));
     }
-    Ok(Text { stream: stream.tokens, held_out, summary })
+    let tokens = |d: &Vec<u32>| d.len() - 1;
+    let scored: usize = held_out.iter().map(tokens).sum();
+    let long: usize = held_out.iter().filter(|d| d.len() > longest).map(tokens).sum();
+    let warning = (long * 2 < scored).then(|| {
+        format!(
+            "only {long} of the {scored} tokens to evaluate on are in documents longer than {longest} tokens: perplexity at \
+             that length is then mostly perplexity of shorter texts"
+        )
+    });
+    Ok(Text { stream: stream.tokens, held_out, summary, warning })
 }
 
 /// Runs the job.
@@ -159,16 +229,6 @@ pub fn run(params: Value, host: &dyn HostApi) -> Result<Value> {
     }
     let threads = config.threads;
     with_threads(threads, || Run::prepare(config, params.resume, host)?.finish())?
-}
-
-/// Checks settings, model, data and memory, and says what the run would cost; writes nothing.
-pub fn dry_run(config: ExtendConfig, host: &dyn HostApi) -> Result<Plan> {
-    let model = ModelDir::open(&config.base)?;
-    let config = config.resolve(&model.config)?;
-    let text = read_text(&config, &model, host)?;
-    let plan = plan::plan(&model.config, &config, text.stream.len())?;
-    host.event("plan", &plan_event(&plan)?);
-    Ok(plan)
 }
 
 fn plan_event(plan: &Plan) -> Result<Value> {
@@ -205,6 +265,7 @@ impl<'h> Run<'h> {
         let mut groups = vec![Group::Lora];
         groups.extend(config.train_embeddings.then_some(Group::Embeddings));
         groups.extend(config.train_norms.then_some(Group::Norms));
+        let inputs = Inputs::of(&model, &text);
         let trainer = Trainer::new(
             decoder,
             &groups,
@@ -219,21 +280,23 @@ impl<'h> Run<'h> {
         let config_hash = config.identity()?;
         let toml = config_toml(&config)?;
         let folder = RunFolder::open(&config.out, resume)?;
-        let mut warnings = Vec::new();
+        let mut warnings: Vec<String> = text.warning.into_iter().collect();
         let loaded =
             if resume { load_latest(folder.path(), &config_hash, &mut |w| warnings.push(w))? } else { None };
-        folder.write("config.toml", toml.as_bytes())?;
         let run = match loaded {
             None => {
+                folder.write("config.toml", toml.as_bytes())?;
                 let telemetry = Telemetry::create(&folder, &toml)?;
                 let stage_seconds = vec![0.0; config.stages.len()];
-                let state = State { config_hash, seed: config.seed, stage_seconds, ..State::default() };
+                let state =
+                    State { config_hash, seed: config.seed, stage_seconds, inputs, ..State::default() };
                 let (data, held_out) = (text.summary, text.held_out);
                 Run { host, config, model, data, held_out, plan, trainer, folder, telemetry, state, started }
             }
             Some(loaded) => {
                 let state: State = serde_json::from_value(loaded.state)
                     .map_err(|e| PluginError::data(format!("{}: state.json: {e}", loaded.path.display())))?;
+                warnings.extend(state.inputs.check(&inputs)?);
                 let keep = Keep::Lines(state.metric_lines);
                 let telemetry = Telemetry::resume(&folder, &toml, keep, &mut |w| warnings.push(w))?;
                 let mut trainer = trainer;
@@ -329,15 +392,12 @@ impl<'h> Run<'h> {
             }
             if stage_step == 0 {
                 let settings = &self.config.stages[stage];
-                let group = match settings.pattern() {
-                    Pattern::ShiftedSparse { group } => Some(group),
-                    _ => None,
-                };
+                let (attention, group) = attention_of(settings);
                 self.telemetry.record(Record::Stage(StageRecord {
                     step: self.trainer.step_count() as u64,
                     stage,
                     context: settings.context,
-                    attention: if group.is_some() { "s2" } else { "dense" }.to_string(),
+                    attention,
                     group,
                     factor: settings.scaling(self.original())?.factor(),
                     steps: settings.steps as u64,
@@ -412,11 +472,11 @@ impl<'h> Run<'h> {
                 "the host turned the result down: no adapter was written; the last checkpoint is kept",
             ));
         }
+        self.write_adapter(&scaling)?;
         let sparse = match last.pattern() {
             Pattern::ShiftedSparse { .. } => self.evaluate("adapted", &scaling, Some(&last))?,
             _ => ByContext::new(),
         };
-        self.write_adapter(&scaling)?;
         self.telemetry.sync()?;
         let gap = sparse.get(&last.context).zip(adapted.get(&last.context)).map(|(s, d)| s / d - 1.0);
         self.state.perplexity.adapted = adapted;
@@ -485,13 +545,10 @@ impl<'h> Run<'h> {
             let losses = losses(index);
             let edge = EDGE_STEPS.min(losses.len());
             let (rows, micro) = self.config.batch.shape(stage.context);
-            let group = match stage.pattern() {
-                Pattern::ShiftedSparse { group } => Some(group),
-                _ => None,
-            };
+            let (attention, group) = attention_of(stage);
             stages.push(StageSummary {
                 context: stage.context,
-                attention: if group.is_some() { "s2" } else { "dense" }.to_string(),
+                attention,
                 group,
                 factor: stage.scaling(self.original())?.factor(),
                 steps: stage.steps as u64,
@@ -509,6 +566,8 @@ impl<'h> Run<'h> {
             ("activations", memory.activations),
             ("workspace", memory.workspace),
             ("loss_chunk", memory.loss_chunk),
+            ("evaluation", memory.evaluation),
+            ("checkpoint", memory.checkpoint),
             ("data", memory.data),
         ];
         let c = &self.model.config;
@@ -528,7 +587,10 @@ impl<'h> Run<'h> {
             threads: rayon::current_num_threads(),
             steps: self.trainer.steps() as u64,
             context: self.config.context,
-            command: format!("mclora extend --config {}", self.folder.path().join("config.toml").display()),
+            command: format!(
+                "mclora extend --config {} --out runs/again",
+                self.folder.path().join("config.toml").display()
+            ),
             stages,
             groups: groups.into_values().collect(),
             base: BaseSummary {

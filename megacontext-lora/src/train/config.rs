@@ -17,11 +17,15 @@ use megacontext_kernels::attention::Pattern;
 use serde::{Deserialize, Serialize};
 
 use crate::error::{PluginError, Result};
+use crate::run::folder::config_hash;
 
 /// The longest context: what a merged model's `config.json` may state. Beyond it a number is a slip of the pen.
 pub const LONGEST_CONTEXT: usize = 1 << 24;
 /// Most steps, and most tokens of a step: far beyond any run, and no product of sizes overflows.
 const MOST: usize = 1 << 32;
+
+/// Optimiser steps over the default stages.
+pub const DEFAULT_STEPS: usize = 300;
 
 /// Everything a run is told.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -51,8 +55,8 @@ pub struct ExtendConfig {
     pub batch: BatchConfig,
     /// Stages; none means [`default_stages`].
     pub stages: Vec<StageConfig>,
-    /// Optimiser steps shared out over the default stages.
-    pub steps: usize,
+    /// Optimiser steps shared out over the default stages, [`DEFAULT_STEPS`] where absent; with stages given, their sum.
+    pub steps: Option<usize>,
     /// Perplexity before and after.
     pub eval: EvalConfig,
     /// When to write checkpoints.
@@ -80,7 +84,7 @@ impl Default for ExtendConfig {
             optimizer: OptimizerConfig::default(),
             batch: BatchConfig::default(),
             stages: Vec::new(),
-            steps: 300,
+            steps: None,
             eval: EvalConfig::default(),
             checkpoint: CheckpointConfig::default(),
             activation_checkpointing: Recompute::Auto,
@@ -312,7 +316,7 @@ impl Default for CheckpointConfig {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Recompute {
-    /// When the plan does not fit without.
+    /// When the plan without would take more than half of the memory that may be used.
     Auto,
     /// Always.
     On,
@@ -381,11 +385,12 @@ impl ExtendConfig {
         }
         self.lora.validate(model).map_err(|e| PluginError::usage(e.to_string()))?;
         self.optimizer.validate()?;
-        if !(1..=MOST).contains(&self.steps) {
-            return usage(format!("steps: expected 1 to {MOST}, got {}", self.steps));
+        if let Some(steps) = self.steps.filter(|steps| !(1..=MOST).contains(steps)) {
+            return usage(format!("steps: expected 1 to {MOST}, got {steps}"));
         }
         if self.stages.is_empty() {
-            self.stages = default_stages(original, self.context, self.steps);
+            self.stages = default_stages(original, self.context, self.steps.unwrap_or(DEFAULT_STEPS));
+            self.steps = None;
         }
         for (i, stage) in self.stages.iter_mut().enumerate() {
             let at = format!("stages[{i}]");
@@ -416,7 +421,13 @@ impl ExtendConfig {
             }
             stage.factor = Some(stage.scaling(original)?.factor());
         }
-        self.steps = self.stages.iter().map(|s| s.steps).sum();
+        let sum = self.stages.iter().map(|s| s.steps).sum();
+        if let Some(steps) = self.steps.filter(|steps| *steps != sum) {
+            return usage(format!(
+                "steps: expected {sum}, the sum over the stages given, or none; got {steps}"
+            ));
+        }
+        self.steps = Some(sum);
         let last = self.stages.last().map_or(0, |s| s.context);
         if last != self.context {
             return usage(format!(
@@ -435,6 +446,17 @@ impl ExtendConfig {
         self.eval.contexts.sort_unstable();
         self.eval.contexts.dedup();
         check_evaluation("eval.", &self.eval.contexts, self.eval.stride, self.eval.max_tokens)?;
+        if let Some(stage) = self.stages.last() {
+            for &context in &self.eval.contexts {
+                if let Pattern::ShiftedSparse { group } = (StageConfig { context, ..stage.clone() }).pattern()
+                    && group < 2
+                {
+                    return usage(format!(
+                        "eval.contexts: at {context} tokens the last stage's group is {group}; expected at least 2"
+                    ));
+                }
+            }
+        }
         for (key, tokens) in [
             ("tokens_per_step", self.batch.tokens_per_step),
             ("micro_batch_tokens", self.batch.micro_batch_tokens),
@@ -452,23 +474,17 @@ impl ExtendConfig {
         Ok(self)
     }
 
-    /// The scaling of the finished model: the last stage's.
-    pub fn final_scaling(&self, original: usize) -> Result<RopeScaling> {
-        match self.stages.last() {
-            Some(stage) => stage.scaling(original),
-            None => Ok(RopeScaling::None),
-        }
-    }
-
-    /// A hash over everything that decides the result; a checkpoint of another configuration is not resumed.
+    /// A hash over the settings that decide the result; a checkpoint of another configuration is not resumed. What the
+    /// settings name (base, text, threads) is compared by the job itself.
     pub fn identity(&self) -> Result<String> {
-        use sha2::{Digest, Sha256};
         let mut decisive = self.clone();
+        decisive.base = PathBuf::new();
+        decisive.data = Vec::new();
         decisive.out = PathBuf::new();
         decisive.checkpoint = CheckpointConfig::default();
         decisive.memory_budget_bytes = None;
-        let text = serde_json::to_string(&decisive).map_err(|e| PluginError::internal(e.to_string()))?;
-        Ok(megacontext_base::params::hex(&Sha256::digest(text.as_bytes())))
+        decisive.threads = None;
+        config_hash(&decisive)
     }
 }
 

@@ -19,7 +19,7 @@ use crate::host::HostApi;
 use crate::jobs::model_error;
 
 /// Tokens evaluated in one forward pass, at least one window.
-const BATCH_TOKENS: usize = 8192;
+pub const BATCH_TOKENS: usize = 8192;
 
 /// What was measured, and how.
 #[derive(Clone, Debug, PartialEq, Serialize)]

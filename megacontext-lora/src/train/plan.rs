@@ -1,9 +1,10 @@
 //! What a run will cost, said before its first step: bytes by kind, and time.
 //!
 //! The model of memory (f32, CPU): weights and LoRA factors are resident; what learns also has a gradient and two
-//! moments of its size; a step holds each block's input, the small graph of one block (of every block without
-//! recomputation), and one chunk of logits. The model of time counts multiply-adds and divides by the speed of a
-//! product measured on this machine now, with an allowance for everything that is no product.
+//! moments of its size, and while a checkpoint is written copies of them. A step holds each block's input, what one block
+//! (every block without recomputation) keeps for its backward pass, buffers that all blocks share, and one chunk of
+//! logits; an evaluation holds one block's buffers for its own batch. The model of time counts multiply-adds and divides
+//! by the speed of a product measured on this machine now, with an allowance for everything that is no product.
 //!
 //! Units: bytes, seconds. Errors: a plan beyond the budget, with the numbers and what would help.
 
@@ -17,6 +18,7 @@ use serde::Serialize;
 
 use crate::error::{PluginError, Result};
 use crate::train::config::{ExtendConfig, Recompute};
+use crate::train::eval::BATCH_TOKENS;
 
 const F32: u64 = 4;
 
@@ -29,15 +31,19 @@ pub struct MemoryPlan {
     pub gradients: u64,
     /// Moments of AdamW.
     pub optimizer: u64,
-    /// Block inputs, and without recomputation the graphs of all blocks.
+    /// Block inputs, and what blocks keep for their backward pass.
     pub activations: u64,
-    /// One block's graph and its gradients.
+    /// Buffers that all blocks share.
     pub workspace: u64,
     /// A chunk of logits and the gradients around the head.
     pub loss_chunk: u64,
+    /// A pass of the evaluation; not at the same time as a step.
+    pub evaluation: u64,
+    /// Copies while a checkpoint is written.
+    pub checkpoint: u64,
     /// Tokenised text.
     pub data: u64,
-    /// The sum.
+    /// The most there is at one time.
     pub total: u64,
     /// Whether blocks are recomputed.
     pub recompute: bool,
@@ -62,33 +68,62 @@ fn memory(
     let (e, f) = (model.hidden_size as u64, model.intermediate_size as u64);
     let q = (model.num_attention_heads * model.head_dim) as u64;
     let kv = (model.num_key_value_heads * model.head_dim) as u64;
-    // A block's graph: two norms, o, down, two sums and the leaf (7E); q raw and rotated, mixed (3q); k raw and
-    // rotated, v (3kv); gate, up and their product (3F); the log-sum-exp of each head.
-    let graph = step.tokens * (7 * e + 3 * q + 3 * kv + 3 * f + model.num_attention_heads as u64);
-    // Gradients alive at the widest point of the walk back: those of gate, up and the product, and four streams.
-    let backward = step.tokens * (3 * f + 4 * e);
+    let heads = model.num_attention_heads as u64;
+    // Kept by a block: q, k, v, the mixed values and their log-sum-exp, the middle of the residual stream, gate and up.
+    let kept = 2 * q + 2 * kv + heads + e + 2 * f;
+    // Shared: the stream twice, its gradient, normed input and its gradient; the gated product and its gradient; the
+    // gradients of q, k, v; LoRA's low-rank values and theirs.
+    let shared = 5 * e + 2 * f.max(q) + q + 2 * kv + heads + 2 * config.lora.r as u64;
     let layers = model.num_hidden_layers as u64;
     let vocab = model.vocab_size as u64;
     let chunk = chunk_rows(model.vocab_size).min(step.tokens as usize) as u64 * vocab;
+    let blocks = if recompute { 1 } else { layers };
+    let evaluated =
+        config.eval.contexts.iter().copied().map(|c| c.max(BATCH_TOKENS) as u64).max().unwrap_or(0);
+    let head_gradient = if config.train_embeddings && model.tie_word_embeddings { vocab * e } else { 0 };
     let mut plan = MemoryPlan {
         weights: (weights + lora) * F32,
         gradients: trained * F32,
         optimizer: 2 * trained * F32,
-        activations: layers * step.tokens * e * F32 + if recompute { 0 } else { layers * graph * F32 },
-        workspace: (if recompute { graph } else { 0 } + backward) * F32,
-        loss_chunk: (chunk + 3 * step.tokens * e + if config.train_embeddings { vocab * e } else { 0 }) * F32,
+        activations: step.tokens * (layers * e + blocks * kept) * F32,
+        workspace: step.tokens * shared * F32,
+        loss_chunk: (chunk + 2 * step.tokens * e + head_gradient) * F32,
+        evaluation: evaluation_bytes(model, evaluated),
+        checkpoint: 4 * trained * F32,
         data: data_tokens * F32 + step.context * model.head_dim as u64 * F32,
         total: 0,
         recompute,
     };
-    plan.total = plan.weights
-        + plan.gradients
-        + plan.optimizer
-        + plan.activations
-        + plan.workspace
-        + plan.loss_chunk
-        + plan.data;
+    let step_bytes = plan.activations + plan.workspace + plan.loss_chunk;
+    let busy = (step_bytes + plan.checkpoint).max(plan.evaluation);
+    plan.total = plan.weights + plan.gradients + plan.optimizer + busy + plan.data;
     plan
+}
+
+/// Bytes that a forward pass over `tokens` tokens holds besides the weights.
+pub fn evaluation_bytes(model: &LlamaConfig, tokens: u64) -> u64 {
+    let (e, f) = (model.hidden_size as u64, model.intermediate_size as u64);
+    let q = (model.num_attention_heads * model.head_dim) as u64;
+    let kv = (model.num_key_value_heads * model.head_dim) as u64;
+    let chunk = chunk_rows(model.vocab_size).min(tokens as usize) as u64 * model.vocab_size as u64;
+    (tokens * (2 * q + 2 * kv + 6 * e + 3 * f) + chunk) * F32
+}
+
+/// Refuses an evaluation at `context` tokens that does not fit beside the weights.
+pub fn check_evaluation(model: &LlamaConfig, context: usize) -> Result<()> {
+    let weights: u64 =
+        model.tensors().iter().map(|(_, s)| s.iter().product::<usize>() as u64).sum::<u64>() * F32;
+    let needed = weights + evaluation_bytes(model, context.max(BATCH_TOKENS) as u64);
+    match available_bytes() {
+        Some(free) if needed > free => Err(PluginError::memory(format!(
+            "the evaluation needs about {} at context {context} ({} of it weights), but {} are free. What would help: a \
+             smaller context",
+            bytes(needed),
+            bytes(weights),
+            bytes(free)
+        ))),
+        _ => Ok(()),
+    }
 }
 
 fn trained(model: &LlamaConfig, config: &ExtendConfig, lora: u64) -> u64 {
@@ -212,7 +247,8 @@ impl Plan {
 
 fn by_kind(p: &MemoryPlan) -> String {
     format!(
-        "weights {}, gradients {}, optimizer {}, activations {}{}, workspace {}, loss chunk {}, data {}",
+        "weights {}, gradients {}, optimizer {}, activations {}{}, workspace {}, loss chunk {}, checkpoint {}, data {}; \
+         an evaluation {}",
         bytes(p.weights),
         bytes(p.gradients),
         bytes(p.optimizer),
@@ -220,7 +256,9 @@ fn by_kind(p: &MemoryPlan) -> String {
         if p.recompute { " with recomputation" } else { "" },
         bytes(p.workspace),
         bytes(p.loss_chunk),
-        bytes(p.data)
+        bytes(p.checkpoint),
+        bytes(p.data),
+        bytes(p.evaluation)
     )
 }
 

@@ -10,6 +10,7 @@ use std::collections::BTreeMap;
 
 use candle_core::Tensor;
 use megacontext_base::decoder::{Decoder, Forward};
+use megacontext_base::error::BaseError;
 use megacontext_base::gradients::{Gradients, Optimizer};
 use megacontext_base::params::Group;
 use megacontext_base::random::mix;
@@ -168,6 +169,14 @@ impl Trainer {
         }
         let stage = self.current.as_ref().ok_or_else(|| PluginError::internal("no stage was built"))?;
         let context = self.stages[index].context;
+        let lr = self.settings.lr_at(stage_step, self.step, self.steps());
+        let place = format!("step {} (stage {}, context {context}, lr {lr:.2e})", self.step + 1, index + 1);
+        let failed = |error: BaseError| match error {
+            BaseError::NonFinite { .. } => PluginError::model(format!(
+                "{place}: {error}. The parameters are as before this step; a lower optimizer.lr or a longer warm-up helps"
+            )),
+            other => model_error(other),
+        };
         let rows = Rows::default();
         self.gradients.clear();
         let (mut sum, mut count) = (0f64, 0usize);
@@ -194,13 +203,11 @@ impl Trainer {
                     self.recompute,
                     &mut self.gradients,
                 )
-                .map_err(model_error)?;
+                .map_err(&failed)?;
             sum += loss.sum;
             count += loss.count;
         }
-        let lr = self.settings.lr_at(stage_step, self.step, self.steps());
-        let grad_norm =
-            self.optimizer.step(self.decoder.params(), &self.gradients, lr).map_err(model_error)?;
+        let grad_norm = self.optimizer.step(self.decoder.params(), &self.gradients, lr).map_err(&failed)?;
         self.step += 1;
         Ok(StepReport {
             step: self.step,
