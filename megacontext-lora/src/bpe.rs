@@ -36,7 +36,7 @@ use crate::error::{IoResultExt, PluginError, Result};
 pub const END_OF_TEXT: &str = "<|endoftext|>";
 
 /// The end token and one token per byte.
-const SMALLEST_VOCABULARY: usize = 257;
+pub const SMALLEST_VOCABULARY: usize = 257;
 /// Longer tokens are all indentation and rulers; they cost vocabulary that words need.
 const MAX_TOKEN_BYTES: usize = 24;
 /// Size of the sample.

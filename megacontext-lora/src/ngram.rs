@@ -30,7 +30,8 @@ use crate::error::{PluginError, Result};
 
 const BITS: u32 = 12;
 const MAX_ORDER: usize = 5;
-const MAX_VOCABULARY: usize = 1 << BITS;
+/// Largest vocabulary: a token has 12 bits in a key.
+pub const MAX_VOCABULARY: usize = 1 << BITS;
 
 /// A trained model.
 #[derive(Debug)]

@@ -398,8 +398,11 @@ fn token_ids_that_do_not_exist() {
         ("[1, 300]", &["expected token ids below 300", "got 300"][..]),
         ("[[1, 2], [3]]", &["expected rows of one length"]),
         ("[]", &["at least 1 token"]),
-        ("[1, -2]", &["expected token ids as JSON"]),
-        ("{", &["expected token ids as JSON"]),
+        ("[1, -2]", &["expected a list of token ids or a list of such lists", "got -2"]),
+        ("[1, [2]]", &["expected a list of token ids or a list of such lists", "got [2]"]),
+        ("[[1], 2]", &["expected a list of token ids or a list of such lists", "got 2"]),
+        ("{\"tokens\": [1]}", &["expected a list of token ids or a list of such lists", "got {\"tokens\""]),
+        ("{", &["expected a list of token ids or a list of such lists", "line 1"]),
     ] {
         fs::write(&tokens, text).unwrap();
         let message =

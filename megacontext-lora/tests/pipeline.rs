@@ -75,7 +75,7 @@ fn extending_a_micro_model() {
             .any(|e| { e.unwrap().file_name().to_string_lossy().starts_with("events.out.tfevents.") })
     );
 
-    // Everything issue A asks the summary for, and that it makes sense.
+    // Everything that a run has to say of itself, and that it makes sense.
     for model in ["base", "interpolated", "adapted"] {
         let lengths: Vec<&String> = summary["perplexity"][model].as_object().unwrap().keys().collect();
         assert_eq!(lengths, LENGTHS, "{model}");

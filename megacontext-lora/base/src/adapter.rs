@@ -176,18 +176,6 @@ impl Adapter {
         self.config.megacontext.as_ref().map(|own| &own.rope_scaling)
     }
 
-    /// Refuses a model whose RoPE scaling is not the one the adapter was trained with. An adapter that does not say
-    /// fits any.
-    pub fn check_rope(&self, scaling: &RopeScaling) -> Result<()> {
-        match self.rope_scaling() {
-            Some(trained) if trained != scaling => Err(self.refuse(format!(
-                "trained with RoPE scaling {trained}, got a model with {scaling}; use the adapter's scaling, or train \
-                 an adapter for this one"
-            ))),
-            _ => Ok(()),
-        }
-    }
-
     /// Refuses a base that the adapter was not made for: other weights, another RoPE scaling, tensors missing, too
     /// many, or of another shape. `base_fingerprint` is `Weights::fingerprint` of the base.
     pub fn check_against(&self, base: &LlamaConfig, base_fingerprint: &str) -> Result<()> {

@@ -78,11 +78,6 @@ impl Tokenizer {
     pub fn vocab_size(&self) -> usize {
         self.inner.get_vocab_size(true)
     }
-
-    /// The id of a token by its exact spelling.
-    pub fn token_id(&self, token: &str) -> Option<u32> {
-        self.inner.token_to_id(token)
-    }
 }
 
 fn end_token(dir: &Path, tokenizer: &tokenizers::Tokenizer) -> Option<u32> {

@@ -318,11 +318,6 @@ impl Weights {
         Ok(common.unwrap_or(Dtype::F32))
     }
 
-    /// Bytes of all tensors as they are stored.
-    pub fn stored_bytes(&self) -> u64 {
-        self.place.iter().filter_map(|(name, at)| self.files[*at].bytes(name)).map(|b| b.len() as u64).sum()
-    }
-
     /// What tells one set of weights from another, cheaply: SHA-256, in lower-case hex, over every tensor in order of
     /// name. Each contributes `name \0 DTYPE \0 d0,d1,… \0`, the number of its bytes as u64 little-endian, and the
     /// first and the last 4096 bytes of its data (fewer where it is shorter). How tensors are spread over files does

@@ -15,7 +15,7 @@
 //!
 //! Errors: a path or glob that matches nothing ([`Kind::Usage`]); no text at all, bytes that are not UTF-8, a
 //! JSONL line that is not JSON or has no string `text` ([`Kind::Data`]); anything the file system refuses
-//! ([`Kind::Io`]). Left out: archives, compressed files, HTML, other encodings.
+//! ([`Kind::Io`]); a document that the tokenizer refuses, by name. Left out: archives, compressed files, HTML, other encodings.
 //!
 //! [`Kind::Usage`]: crate::error::Kind::Usage
 //! [`Kind::Data`]: crate::error::Kind::Data
@@ -163,8 +163,21 @@ fn read_jsonl(name: &str, text: &str) -> Result<Vec<Document>> {
 }
 
 /// Tokenises all documents in parallel; the order of the result is theirs.
-pub fn tokenize(documents: &[Document], encode: &(dyn Fn(&str) -> Vec<u32> + Sync)) -> Vec<Vec<u32>> {
-    documents.par_iter().map(|document| encode(&document.text)).collect()
+///
+/// # Errors
+/// That of the first document, in their order, which `encode` refuses; the message begins with its name.
+pub fn tokenize(
+    documents: &[Document],
+    encode: &(dyn Fn(&str) -> Result<Vec<u32>> + Sync),
+) -> Result<Vec<Vec<u32>>> {
+    let all: Vec<Result<Vec<u32>>> = documents.par_iter().map(|document| encode(&document.text)).collect();
+    let named = |(document, tokens): (&Document, Result<Vec<u32>>)| {
+        tokens.map_err(|mut error| {
+            error.message = format!("{}: {}", document.name, error.message);
+            error
+        })
+    };
+    documents.iter().zip(all).map(named).collect()
 }
 
 fn is_hidden(name: &std::ffi::OsStr) -> bool {
@@ -347,7 +360,7 @@ mod tests {
     #[test]
     fn group_of_a_registry_file_is_its_crate() {
         assert_eq!(
-            group_key("/root/.cargo/registry/src/index-1f/serde_json-1.0.150/src/lib.rs"),
+            group_key("/home/user/.cargo/registry/src/index-1f/serde_json-1.0.150/src/lib.rs"),
             "serde_json"
         );
         assert_eq!(group_key("/x/registry/src/i/toml-1.2.1+spec-1.1.0/README.md"), "toml");
@@ -361,7 +374,19 @@ mod tests {
     fn tokens_keep_the_order_of_the_documents() {
         let documents: Vec<Document> =
             (0..50).map(|i| Document::new(format!("{i}.txt"), "x".repeat(i))).collect();
-        let tokens = tokenize(&documents, &|text| vec![text.len() as u32]);
+        let tokens = tokenize(&documents, &|text| Ok(vec![text.len() as u32])).unwrap();
         assert_eq!(tokens, (0..50).map(|i| vec![i]).collect::<Vec<_>>());
+    }
+
+    #[test]
+    fn a_document_that_the_tokenizer_refuses_is_named() {
+        let documents: Vec<Document> =
+            (0..50).map(|i| Document::new(format!("{i}.txt"), "x".repeat(i))).collect();
+        let error = tokenize(&documents, &|text| match text.len() {
+            7 | 30 => Err(PluginError::model("no token for it")),
+            _ => Ok(Vec::new()),
+        })
+        .unwrap_err();
+        assert_eq!((error.kind, error.message.as_str()), (Kind::Model, "7.txt: no token for it"));
     }
 }

@@ -108,16 +108,6 @@ impl Batches {
         Ok(Self { context, micro_batch, seed, stage, tokens, chunks, epochs: Mutex::new(Vec::new()) })
     }
 
-    /// How many chunks an epoch has.
-    pub fn chunks_per_epoch(&self) -> usize {
-        self.chunks
-    }
-
-    /// The epoch in which batch `index` begins.
-    pub fn epoch_of(&self, index: u64) -> u64 {
-        index * self.micro_batch as u64 / self.chunks as u64
-    }
-
     /// Where in the stream the chunks of batch `index` start: `micro_batch` positions, each with `context +
     /// 1` tokens from there on. A batch may straddle two epochs.
     pub fn starts(&self, index: u64) -> Vec<usize> {
@@ -259,7 +249,7 @@ mod tests {
     #[test]
     fn an_epoch_visits_every_chunk_once() {
         let batches = Batches::new(1003, 10, 3, 7, 0).unwrap();
-        let chunks = batches.chunks_per_epoch();
+        let chunks = batches.chunks;
         assert_eq!(chunks, 99);
         let mut offsets = std::collections::BTreeSet::new();
         for epoch in 0..3u64 {
@@ -272,7 +262,6 @@ mod tests {
             assert!(starts.windows(2).all(|pair| pair[1] - pair[0] == 10));
             assert!(starts[0] < 10 && starts[98] + 11 <= 1003);
             offsets.insert(starts[0]);
-            assert_eq!(batches.epoch_of(epoch * per_epoch), epoch);
         }
         assert!(offsets.len() > 1, "epochs start at different offsets");
     }

@@ -88,7 +88,7 @@ fn evaluate(job: &EvalPpl, host: &dyn HostApi) -> Result<Value> {
         }
         protocols.push(Protocol { context, stride: job.stride, pattern, scaling: scaling.clone() });
     }
-    let tokens = select(&tokenize(&documents, &model.encoder()), longest, job.max_tokens);
+    let tokens = select(&tokenize(&documents, &model.encoder())?, longest, job.max_tokens);
     let mut results = Vec::new();
     for protocol in &protocols {
         let result = perplexity(&decoder, &tokens, protocol, host)?;

@@ -194,9 +194,9 @@ fn read_text(config: &ExtendConfig, model: &ModelDir, host: &dyn HostApi) -> Res
         held_out.push(Document::new(format!("{} (its last part)", last.name), tail));
     }
     let encode = model.encoder();
-    let stream = TokenStream::join(&tokenize(&train, &encode), model.eos()?);
+    let stream = TokenStream::join(&tokenize(&train, &encode)?, model.eos()?);
     let longest = config.context.max(config.eval.contexts.iter().copied().max().unwrap_or(0));
-    let all = tokenize(&held_out, &encode);
+    let all = tokenize(&held_out, &encode)?;
     let summary = DataSummary {
         sources: config.data.clone(),
         train_documents: train.len(),

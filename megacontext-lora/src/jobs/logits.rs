@@ -31,11 +31,26 @@ pub struct LogitsJob {
     pub out: PathBuf,
 }
 
-#[derive(Deserialize)]
-#[serde(untagged)]
-enum Tokens {
-    Row(Vec<u32>),
-    Rows(Vec<Vec<u32>>),
+/// The rows of the tokens' file; an error says what was expected and what came instead.
+fn read_rows(text: &str) -> std::result::Result<Vec<Vec<u32>>, String> {
+    const EXPECTED: &str = "expected a list of token ids or a list of such lists, as JSON";
+    let instead = |got: &Value| {
+        let mut got = got.to_string();
+        if got.len() > 40 {
+            got.truncate(got.floor_char_boundary(40));
+            got.push('…');
+        }
+        format!("{EXPECTED}, got {got}")
+    };
+    let id =
+        |value: &Value| value.as_u64().and_then(|id| u32::try_from(id).ok()).ok_or_else(|| instead(value));
+    let row = |values: &[Value]| values.iter().map(id).collect::<std::result::Result<Vec<u32>, String>>();
+    let value: Value = serde_json::from_str(text).map_err(|e| format!("{EXPECTED}: {e}"))?;
+    let list = value.as_array().ok_or_else(|| instead(&value))?;
+    if list.first().is_some_and(Value::is_array) {
+        return list.iter().map(|v| row(v.as_array().ok_or_else(|| instead(v))?)).collect();
+    }
+    Ok(vec![row(list)?])
 }
 
 /// A file appears whole or not at all; a device or a pipe is written to as it is.
@@ -51,11 +66,7 @@ pub fn run(params: Value, _: &dyn HostApi) -> Result<Value> {
     let job: LogitsJob = parse(params)?;
     let text = std::fs::read_to_string(&job.tokens).at(&job.tokens)?;
     let bad = |message: String| PluginError::data(format!("{}: {message}", job.tokens.display()));
-    let rows =
-        match serde_json::from_str(&text).map_err(|e| bad(format!("expected token ids as JSON: {e}")))? {
-            Tokens::Row(row) => vec![row],
-            Tokens::Rows(rows) => rows,
-        };
+    let rows = read_rows(&text).map_err(bad)?;
     let length = rows.first().map_or(0, Vec::len);
     if length == 0 || rows.iter().any(|r| r.len() != length) {
         return Err(bad("expected rows of one length, at least 1 token each".to_string()));

@@ -122,9 +122,9 @@ impl ModelDir {
         Ok((decoder, scaling, Some(adapter)))
     }
 
-    /// A function that tokenises text; what cannot be encoded is counted as nothing and reported by the caller.
-    pub fn encoder(&self) -> impl Fn(&str) -> Vec<u32> + Sync + '_ {
-        |text| self.tokenizer.encode(text).unwrap_or_default()
+    /// A function that tokenises text.
+    pub fn encoder(&self) -> impl Fn(&str) -> Result<Vec<u32>> + Sync + '_ {
+        |text| self.tokenizer.encode(text).map_err(model_error)
     }
 
     /// The token that ends a document.

@@ -89,11 +89,6 @@ impl RunFolder {
         bytes.push(b'\n');
         self.write(name, &bytes)
     }
-
-    /// Writes the settings as resolved to [`CONFIG`]. TOML has no null: what is null is left out.
-    pub fn write_config(&self, config: &impl Serialize) -> Result<PathBuf> {
-        self.write(CONFIG, config_toml(config)?.as_bytes())
-    }
 }
 
 /// Refuses a path at which no run ever began, so that there is nothing to resume.
@@ -108,7 +103,7 @@ pub fn expect_run(path: &Path) -> Result<()> {
     )))
 }
 
-/// Settings as TOML text, without what is null.
+/// Settings as TOML text. TOML has no null: what is null is left out.
 pub fn config_toml(config: &impl Serialize) -> Result<String> {
     let mut value = to_value(config)?;
     strip_nulls(&mut value);
@@ -275,12 +270,9 @@ mod tests {
 
     #[test]
     fn configuration_as_toml_and_as_hash() {
-        let dir = tempfile::tempdir().unwrap();
-        let run = RunFolder::create(dir.path().join("run")).unwrap();
         let config = json!({"stages": [{"context": 512, "group": null}, {"context": 1024}],
             "lora": {"r": 8, "layers": null}, "seed": 7, "base": "a\"b", "lr": 2e-5});
-        let text = fs::read_to_string(run.write_config(&config).unwrap()).unwrap();
-        let back: Value = toml::from_str(&text).unwrap();
+        let back: Value = toml::from_str(&config_toml(&config).unwrap()).unwrap();
         assert_eq!(back["stages"], json!([{"context": 512}, {"context": 1024}]));
         assert_eq!((&back["lora"], &back["base"]), (&json!({"r": 8}), &json!("a\"b")));
         assert_eq!(config_hash(&back).unwrap(), config_hash(&config).unwrap());

@@ -112,15 +112,6 @@ fn nan_if_null<'de, D: Deserializer<'de>>(deserializer: D) -> std::result::Resul
 }
 
 impl Record {
-    /// Optimiser steps done when the line was written.
-    pub fn step(&self) -> u64 {
-        match self {
-            Self::Stage(r) => r.step,
-            Self::Train(r) => r.step,
-            Self::Evaluation(r) => r.step,
-        }
-    }
-
     /// When it was written, seconds since 1970.
     pub fn wall_time(&self) -> f64 {
         match self {
@@ -141,8 +132,6 @@ pub fn wall_time() -> f64 {
 pub enum Keep {
     /// This many lines: exact, when the checkpoint stored [`MetricsLog::lines`].
     Lines(u64),
-    /// All lines up to the first with a greater step.
-    ThroughStep(u64),
 }
 
 /// The file, open at its end.
@@ -174,10 +163,11 @@ impl MetricsLog {
             Err(e) if e.kind() == io::ErrorKind::NotFound => Vec::new(),
             bytes => bytes.at(&path)?,
         };
+        let Keep::Lines(expected) = keep;
         let mut records = Vec::new();
         let mut end = 0;
         for line in whole_lines(&bytes) {
-            if matches!(keep, Keep::Lines(n) if records.len() as u64 >= n) {
+            if records.len() as u64 >= expected {
                 break;
             }
             let Ok(record) = serde_json::from_slice::<Record>(line) else {
@@ -185,16 +175,11 @@ impl MetricsLog {
                 warn(format!("{}: line {number} is broken: it and what follows are dropped", path.display()));
                 break;
             };
-            if matches!(keep, Keep::ThroughStep(step) if record.step() > step) {
-                break;
-            }
             end += line.len() + 1;
             records.push(record);
         }
         let lines = records.len() as u64;
-        if let Keep::Lines(expected) = keep
-            && lines < expected
-        {
+        if lines < expected {
             warn(format!("{}: expected at least {expected} lines, got {lines}", path.display()));
         }
         let mut options = OpenOptions::new();
@@ -295,7 +280,7 @@ pub(super) mod tests {
         let all = [train(1), train(2), evaluation(2), train(3), train(4)];
         let path = written(dir.path(), &all);
         let whole = fs::read(&path).unwrap();
-        for (keep, from) in [(Keep::ThroughStep(2), 3), (Keep::Lines(2), 2), (Keep::ThroughStep(9), 5)] {
+        for (keep, from) in [(Keep::Lines(3), 3), (Keep::Lines(2), 2), (Keep::Lines(5), 5)] {
             let (mut log, records, warnings) = resume(&path, keep);
             assert_eq!((records.as_slice(), log.lines()), (&all[..from], from as u64));
             assert!(warnings.is_empty());
@@ -312,7 +297,7 @@ pub(super) mod tests {
         let whole = fs::read(&path).unwrap();
         fs::write(&path, &whole[..whole.len() - 1]).unwrap();
         assert_eq!(read(&path).unwrap(), [train(1)]);
-        let (mut log, records, _) = resume(&path, Keep::ThroughStep(1));
+        let (mut log, records, _) = resume(&path, Keep::Lines(1));
         assert_eq!(records, [train(1)]);
         log.append(&train(2)).unwrap();
         assert_eq!(fs::read(&path).unwrap(), whole);
@@ -336,7 +321,7 @@ pub(super) mod tests {
     #[test]
     fn missing_file_is_an_empty_one() {
         let dir = tempfile::tempdir().unwrap();
-        let (mut log, records, _) = resume(&dir.path().join("m"), Keep::ThroughStep(0));
+        let (mut log, records, _) = resume(&dir.path().join("m"), Keep::Lines(0));
         assert!(records.is_empty());
         log.append(&train(1)).unwrap();
         assert_eq!(read(&dir.path().join("m")).unwrap(), [train(1)]);

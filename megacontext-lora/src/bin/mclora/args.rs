@@ -117,7 +117,8 @@ pub struct Extend {
     /// Run folder, absent or empty [default: runs/extend]
     #[arg(long, value_name = "DIR", help_heading = "What")]
     pub out: Option<PathBuf>,
-    /// Settings from a TOML file; flags go over them
+    /// Settings from a TOML file; flags go over them, and --context or --steps without --stages replace the file's stages
+    /// by default ones
     #[arg(long, value_name = "FILE", help_heading = "What")]
     pub config: Option<PathBuf>,
     /// Take up an interrupted run in the run folder, with the settings found there
@@ -282,6 +283,9 @@ pub struct Logits {
 }
 
 /// Train a small model from nothing: tokenizer, Llama, comparison with n-gram models of the same tokens.
+///
+/// The model is written when training ends. Interrupted while it trains, it writes nothing and cannot be resumed; --seconds
+/// ends it early with a model.
 #[derive(Debug, Clone, Default, Args)]
 #[command(after_help = "Example:
   mclora pretrain --out models/tiny --steps 2000")]
@@ -292,7 +296,7 @@ pub struct Pretrain {
     /// Settings from a TOML file; flags go over them
     #[arg(long, value_name = "FILE")]
     pub config: Option<PathBuf>,
-    /// Entries of the tokenizer [default: 4096]
+    /// Entries of the tokenizer; above 4096 there is no comparison with n-gram models [default: 4096]
     #[arg(long, value_name = "N")]
     pub vocab_size: Option<u64>,
     /// Model width [default: 256]
@@ -328,7 +332,7 @@ pub struct Pretrain {
     /// Weight decay [default: 0.1]
     #[arg(long, value_name = "W")]
     pub weight_decay: Option<f64>,
-    /// Stop after so many seconds [default: no limit]
+    /// Stop after so many seconds; the learning rate follows the steps all the same [default: no limit]
     #[arg(long, value_name = "S")]
     pub seconds: Option<f64>,
     /// Seed [default: 0]

@@ -114,7 +114,7 @@ pub fn pretrain(args: &Pretrain, global: &Global) -> Result<Value> {
     let result = job("pretrain", &params::pretrain(args, global)?, global)?;
     show(global, || {
         let held_out = &result["held_out"];
-        let nll = |key: &str| held_out[key].as_f64().map_or("?".into(), |n| format!("{n:.3}"));
+        let nll = |key: &str| held_out[key].as_f64().map_or("not measured".into(), |n| format!("{n:.3}"));
         let rows = [
             ("this model", "model_nll"),
             ("5-gram with backoff", "five_gram_nll"),

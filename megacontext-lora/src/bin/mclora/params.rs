@@ -80,6 +80,11 @@ impl Params {
         self.0.get(key)?.as_str()
     }
 
+    /// Forgets a top-level key.
+    fn remove(&mut self, key: &str) {
+        self.0.shift_remove(key);
+    }
+
     /// The finished object.
     pub fn into_value(self) -> Value {
         Value::Object(self.0)
@@ -110,6 +115,10 @@ pub fn extend(args: &Extend, global: &Global) -> Result<(Value, PathBuf)> {
     params.set_list("lora.layers", &args.layers);
     params.set_some("train_embeddings", args.freeze_embeddings.then_some(false));
     params.set_some("train_norms", args.freeze_norms.then_some(false));
+    if args.config.is_some() && (args.context.is_some() || args.steps.is_some()) {
+        // The file's stages were made for its own context and steps: without them the plugin makes new ones.
+        params.remove("stages");
+    }
     params.set_some("stages", args.stages.as_deref().map(stages).transpose()?);
     params.set_some("steps", args.steps);
     params.set_some("optimizer.lr", args.lr);
@@ -305,6 +314,20 @@ mod tests {
                 "eval": {"contexts": [256, 1024]}, "threads": 2
             })
         );
+    }
+
+    #[test]
+    fn stages_of_the_file_yield_to_context_and_steps() {
+        let file = toml_file("context = 512\nsteps = 9\n[[stages]]\ncontext = 512\nsteps = 9\n");
+        let with = |flags: &str| {
+            extend_of(&format!("mclora extend --config {} {flags}", file.path().display())).unwrap()
+        };
+        let own = json!([{ "context": 512, "steps": 9 }]);
+        assert_eq!(with("--lr 1e-3")["stages"], own);
+        assert_eq!(with("--context 1024"), json!({ "context": 1024, "steps": 9 }));
+        assert_eq!(with("--steps 20"), json!({ "context": 512, "steps": 20 }));
+        let given = with("--context 1024 --steps 20 --stages 1024:3");
+        assert_eq!(given["stages"], json!([{ "context": 1024, "steps": 3 }]));
     }
 
     #[test]

@@ -26,6 +26,9 @@ const BASE: [(&str, &[u8]); 0] = [];
 /// Where it goes unless told.
 const DEFAULT_OUT: &str = "runs/quickstart";
 
+/// What a model's folder is called while it is written: this and the process's number.
+const BUILDING: &str = ".base-";
+
 /// The context to reach, in tokens.
 const CONTEXT: u64 = 1024;
 
@@ -128,19 +131,36 @@ fn write_base(base: &Path) -> Result<()> {
         return Ok(());
     }
     let parent = base.parent().unwrap_or(Path::new("."));
-    let building = parent.join(format!(".base-{}", std::process::id()));
+    remove_leftovers(parent);
+    let building = parent.join(format!("{BUILDING}{}", std::process::id()));
     let write = || -> std::io::Result<()> {
         std::fs::create_dir_all(&building)?;
         for (name, bytes) in BASE {
             std::fs::write(building.join(name), bytes)?;
             std::fs::File::open(building.join(name))?.sync_all()?;
         }
-        std::fs::rename(&building, base)
+        std::fs::rename(&building, base)?;
+        // The new name is on the disk when its folder is.
+        std::fs::File::open(parent)?.sync_all()
     };
     write().map_err(|error| {
         let _ = std::fs::remove_dir_all(&building);
         Failure::io(base, &error)
     })
+}
+
+/// Removes what programs that were killed left of a model's folder. Where the system shows its processes in /proc, the
+/// folder of one that still runs is left alone. What cannot be removed is in nobody's way.
+fn remove_leftovers(parent: &Path) {
+    for entry in std::fs::read_dir(parent).into_iter().flatten().flatten() {
+        let name = entry.file_name();
+        let Some(id) = name.to_str().and_then(|n| n.strip_prefix(BUILDING)?.parse::<u32>().ok()) else {
+            continue;
+        };
+        if id == std::process::id() || !Path::new("/proc").join(id.to_string()).exists() {
+            let _ = std::fs::remove_dir_all(entry.path());
+        }
+    }
 }
 
 fn next_command(base: &Path, run: &Path, summary: &Value) -> String {
@@ -198,6 +218,22 @@ mod tests {
         assert_eq!(keys(&full), keys(&smoke));
         assert_eq!(full["context"], smoke["context"]);
         assert_eq!(full["stages"][1]["context"], json!(CONTEXT));
+    }
+
+    #[test]
+    fn leftovers_of_dead_programs_are_removed() {
+        let folder = tempfile::tempdir().unwrap();
+        // No system has a process of the last number.
+        for name in [".base-4294967295", ".base-x", ".other", "base"] {
+            std::fs::create_dir(folder.path().join(name)).unwrap();
+            std::fs::write(folder.path().join(name).join("config.json"), "{").unwrap();
+        }
+        remove_leftovers(folder.path());
+        remove_leftovers(&folder.path().join("none"));
+        let mut left: Vec<_> =
+            std::fs::read_dir(folder.path()).unwrap().map(|e| e.unwrap().file_name()).collect();
+        left.sort();
+        assert_eq!(left, [".base-x", ".other", "base"]);
     }
 
     #[test]
