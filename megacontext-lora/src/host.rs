@@ -6,14 +6,22 @@ use serde_json::Value;
 
 use crate::error::Result;
 
-/// What becomes of a phase.
+/// What becomes of a phase. What an answer does depends on where it is given:
+///
+/// | | session, phase entered | session, phase left | `extend`, phase entered | `extend`, phase left |
+/// |---|---|---|---|---|
+/// | `Continue` | the phase is open | what was learned stays | training begins | the adapter is written |
+/// | `RollBack` | `Cancelled`, nothing has changed | all is as before the phase | as `Stop` | as `Stop` |
+/// | `Stop` | as `RollBack` | as `Continue` | `Cancelled` before training | `Cancelled`, no adapter is written |
+///
+/// `extend` keeps its checkpoints whatever the answer, so a later run can resume and ask again.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Answer {
-    /// Go on.
+    /// Go on; keep what was learned.
     Continue,
     /// Undo the phase: what learned is as it was when the phase began.
     RollBack,
-    /// End the job here, in good order.
+    /// Go no further.
     Stop,
 }
 
@@ -25,19 +33,21 @@ pub trait HostApi: Send + Sync {
     /// Should the job stop? Asked at least once a step.
     fn cancelled(&self) -> bool;
 
-    /// Documents `start .. start + count` of the host's split `split`; fewer than `count` means there are no more.
+    /// Documents `start .. start + count` of the host's split `split`, the NAME of an entry `host:NAME` in a job's data;
+    /// fewer than `count` means there are no more.
     fn documents(&self, split: &str, start: u64, count: u64) -> Result<Vec<String>> {
         let _ = (split, start, count);
         Ok(Vec::new())
     }
 
-    /// A phase begins.
+    /// A phase begins. A session holds no lock here: the host may read from it; calls that would change it, `save` and
+    /// `export` are refused until this returns.
     fn phase_entered(&self, json: &Value) -> Answer {
         let _ = json;
         Answer::Continue
     }
 
-    /// A phase ended.
+    /// A phase ended. The same holds as for [`HostApi::phase_entered`].
     fn phase_left(&self, json: &Value) -> Answer {
         let _ = json;
         Answer::Continue

@@ -1,33 +1,40 @@
 //! A session: one base model, perhaps with an adapter, held for a host.
 //!
 //! Reading calls (embeddings, tables, logits, NLL, deltas) run side by side; calls that learn exclude everything else.
-//! A phase names the groups that learn; the host brings the batches, the session does the steps. Optimiser state stays
-//! with its parameters when a phase ends. A session opened without a base only runs jobs.
+//! A phase names the groups that learn; the host brings the batches, the session does the steps (module `phases`).
+//! Optimiser state stays with its parameters when a phase ends. Checkpoints and the adapter are in the module `files`. A
+//! session opened without a base only runs jobs.
+//!
+//! While the host is asked about a phase (`phase_entered`, `phase_left`) no lock is held: the callback may read. What
+//! would change the session, or write it down half-changed, is refused until the callback has returned.
 //!
 //! Shapes: T entries, E model width, V vocabulary, D head width, N positions. Units: nats, tokens.
 //! Errors: sizes that do not fit, with what was expected; a call that needs a base or a phase there is none of.
 
-use std::path::{Path, PathBuf};
+use std::collections::BTreeSet;
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use candle_core::{Device, Tensor};
-use megacontext_base::adapter::{AdapterConfig, MegacontextKey, write_adapter};
 use megacontext_base::decoder::{Decoder, Forward};
 use megacontext_base::gradients::{Gradients, Optimizer};
-use megacontext_base::lora::LoraConfig;
 use megacontext_base::params::Group;
 use megacontext_base::rope::{RopeScaling, RopeTables, frequencies, tables};
 use megacontext_kernels::attention::{Pattern, Rows};
+use megacontext_kernels::cpu::Values;
 use megacontext_kernels::loss::IGNORE;
 use serde::Deserialize;
 use serde_json::{Value, json};
 
 use crate::error::{PluginError, Result};
-use crate::host::{Answer, HostApi};
-use crate::jobs::{self, ModelDir, model_error, parse, to_value};
-use crate::run::checkpoint;
+use crate::host::HostApi;
+use crate::jobs::{self, ModelDir, model_error, parse};
 use crate::run::folder::config_hash;
-use crate::train::config::{Attention, GroupSize, OptimizerConfig, StageConfig};
+use crate::train::config::OptimizerConfig;
+
+mod files;
+mod phases;
 
 /// What a session is opened with.
 #[derive(Clone, Debug, Default, Deserialize)]
@@ -71,13 +78,30 @@ struct Loaded {
     optimizer: Option<Optimizer>,
     gradients: Gradients,
     steps: u64,
+    /// Parameters that may differ from the base folder: an adapter brought them, they learned or were resumed.
+    changed: BTreeSet<String>,
 }
 
+/// An open phase, and the session as it was before, for a roll-back.
 struct Phase {
     groups: Vec<Group>,
     optimizer: OptimizerConfig,
+    /// How long the phase is to be, for a schedule that has an end.
+    steps: Option<usize>,
+    seed: u64,
+    /// The session's count of steps when the phase began; a resumed phase began where the saved one did.
     begun_at: u64,
-    /// What learns and its moments as they were when the phase began, for a roll-back.
+    before: Before,
+}
+
+/// What a roll-back restores.
+struct Before {
+    steps: u64,
+    scaling: RopeScaling,
+    context_length: usize,
+    /// The phase brought the LoRA factors with it.
+    lora_attached: bool,
+    /// Copies of what the phase changes, fresh LoRA factors apart.
     parameters: Vec<(String, Tensor)>,
     moments: Vec<(String, Tensor)>,
 }
@@ -86,6 +110,23 @@ struct Phase {
 pub struct Session {
     host: Arc<dyn HostApi>,
     loaded: Option<RwLock<Loaded>>,
+    /// A phase is being entered or left.
+    changing: AtomicBool,
+}
+
+/// While this lives, a phase is being entered or left.
+struct Transition<'a>(&'a AtomicBool);
+
+impl Drop for Transition<'_> {
+    fn drop(&mut self) {
+        self.0.store(false, Ordering::Release);
+    }
+}
+
+fn in_transition(call: &str) -> PluginError {
+    PluginError::usage(format!(
+        "{call}: a phase is being entered or left; expected no such call before the host has answered"
+    ))
 }
 
 fn size(what: &str, expected: usize, got: usize) -> Result<()> {
@@ -103,12 +144,17 @@ impl Session {
             if config.adapter.is_some() {
                 return Err(PluginError::usage("session: an adapter needs a base, got none"));
             }
-            return Ok(Self { host, loaded: None });
+            return Ok(Self { host, loaded: None, changing: AtomicBool::new(false) });
         };
         let model = ModelDir::open(&dir)?;
         let (decoder, scaling, adapter) = model.decoder_with(config.adapter.as_deref())?;
         let own = adapter.as_ref().and_then(|a| a.config.megacontext.as_ref());
         let context_length = own.map_or(model.config.max_position_embeddings, |own| own.context_length);
+        let changed = adapter
+            .iter()
+            .flat_map(|a| a.parameters(&model.config))
+            .map(|(name, _)| name.to_string())
+            .collect();
         let loaded = Loaded {
             dir,
             model,
@@ -119,8 +165,9 @@ impl Session {
             optimizer: None,
             gradients: Gradients::new(),
             steps: 0,
+            changed,
         };
-        Ok(Self { host, loaded: Some(RwLock::new(loaded)) })
+        Ok(Self { host, loaded: Some(RwLock::new(loaded)), changing: AtomicBool::new(false) })
     }
 
     fn lock(&self) -> Result<&RwLock<Loaded>> {
@@ -135,6 +182,28 @@ impl Session {
 
     fn write(&self) -> Result<RwLockWriteGuard<'_, Loaded>> {
         Ok(self.lock()?.write().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// [`Session::write`] for `call`, which has to wait until no phase is being entered or left.
+    fn change(&self, call: &str) -> Result<RwLockWriteGuard<'_, Loaded>> {
+        let guard = self.write()?;
+        // Looked at under the lock: a transition that begins now waits for this call.
+        if self.changing.load(Ordering::Acquire) { Err(in_transition(call)) } else { Ok(guard) }
+    }
+
+    /// [`Session::read`] for `call`, which must not see a phase that is being entered or left.
+    fn look(&self, call: &str) -> Result<RwLockReadGuard<'_, Loaded>> {
+        let guard = self.read()?;
+        if self.changing.load(Ordering::Acquire) { Err(in_transition(call)) } else { Ok(guard) }
+    }
+
+    /// Begins to enter or to leave a phase.
+    fn transition(&self, call: &str) -> Result<Transition<'_>> {
+        self.lock()?;
+        if self.changing.swap(true, Ordering::AcqRel) {
+            return Err(in_transition(call));
+        }
+        Ok(Transition(&self.changing))
     }
 
     /// Runs a whole job; it brings its own model and does not touch the session's.
@@ -225,7 +294,7 @@ impl Session {
                 return Err(PluginError::usage("nll: embeddings need targets, got none"));
             }
         };
-        l.check_tokens(&targets)?;
+        l.check_targets(&targets)?;
         let rows = Rows::default();
         let with = Forward { pattern: Pattern::Dense, rope: &rope, rows: &rows, dropout_seed: None };
         let nll = l.decoder.nll(&x, &targets, &with).map_err(model_error)?;
@@ -286,296 +355,23 @@ impl Session {
         }
         Ok(Value::Object(groups))
     }
-
-    /// Begins a phase: `{groups: ["lora", …], lora: {…}, optimizer: {…}, context: N, seed: N}`. LoRA is attached fresh
-    /// when it shall learn and the model carries none; `context` stretches the positions to that length.
-    pub fn enter_phase(&self, params: Value) -> Result<Value> {
-        #[derive(Deserialize)]
-        #[serde(deny_unknown_fields)]
-        struct Enter {
-            groups: Vec<Group>,
-            #[serde(default)]
-            lora: Option<LoraConfig>,
-            #[serde(default)]
-            optimizer: OptimizerConfig,
-            #[serde(default)]
-            context: Option<usize>,
-            #[serde(default)]
-            seed: u64,
-        }
-        let enter: Enter = parse(params)?;
-        let mut l = self.write()?;
-        if let Some(phase) = &l.phase {
-            return Err(PluginError::usage(format!(
-                "a phase over {:?} is open; leave it first",
-                phase.groups
-            )));
-        }
-        if enter.groups.is_empty() {
-            return Err(PluginError::usage("groups: expected at least one, got none"));
-        }
-        let known = [Group::Base, Group::Embeddings, Group::Norms, Group::Lora];
-        if let Some(bad) = enter.groups.iter().find(|g| !known.contains(g)) {
-            return Err(PluginError::usage(format!("groups: the model has no parameters in \"{bad}\"")));
-        }
-        enter.optimizer.validate()?;
-        let lora_learns = enter.groups.contains(&Group::Lora);
-        if lora_learns && enter.groups.contains(&Group::Base) {
-            return Err(PluginError::usage(
-                "groups: a base that carries LoRA has to stay frozen; name lora or base",
-            ));
-        }
-        let original = l.decoder.config().original_context();
-        if let Some(context) = enter.context {
-            let factor = (context as f64 / original as f64).max(1.0);
-            l.scaling = RopeScaling::from_factor(factor).map_err(PluginError::usage)?;
-            l.context_length = context;
-        }
-        if lora_learns && l.decoder.lora().is_none() {
-            l.decoder.attach_lora(enter.lora.unwrap_or_default(), enter.seed).map_err(model_error)?;
-        }
-        l.decoder.params_mut().set_learning(enter.groups.iter().copied());
-        if l.optimizer.is_none() {
-            l.optimizer = Some(Optimizer::new(enter.optimizer.adamw()));
-        }
-        let parameters = l.copies()?;
-        let learning = parameters.iter().map(|(_, t)| t.elem_count()).sum::<usize>();
-        let moments = match &l.optimizer {
-            Some(optimizer) => optimizer.export().map_err(model_error)?,
-            None => Vec::new(),
-        };
-        let (groups, optimizer, begun_at) = (enter.groups.clone(), enter.optimizer, l.steps);
-        l.phase = Some(Phase { groups, optimizer, begun_at, parameters, moments });
-        drop(l);
-        let event = json!({ "groups": enter.groups, "parameters": learning });
-        if self.host.phase_entered(&event) != Answer::Continue {
-            let mut l = self.write()?;
-            l.phase = None;
-            l.decoder.params_mut().set_learning([]);
-            return Err(PluginError::cancelled("the host did not want this phase to begin"));
-        }
-        Ok(event)
-    }
-
-    /// Ends the phase: nothing learns any more. The host may answer that the phase be rolled back: then parameters,
-    /// optimiser state and the count of steps are as they were when it began.
-    pub fn leave_phase(&self) -> Result<Value> {
-        let mut l = self.write()?;
-        let phase = l.phase.take().ok_or_else(|| PluginError::usage("there is no phase to leave"))?;
-        l.decoder.params_mut().set_learning([]);
-        l.gradients = Gradients::new();
-        let mut event = json!({ "groups": phase.groups, "steps": l.steps - phase.begun_at });
-        drop(l);
-        let answer = self.host.phase_left(&event);
-        if answer == Answer::RollBack {
-            let mut l = self.write()?;
-            let l = &mut *l;
-            for (name, value) in &phase.parameters {
-                l.decoder.params().set(name, value).map_err(model_error)?;
-            }
-            if let Some(optimizer) = &mut l.optimizer {
-                let moments = phase.moments.into_iter().collect();
-                optimizer.import(l.decoder.params(), &moments).map_err(model_error)?;
-            }
-            l.steps = phase.begun_at;
-        }
-        event["rolled_back"] = json!(answer == Answer::RollBack);
-        Ok(event)
-    }
-
-    /// One optimiser step: `{tokens: [[…], …], attention: "s2"|"dense", group: 0.25, lr: …}`; rows of one length, the
-    /// last token of a row is a target only.
-    pub fn step(&self, params: Value) -> Result<Value> {
-        let batch: Batch = parse(params)?;
-        let (tokens, targets, length) = batch.split()?;
-        let mut l = self.write()?;
-        let l = &mut *l;
-        l.check_tokens(&tokens)?;
-        l.check_tokens(&targets)?;
-        let Some(phase) = &l.phase else {
-            return Err(PluginError::usage("step: enter a phase first, so that something learns"));
-        };
-        let c = l.decoder.config();
-        let rope = RopeTables::sequence(c.head_dim, c.rope_theta, &l.scaling, length)?;
-        let rows = Rows::default();
-        let with = Forward {
-            pattern: batch.pattern(length)?,
-            rope: &rope,
-            rows: &rows,
-            dropout_seed: Some(l.steps),
-        };
-        l.gradients.clear();
-        let count = targets.len();
-        let loss = l
-            .decoder
-            .accumulate_gradients(
-                &tokens,
-                batch.tokens.len(),
-                &targets,
-                &with,
-                1.0 / count as f64,
-                true,
-                &mut l.gradients,
-            )
-            .map_err(model_error)?;
-        let stage_step = (l.steps - phase.begun_at) as usize;
-        let lr = batch.lr.unwrap_or_else(|| phase.optimizer.lr_at(stage_step, stage_step, usize::MAX));
-        let optimizer =
-            l.optimizer.as_mut().ok_or_else(|| PluginError::internal("a phase has no optimizer"))?;
-        let grad_norm = optimizer.step(l.decoder.params(), &l.gradients, lr).map_err(model_error)?;
-        l.steps += 1;
-        Ok(
-            json!({ "step": l.steps, "loss": loss.sum / count as f64, "lr": lr, "grad_norm": grad_norm, "tokens": count }),
-        )
-    }
-
-    /// Mean NLL of a batch, given as for [`Session::step`]; nothing learns.
-    pub fn evaluate(&self, params: Value) -> Result<Value> {
-        let batch: Batch = parse(params)?;
-        let (tokens, targets, length) = batch.split()?;
-        let l = self.read()?;
-        l.check_tokens(&tokens)?;
-        l.check_tokens(&targets)?;
-        let c = l.decoder.config();
-        let rope = RopeTables::sequence(c.head_dim, c.rope_theta, &l.scaling, length)?;
-        let rows = Rows::default();
-        let with = Forward { pattern: batch.pattern(length)?, rope: &rope, rows: &rows, dropout_seed: None };
-        let x = l.decoder.embed(&tokens, batch.tokens.len()).map_err(model_error)?;
-        let nll = l.decoder.nll(&x, &targets, &with).map_err(model_error)?;
-        let mean = nll.iter().map(|v| f64::from(*v)).sum::<f64>() / nll.len() as f64;
-        Ok(json!({ "nll": mean, "perplexity": mean.exp(), "tokens": nll.len() }))
-    }
-
-    /// Writes a checkpoint of what learns into `dir`.
-    pub fn save(&self, dir: &Path) -> Result<Value> {
-        let l = self.read()?;
-        if l.phase.is_none() {
-            return Err(PluginError::usage("save: enter a phase first; outside one nothing learns"));
-        }
-        let trained: Vec<(String, Tensor)> =
-            l.decoder.params().trainable().into_iter().map(|(name, t)| (name, t.detach())).collect();
-        let optim = match &l.optimizer {
-            Some(optimizer) => optimizer.export().map_err(model_error)?,
-            None => Vec::new(),
-        };
-        let state = json!({ "config_hash": l.identity()?, "steps": l.steps });
-        let path = checkpoint::save(dir, l.steps, &state, &trained, &optim, 1)?;
-        Ok(json!({ "path": path, "step": l.steps }))
-    }
-
-    /// Takes up the newest checkpoint in `dir`, made in a phase over the same groups.
-    pub fn resume(&self, dir: &Path) -> Result<Value> {
-        let mut l = self.write()?;
-        let l = &mut *l;
-        if l.phase.is_none() {
-            return Err(PluginError::usage("resume: enter the phase first, with the groups that were saved"));
-        }
-        let mut warnings = Vec::new();
-        let loaded =
-            checkpoint::load_latest(dir, &l.identity()?, &mut |w| warnings.push(w))?.ok_or_else(|| {
-                PluginError::data(format!("{}: expected a checkpoint, found none", dir.display()))
-            })?;
-        for (name, _) in l.decoder.params().trainable() {
-            if !loaded.tensors.iter().any(|(n, _)| *n == name) {
-                return Err(PluginError::data(format!(
-                    "{}: parameter {name} is not in it",
-                    loaded.path.display()
-                )));
-            }
-        }
-        if let Some(optimizer) = &mut l.optimizer {
-            optimizer.import(l.decoder.params(), &loaded.optim.into_iter().collect()).map_err(model_error)?;
-        }
-        for (name, tensor) in &loaded.tensors {
-            l.decoder.params().set(name, tensor).map_err(model_error)?;
-        }
-        l.steps = loaded.step;
-        Ok(json!({ "path": loaded.path, "step": loaded.step, "warnings": warnings }))
-    }
-
-    /// Writes the adapter as it stands, in PEFT's format.
-    pub fn export(&self, dir: &Path) -> Result<Value> {
-        let l = self.read()?;
-        let lora = l
-            .decoder
-            .lora()
-            .ok_or_else(|| PluginError::usage("export: the model carries no LoRA to write"))?;
-        let params = l.decoder.params();
-        let base = &l.model.config;
-        let mut tensors: Vec<(String, Tensor)> = Vec::new();
-        for name in params.names() {
-            let Some(tensor) = params.get(name) else { continue };
-            let group = Group::of_name(name);
-            let keep = group == Group::Lora || (group != Group::Base && l.differs(name, &tensor)?);
-            if keep {
-                tensors.push((name.to_string(), tensor));
-            }
-        }
-        // PEFT keeps all norms or none.
-        if tensors.iter().any(|(n, _)| Group::of_name(n) == Group::Norms) {
-            for name in params.names().filter(|n| Group::of_name(n) == Group::Norms) {
-                if let Some(tensor) = params.get(name).filter(|_| !tensors.iter().any(|(n, _)| n == name)) {
-                    tensors.push((name.to_string(), tensor));
-                }
-            }
-        }
-        let whole = tensors.iter().map(|(n, _)| n.as_str()).filter(|n| Group::of_name(n) != Group::Lora);
-        let own = MegacontextKey {
-            base_fingerprint: l.model.weights.fingerprint(),
-            rope_scaling: l.scaling.clone(),
-            base_rope_scaling: Some(base.rope_scaling.clone()),
-            original_max_position_embeddings: base.original_context(),
-            context_length: l.context_length,
-        };
-        let config = AdapterConfig::new(lora, base, whole, &l.dir, own).map_err(model_error)?;
-        write_adapter(dir, &config, &tensors).map_err(model_error)?;
-        to_value(json!({ "path": dir, "tensors": tensors.len() }))
-    }
-}
-
-/// Sequences of one step.
-#[derive(Deserialize)]
-#[serde(deny_unknown_fields)]
-struct Batch {
-    tokens: Vec<Vec<u32>>,
-    #[serde(default)]
-    attention: Option<Attention>,
-    #[serde(default)]
-    group: Option<GroupSize>,
-    #[serde(default)]
-    lr: Option<f64>,
-}
-
-impl Batch {
-    /// Inputs, targets and their length per row.
-    fn split(&self) -> Result<(Vec<u32>, Vec<u32>, usize)> {
-        let length = self.tokens.first().map_or(0, Vec::len);
-        if length < 2 || self.tokens.iter().any(|row| row.len() != length) {
-            return Err(PluginError::usage("tokens: expected rows of one length, at least 2 tokens each"));
-        }
-        let tokens = self.tokens.iter().flat_map(|row| &row[..length - 1]).copied().collect();
-        let targets = self.tokens.iter().flat_map(|row| &row[1..]).copied().collect();
-        Ok((tokens, targets, length - 1))
-    }
-
-    fn pattern(&self, context: usize) -> Result<Pattern> {
-        let attention = self.attention.unwrap_or(Attention::Dense);
-        let group = self.group.unwrap_or(GroupSize::Part(0.25));
-        let pattern = StageConfig { context, attention, group, factor: None, steps: 1 }.pattern();
-        match pattern {
-            Pattern::ShiftedSparse { group } if group < 2 => {
-                Err(PluginError::usage(format!("group: expected at least 2 tokens, got {group}")))
-            }
-            _ => Ok(pattern),
-        }
-    }
 }
 
 impl Loaded {
     fn check_tokens(&self, tokens: &[u32]) -> Result<()> {
         let vocab = self.decoder.config().vocab_size;
-        match tokens.iter().find(|t| **t != IGNORE && **t as usize >= vocab) {
+        match tokens.iter().find(|t| **t as usize >= vocab) {
             Some(bad) => Err(PluginError::usage(format!("token id: expected below {vocab}, got {bad}"))),
+            None => Ok(()),
+        }
+    }
+
+    fn check_targets(&self, targets: &[u32]) -> Result<()> {
+        let vocab = self.decoder.config().vocab_size;
+        match targets.iter().find(|t| **t != IGNORE && **t as usize >= vocab) {
+            Some(bad) => Err(PluginError::usage(format!(
+                "target: expected a token id below {vocab}, or {IGNORE} for none, got {bad}"
+            ))),
             None => Ok(()),
         }
     }
@@ -585,12 +381,6 @@ impl Loaded {
         let c = self.decoder.config();
         let x = match context.entries {
             Entries::Tokens(tokens) => {
-                if tokens.contains(&IGNORE) {
-                    return Err(PluginError::usage(format!(
-                        "token id: expected below {}, got {IGNORE}",
-                        c.vocab_size
-                    )));
-                }
                 self.check_tokens(tokens)?;
                 if tokens.is_empty() {
                     return Err(PluginError::usage("entries: expected at least 1, got 0"));
@@ -624,28 +414,27 @@ impl Loaded {
         Ok((x, rope))
     }
 
-    /// Copies of what learns.
-    fn copies(&self) -> Result<Vec<(String, Tensor)>> {
-        let learning = self.decoder.params().trainable();
-        Ok(learning
-            .into_iter()
-            .map(|(name, t)| Ok((name, t.copy()?.detach())))
-            .collect::<candle_core::Result<_>>()?)
-    }
-
+    /// What two sessions must share so that one can take up the other's checkpoint.
     fn identity(&self) -> Result<String> {
         config_hash(&json!({
             "fingerprint": self.model.weights.fingerprint(),
             "lora": self.decoder.lora(),
-            "groups": self.phase.as_ref().map(|p| &p.groups),
             "context": self.context_length,
+            "rope_factor": self.scaling.factor(),
         }))
     }
 
-    /// Is a parameter no longer what the base folder holds?
+    /// Is a parameter no longer what the base folder holds, to the bit? LoRA's factors always are something else.
     fn differs(&self, name: &str, now: &Tensor) -> Result<bool> {
+        if Group::of_name(name) == Group::Lora {
+            return Ok(true);
+        }
+        if !self.changed.contains(name) {
+            return Ok(false);
+        }
         let base = self.model.weights.tensor_f32(name, now.dims()).map_err(model_error)?;
-        Ok((now - base)?.abs()?.max_all()?.to_scalar::<f32>()? > 0.0)
+        let (now, base) = (Values::of(now)?, Values::of(&base)?);
+        Ok(now.iter().zip(base.iter()).any(|(a, b)| a.to_bits() != b.to_bits()))
     }
 }
 

@@ -5,7 +5,9 @@
 
 mod common;
 
-use std::sync::{Arc, Mutex};
+use std::fs;
+use std::path::Path;
+use std::sync::{Arc, Mutex, OnceLock, Weak};
 
 use common::{Fixture, VOCAB};
 use megacontext_lora::error::{Kind, Result};
@@ -16,13 +18,34 @@ use serde_json::{Value, json};
 
 /// A host that brings text of its own and gives the answers it was made with.
 struct Recorder {
+    on_entered: Answer,
     on_left: Answer,
     heard: Mutex<Vec<String>>,
+    /// Called upon from within the callbacks.
+    session: OnceLock<Weak<Session>>,
 }
 
 impl Recorder {
     fn new(on_left: Answer) -> Arc<Self> {
-        Arc::new(Self { on_left, heard: Mutex::default() })
+        Self::answering(Answer::Continue, on_left)
+    }
+
+    fn answering(on_entered: Answer, on_left: Answer) -> Arc<Self> {
+        Arc::new(Self { on_entered, on_left, heard: Mutex::default(), session: OnceLock::new() })
+    }
+
+    /// What a host may and may not do in a callback.
+    fn call_back(&self) {
+        let Some(session) = self.session.get().and_then(Weak::upgrade) else { return };
+        session.describe().unwrap();
+        session.evaluate(batch()).unwrap();
+        let says = "before the host has answered";
+        usage(session.step(batch()), says);
+        usage(session.enter_phase(json!({ "groups": ["norms"] })), says);
+        usage(session.leave_phase(), says);
+        usage(session.save(Path::new("nowhere")), says);
+        usage(session.resume(Path::new("nowhere")), says);
+        usage(session.export(Path::new("nowhere")), says);
     }
 }
 
@@ -43,11 +66,13 @@ impl HostApi for Recorder {
 
     fn phase_entered(&self, _: &Value) -> Answer {
         self.heard.lock().unwrap().push("entered".to_string());
-        Answer::Continue
+        self.call_back();
+        self.on_entered
     }
 
     fn phase_left(&self, _: &Value) -> Answer {
         self.heard.lock().unwrap().push("left".to_string());
+        self.call_back();
         self.on_left
     }
 }
@@ -141,15 +166,133 @@ fn a_phase_learns_and_export_carries_it() {
 fn a_phase_rolled_back_never_was() {
     let fixture = Fixture::new();
     let session = open(&fixture, None, Recorder::new(Answer::RollBack));
-    session.enter_phase(json!({ "groups": ["lora", "embeddings", "norms"] })).unwrap();
-    let before = session.evaluate(batch()).unwrap();
+    let (state, before) = (session.describe().unwrap(), session.evaluate(batch()).unwrap());
+    let phase = json!({ "groups": ["lora", "embeddings", "norms"], "context": 128 });
+    session.enter_phase(phase.clone()).unwrap();
+    assert_ne!(session.evaluate(batch()).unwrap(), before, "positions are stretched");
     for _ in 0..3 {
         session.step(batch()).unwrap();
     }
-    assert_ne!(session.evaluate(batch()).unwrap(), before);
+    // What a checkpoint brings is rolled back with the rest.
+    session.save(&fixture.path("saved")).unwrap();
+    session.resume(&fixture.path("saved")).unwrap();
     assert_eq!(session.leave_phase().unwrap()["rolled_back"], json!(true));
     assert_eq!(session.evaluate(batch()).unwrap(), before);
-    assert_eq!(session.describe().unwrap()["steps"], json!(0));
+    assert_eq!(session.describe().unwrap(), state);
+    assert!(session.parameter("model.layers.0.self_attn.q_proj.lora_A.weight").is_err());
+    usage(session.export(&fixture.path("adapter")), "carries no LoRA");
+
+    let unwilling = open(&fixture, None, Recorder::answering(Answer::Stop, Answer::Continue));
+    assert_eq!(unwilling.enter_phase(phase).unwrap_err().kind, Kind::Cancelled);
+    assert_eq!(unwilling.describe().unwrap(), state);
+    assert_eq!(unwilling.evaluate(batch()).unwrap(), before);
+}
+
+#[test]
+fn a_host_may_read_but_not_change_a_session_that_is_asking_it() {
+    let fixture = Fixture::new();
+    let host = Recorder::new(Answer::Stop);
+    let session = Arc::new(open(&fixture, None, host.clone()));
+    host.session.set(Arc::downgrade(&session)).unwrap();
+    session.enter_phase(json!({ "groups": ["lora"] })).unwrap();
+    session.step(batch()).unwrap();
+    let learned = session.evaluate(batch()).unwrap();
+    // Stop ends the phase and keeps what was learned.
+    assert_eq!(session.leave_phase().unwrap()["rolled_back"], json!(false));
+    assert_eq!(session.evaluate(batch()).unwrap(), learned);
+    assert_eq!(*host.heard.lock().unwrap(), ["entered", "left"]);
+}
+
+#[test]
+fn a_phase_that_cannot_be_is_refused_before_anything_changes() {
+    let fixture = Fixture::new();
+    let session = open(&fixture, None, Recorder::new(Answer::Continue));
+    let state = session.describe().unwrap();
+    for (phase, says) in [
+        (json!({ "groups": ["lora"], "context": 1 }), "context: expected 2 to"),
+        (json!({ "groups": ["lora"], "context": (1u64 << 24) + 1 }), "context: expected 2 to"),
+        (json!({ "groups": ["lora"], "context": 64, "lora": { "r": 0 } }), "rank"),
+        (json!({ "groups": ["lora"], "context": 64, "optimizer": { "lr": -1.0 } }), "optimizer.lr"),
+        (json!({ "groups": ["norms"], "context": 64, "optimizer": { "schedule": "cosine" } }), "steps"),
+        (json!({ "groups": ["norms"], "context": 64, "steps": 0 }), "steps"),
+    ] {
+        usage(session.enter_phase(phase), says);
+        assert_eq!(session.describe().unwrap(), state);
+    }
+}
+
+#[test]
+fn every_phase_has_its_own_settings() {
+    let fixture = Fixture::new();
+    // lora_A of a second phase's first step; the first phase is the same everywhere.
+    let second = |settings: Value| {
+        let session = open(&fixture, None, Recorder::new(Answer::Continue));
+        session.enter_phase(json!({ "groups": ["lora"], "lora": { "dropout": 0.5 } })).unwrap();
+        session.step(batch()).unwrap();
+        session.leave_phase().unwrap();
+        session.enter_phase(settings).unwrap();
+        session.step(batch()).unwrap();
+        session.parameter("model.layers.0.self_attn.q_proj.lora_A.weight").unwrap().1
+    };
+    let plain = second(json!({ "groups": ["lora"] }));
+    assert_eq!(plain, second(json!({ "groups": ["lora"] })));
+    for other in [
+        json!({ "groups": ["lora"], "optimizer": { "weight_decay": 0.5 } }),
+        json!({ "groups": ["lora"], "optimizer": { "betas": [0.5, 0.5] } }),
+        json!({ "groups": ["lora"], "optimizer": { "eps": 0.1 } }),
+        json!({ "groups": ["lora"], "optimizer": { "clip": 1e-6 } }),
+        json!({ "groups": ["lora"], "seed": 1 }),
+    ] {
+        assert_ne!(plain, second(other.clone()), "{other}");
+    }
+
+    // A cosine falls to a tenth over the steps of the phase, and stays there.
+    let session = open(&fixture, None, Recorder::new(Answer::Continue));
+    let cosine = json!({ "lr": 1.0e-3, "schedule": "cosine", "warmup_steps": 0 });
+    session.enter_phase(json!({ "groups": ["norms"], "steps": 4, "optimizer": cosine })).unwrap();
+    let step = || session.step(json!({ "tokens": batch()["tokens"] })).unwrap()["lr"].as_f64().unwrap();
+    let rates: Vec<f64> = (0..6).map(|_| step()).collect();
+    for (at, want) in [(0, 1.0e-3), (2, 5.5e-4), (4, 1.0e-4), (5, 1.0e-4)] {
+        assert!((rates[at] - want).abs() < 1e-12, "{rates:?}");
+    }
+}
+
+#[test]
+fn a_trained_base_goes_without_lora_and_into_no_adapter() {
+    let fixture = Fixture::new();
+    let session = open(&fixture, None, Recorder::new(Answer::Continue));
+    session.enter_phase(json!({ "groups": ["base"] })).unwrap();
+    session.step(batch()).unwrap();
+    session.leave_phase().unwrap();
+    session.enter_phase(json!({ "groups": ["lora"] })).unwrap();
+    usage(session.export(&fixture.path("adapter")), "the base's own weights were trained");
+    session.leave_phase().unwrap();
+    usage(session.enter_phase(json!({ "groups": ["base"] })), "has to stay frozen");
+    usage(session.enter_phase(json!({ "groups": ["base", "norms"] })), "has to stay frozen");
+}
+
+#[test]
+fn targets_alone_may_be_left_out() {
+    let fixture = Fixture::new();
+    let session = open(&fixture, None, Recorder::new(Answer::Continue));
+    let none = u32::MAX;
+    let all = session.evaluate(json!({ "tokens": [[1, 2, 3], [4, 5, 6]] })).unwrap();
+    let a = json!({ "tokens": [[1, 2, 3], [4, 5, none]] });
+    let last = session.evaluate(json!({ "tokens": [[4, 5, 6]] })).unwrap()["nll"].as_f64().unwrap();
+    let but_last = session.evaluate(json!({ "tokens": [[4, 5]] })).unwrap()["nll"].as_f64().unwrap();
+    let part = session.evaluate(a.clone()).unwrap();
+    assert_eq!((all["tokens"].as_u64(), part["tokens"].as_u64()), (Some(4), Some(3)));
+    let want = (all["nll"].as_f64().unwrap() * 4.0 - (2.0 * last - but_last)) / 3.0;
+    assert!((part["nll"].as_f64().unwrap() - want).abs() < 1e-5, "{part} {want}");
+    session.enter_phase(json!({ "groups": ["lora"] })).unwrap();
+    let step = session.step(a).unwrap();
+    assert_eq!(step["tokens"], json!(3));
+    assert!((step["loss"].as_f64().unwrap() - want).abs() < 1e-5);
+    usage(session.step(json!({ "tokens": [[1, none, 3]] })), "token id: expected below 300");
+    usage(session.evaluate(json!({ "tokens": [[none, 3]] })), "token id: expected below 300");
+    usage(session.evaluate(json!({ "tokens": [[3, none]] })), "at least one target");
+    usage(session.embed(&[none], &mut [0.0; 32]), "token id: expected below 300");
+    usage(session.step(json!({ "tokens": [[1, 2]], "lr": -0.1 })), "lr: expected 0 or more");
 }
 
 #[test]
@@ -173,6 +316,82 @@ fn a_phase_goes_on_from_its_checkpoint_with_the_same_numbers() {
     let other = open(&fixture, None, Recorder::new(Answer::Continue));
     other.enter_phase(json!({ "groups": ["norms"] })).unwrap();
     usage(other.resume(&fixture.path("saved")), "configuration");
+}
+
+#[test]
+fn a_checkpoint_holds_what_earlier_phases_learned() {
+    let fixture = Fixture::new();
+    let steps = |session: &Session, n: usize| (0..n).for_each(|_| drop(session.step(batch()).unwrap()));
+    let session = open(&fixture, None, Recorder::new(Answer::Continue));
+    session.enter_phase(json!({ "groups": ["lora", "norms", "embeddings"] })).unwrap();
+    steps(&session, 3);
+    session.leave_phase().unwrap();
+    session.enter_phase(json!({ "groups": ["lora"], "seed": 5 })).unwrap();
+    steps(&session, 2);
+    session.save(&fixture.path("saved")).unwrap();
+    let expected = session.evaluate(batch()).unwrap();
+
+    // A session that has gone elsewhere meanwhile is all the same the one that saved.
+    let later = open(&fixture, None, Recorder::new(Answer::Continue));
+    later.enter_phase(json!({ "groups": ["lora", "norms"] })).unwrap();
+    steps(&later, 1);
+    usage(later.resume(&fixture.path("saved")), "expected a checkpoint of a phase over");
+    later.leave_phase().unwrap();
+    later.enter_phase(json!({ "groups": ["lora"] })).unwrap();
+    later.resume(&fixture.path("saved")).unwrap();
+    assert_eq!(later.evaluate(batch()).unwrap(), expected);
+    assert_eq!(later.step(batch()).unwrap(), session.step(batch()).unwrap());
+    // The phase began at step 3 of the session that saved.
+    assert_eq!(later.leave_phase().unwrap()["steps"], json!(3));
+
+    // And the other way round: what the saved one had not touched is as in the base again.
+    let plain = open(&fixture, None, Recorder::new(Answer::Continue));
+    plain.enter_phase(json!({ "groups": ["lora"] })).unwrap();
+    steps(&plain, 1);
+    plain.save(&fixture.path("plain")).unwrap();
+    let expected = plain.evaluate(batch()).unwrap();
+    later.enter_phase(json!({ "groups": ["lora"] })).unwrap();
+    assert_ne!(later.evaluate(batch()).unwrap(), expected);
+    later.resume(&fixture.path("plain")).unwrap();
+    assert_eq!(later.evaluate(batch()).unwrap(), expected);
+    assert_eq!(later.leave_phase().unwrap()["steps"], json!(1));
+}
+
+#[test]
+fn save_overwrites_nothing_but_its_own() {
+    let fixture = Fixture::new();
+    let saved = fixture.path("saved");
+    let session = open(&fixture, None, Recorder::new(Answer::RollBack));
+    session.enter_phase(json!({ "groups": ["norms"] })).unwrap();
+    for _ in 0..2 {
+        session.step(batch()).unwrap();
+        session.save(&saved).unwrap();
+    }
+    session.save(&saved).unwrap();
+    session.leave_phase().unwrap();
+    session.enter_phase(json!({ "groups": ["norms"] })).unwrap();
+    session.step(batch()).unwrap();
+    usage(session.save(&saved), "got one of step 2");
+    // A damaged one does not count.
+    let manifest = saved.join("checkpoints/00000002/manifest.json");
+    let whole = fs::read(&manifest).unwrap();
+    fs::write(&manifest, b"{").unwrap();
+    session.save(&saved).unwrap();
+    assert!(!manifest.exists() && whole.len() > 1);
+
+    let other = open(&fixture, None, Recorder::new(Answer::Continue));
+    other.enter_phase(json!({ "groups": ["lora"] })).unwrap();
+    for _ in 0..3 {
+        other.step(batch()).unwrap();
+    }
+    usage(other.save(&saved), "another folder");
+    for sign in ["config.toml", "metrics.jsonl", ".lock"] {
+        let run = fixture.path(&format!("run-{sign}"));
+        fs::create_dir(&run).unwrap();
+        fs::write(run.join(sign), "").unwrap();
+        usage(other.save(&run), "got a run's");
+        assert!(!run.join("checkpoints").exists());
+    }
 }
 
 #[test]

@@ -4,12 +4,12 @@
 //! `()` is a host that hears nothing and never interrupts. Methods are called from the thread that runs the job and from
 //! the plugin's own, so keep them short.
 //!
-//! A panic in a callback does not cross the ABI: it is caught, and from then on [`Host::cancelled`] answers true, so
-//! that the job ends in good order with `Cancelled`.
+//! A panic in a callback does not cross the ABI: it is caught, and from then on [`Host::cancelled`] answers true and the
+//! questions about phases [`Answer::Stop`], so that the job ends in good order with `Cancelled`.
 //!
-//! The jobs of this version use [`Host::event`] and [`Host::cancelled`]. [`Host::documents`], [`Host::phase_entered`] and
-//! [`Host::phase_left`] are fixed in the interface for jobs that draw their text from the host and that alternate between
-//! phases on their own; while the host drives phases itself, it knows when they begin and end.
+//! Phases: a session asks [`Host::phase_entered`] and [`Host::phase_left`] whenever the host enters and leaves a phase; the
+//! job `extend` asks once before it trains and once when the result has been measured. What an answer does is at
+//! [`Answer`]. `cancelled` is for stopping anywhere else.
 //!
 //! Left out: the host's own focus allocator, which comes with LensNet.
 
@@ -21,24 +21,40 @@ use abi_stable::std_types::{RResult, RStr, RString, RVec};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, Ordering};
 
-/// What becomes of a phase.
+/// What becomes of a phase. What an answer does depends on where it is given.
+///
+/// In [`Host::phase_entered`]:
+///
+/// | | a session's phase | the job `extend` |
+/// |---|---|---|
+/// | `Continue` | the phase is open | training begins |
+/// | `RollBack`, `Stop` | the call ends with `Cancelled`; the session is as it was before | the job ends with `Cancelled` before training |
+///
+/// In [`Host::phase_left`]:
+///
+/// | | a session's phase | the job `extend` |
+/// |---|---|---|
+/// | `Continue` | the phase ends, what was learned stays | the adapter and the report are written |
+/// | `RollBack` | the phase ends; parameters, LoRA, positions, optimiser state and count of steps are as before it | the job ends with `Cancelled`, no adapter is written |
+/// | `Stop` | as `Continue`: the phase ends, what was learned stays; the session stays open | as `RollBack` |
+///
+/// `extend` keeps its checkpoints whatever the answer: a run resumed in the same folder goes on from there and asks again.
 #[repr(u8)]
 #[derive(StableAbi, Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Answer {
-    /// Go on.
+    /// Go on; keep what was learned.
     Continue,
-    /// Undo the phase: the parameters are as they were when it began.
+    /// Undo the phase.
     RollBack,
-    /// End the job here, in good order.
+    /// Go no further.
     Stop,
 }
 
 /// What a plugin tells its host and asks of it.
 pub trait Host: Send + Sync + 'static {
     /// Something happened. Kinds: `log` {message}, `plan`, `progress` {job, stage, stages, step, steps, loss, lr,
-    /// tokens_per_s, eta_s, context}, `evaluation` {model, context, attention, perplexity}, `checkpoint` {path, step},
-    /// `phase_entered` {groups, parameters}, `phase_left` {groups, steps}. A later plugin may send others: ignore what you
-    /// do not know.
+    /// tokens_per_s, eta_s, context}, `evaluation` {model, context, attention, perplexity}, `checkpoint` {path, step}. A
+    /// later plugin may send others: ignore what you do not know.
     fn event(&self, kind: &str, json: &str) {
         let _ = (kind, json);
     }
@@ -48,20 +64,28 @@ pub trait Host: Send + Sync + 'static {
         false
     }
 
-    /// Documents `start .. start + count` of `split` (`train`, `eval`, or a name that the job's parameters gave); fewer
-    /// than `count` means that there are no more.
+    /// Documents `start .. start + count` of `split`, in an order that stays; fewer than `count` means that there are no
+    /// more.
+    ///
+    /// A job asks for every entry `host:NAME` of its `data`, with NAME as the split, from the first document to the last,
+    /// page by page, before anything else happens; what it holds out for evaluation it chooses itself. A resumed run asks
+    /// again and refuses other text than it began with. An error ends the job with `Data`.
     fn documents(&self, split: &str, start: u64, count: u64) -> Result<Vec<String>, AbiError> {
         let _ = (split, start, count);
         Ok(Vec::new())
     }
 
-    /// A training phase begins; `RollBack` is the same as `Stop` here.
+    /// A training phase begins: {groups, parameters} from a session, {job, groups, steps} from `extend`.
+    ///
+    /// A session may be read from in here. What would change it (`step`, `enter_phase`, `leave_phase`, `resume`), `save`
+    /// and `export` answer `Usage` until this returns, from whichever thread they come.
     fn phase_entered(&self, json: &str) -> Answer {
         let _ = json;
         Answer::Continue
     }
 
-    /// A training phase ended with these results.
+    /// A training phase ended: {groups, steps} from a session, {job, groups, perplexity} from `extend`. Nothing learns any
+    /// more; the same calls are refused as in [`Host::phase_entered`].
     fn phase_left(&self, json: &str) -> Answer {
         let _ = json;
         Answer::Continue

@@ -128,6 +128,11 @@ impl Optimizer {
         Self { config, state: BTreeMap::new() }
     }
 
+    /// Other settings from the next step on; moments and step counts stay.
+    pub fn set_config(&mut self, config: AdamWConfig) {
+        self.config = config;
+    }
+
     /// One step on every parameter that has a gradient and learns; returns the gradient norm before clipping.
     ///
     /// # Errors

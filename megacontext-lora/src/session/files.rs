@@ -1,0 +1,261 @@
+//! What a session writes and takes up again: checkpoints and the adapter.
+//!
+//! A checkpoint holds everything that is not as the base folder has it, whichever phase made it so, and what learns now;
+//! so a session opened on the same base is, after resuming, the one that saved. Layout: [`crate::run::checkpoint`]. Its
+//! `state.json` is ours: `config_hash`, `steps`, `begun_at`, `groups`, `seed`.
+//!
+//! A folder holds the newest checkpoint of one session and nothing of anybody else's: others are never overwritten.
+//!
+//! Errors: `Usage` for a folder that is somebody else's and for what cannot be written so; `Data` for a checkpoint that
+//! does not fit; nothing has changed then.
+
+use std::io::ErrorKind;
+use std::path::Path;
+
+use candle_core::Tensor;
+use megacontext_base::adapter::{AdapterConfig, MegacontextKey, write_adapter};
+use megacontext_base::params::Group;
+use serde::Deserialize;
+use serde_json::{Value, json};
+
+use super::Session;
+use crate::error::{IoResultExt, PluginError, Result};
+use crate::jobs::{model_error, to_value};
+use crate::run::checkpoint;
+use crate::run::folder::{CONFIG, expect_run};
+use crate::run::metrics::METRICS;
+
+/// The folder and the file of the checkpoint's layout that are looked at before one is written.
+const CHECKPOINTS: &str = "checkpoints";
+const STATE: &str = "state.json";
+
+/// The only tensor of the base's own group that an adapter can carry.
+const HEAD: &str = "lm_head.weight";
+
+/// What of a checkpoint's state is taken up.
+#[derive(Deserialize)]
+struct Saved {
+    begun_at: u64,
+    groups: Vec<Group>,
+    seed: u64,
+}
+
+impl Session {
+    /// Writes a checkpoint into `dir`, in the place of this session's earlier ones there.
+    ///
+    /// # Errors
+    /// `Usage` where `dir` is a run's folder, or holds checkpoints of another configuration or of a later step.
+    pub fn save(&self, dir: &Path) -> Result<Value> {
+        // No other call may write into the same folder meanwhile.
+        let l = self.change("save")?;
+        let Some(phase) = &l.phase else {
+            return Err(PluginError::usage("save: enter a phase first; outside one nothing learns"));
+        };
+        let identity = l.identity()?;
+        refuse_runs(dir)?;
+        refuse_others(dir, &identity, l.steps)?;
+        let params = l.decoder.params();
+        let mut tensors: Vec<(String, Tensor)> = Vec::new();
+        for name in params.names() {
+            let Some(tensor) = params.get(name) else { continue };
+            if params.learns(Group::of_name(name)) || l.differs(name, &tensor)? {
+                tensors.push((name.to_string(), tensor));
+            }
+        }
+        let optim = match &l.optimizer {
+            Some(optimizer) => optimizer.export().map_err(model_error)?,
+            None => Vec::new(),
+        };
+        let state = json!({
+            "config_hash": identity,
+            "steps": l.steps,
+            "begun_at": phase.begun_at,
+            "groups": phase.groups,
+            "seed": phase.seed,
+        });
+        let path = checkpoint::save(dir, l.steps, &state, &tensors, &optim, 1)?;
+        Ok(json!({ "path": path, "step": l.steps }))
+    }
+
+    /// Takes up the newest checkpoint in `dir`, made in a phase over the same groups: every parameter, the optimiser's
+    /// moments, the count of steps, where the phase began and its seed. The optimiser's settings and the length of the
+    /// phase stay those that this one was entered with; a roll-back goes back to before it was entered here.
+    pub fn resume(&self, dir: &Path) -> Result<Value> {
+        let mut l = self.change("resume")?;
+        let l = &mut *l;
+        let Some(phase) = &l.phase else {
+            return Err(PluginError::usage("resume: enter the phase first, with the groups that were saved"));
+        };
+        let mut warnings = Vec::new();
+        let loaded =
+            checkpoint::load_latest(dir, &l.identity()?, &mut |w| warnings.push(w))?.ok_or_else(|| {
+                PluginError::data(format!("{}: expected a checkpoint, found none", dir.display()))
+            })?;
+        let data = |message: String| PluginError::data(format!("{}: {message}", loaded.path.display()));
+        let saved: Saved = serde_json::from_value(loaded.state).map_err(|e| data(format!("{STATE}: {e}")))?;
+        if saved.groups != phase.groups {
+            return Err(PluginError::usage(format!(
+                "{}: expected a checkpoint of a phase over {:?}, got one over {:?}",
+                loaded.path.display(),
+                phase.groups,
+                saved.groups
+            )));
+        }
+        if saved.begun_at > loaded.step {
+            return Err(data(format!(
+                "{STATE}: expected a phase begun by step {}, got {}",
+                loaded.step, saved.begun_at
+            )));
+        }
+        let params = l.decoder.params();
+        let mut values = loaded.tensors;
+        for (name, tensor) in &values {
+            let expected = params.get(name).ok_or_else(|| data(format!("the model has no {name}")))?;
+            if expected.dims() != tensor.dims() {
+                return Err(data(format!(
+                    "{name}: expected shape {:?}, got {:?}",
+                    expected.dims(),
+                    tensor.dims()
+                )));
+            }
+        }
+        for name in params.names() {
+            let Some(now) = params.get(name) else { continue };
+            if values.iter().any(|(n, _)| n == name) {
+                continue;
+            }
+            let group = Group::of_name(name);
+            if group == Group::Lora || params.learns(group) {
+                return Err(data(format!("parameter {name} is not in it")));
+            }
+            // Saved by a session in which this was as in the base.
+            if l.differs(name, &now)? {
+                let base = l.model.weights.tensor_f32(name, now.dims()).map_err(model_error)?;
+                values.push((name.to_string(), base));
+            }
+        }
+        let mut kept = Vec::new();
+        for (name, _) in &values {
+            let known = phase.before.parameters.iter().any(|(n, _)| n == name);
+            let fresh = phase.before.lora_attached && Group::of_name(name) == Group::Lora;
+            if let Some(now) = params.get(name).filter(|_| !known && !fresh) {
+                kept.push((name.clone(), now.copy()?));
+            }
+        }
+
+        // The optimiser checks its part before it changes; the rest has been checked above.
+        if let Some(optimizer) = &mut l.optimizer {
+            optimizer.import(l.decoder.params(), &loaded.optim.into_iter().collect()).map_err(model_error)?;
+        }
+        for (name, tensor) in &values {
+            l.decoder.params().set(name, tensor).map_err(model_error)?;
+        }
+        l.changed.extend(values.into_iter().map(|(name, _)| name));
+        l.steps = loaded.step;
+        if let Some(phase) = &mut l.phase {
+            phase.before.parameters.extend(kept);
+            phase.begun_at = saved.begun_at;
+            phase.seed = saved.seed;
+        }
+        Ok(json!({ "path": loaded.path, "step": loaded.step, "warnings": warnings }))
+    }
+
+    /// Writes the adapter as it stands, in PEFT's format.
+    ///
+    /// # Errors
+    /// `Usage` without LoRA, and where the base's own weights have been trained: an adapter cannot carry those.
+    pub fn export(&self, dir: &Path) -> Result<Value> {
+        let l = self.look("export")?;
+        let lora = l
+            .decoder
+            .lora()
+            .ok_or_else(|| PluginError::usage("export: the model carries no LoRA to write"))?;
+        let params = l.decoder.params();
+        let base = &l.model.config;
+        let mut tensors: Vec<(String, Tensor)> = Vec::new();
+        for name in params.names() {
+            let Some(tensor) = params.get(name) else { continue };
+            if !l.differs(name, &tensor)? {
+                continue;
+            }
+            if Group::of_name(name) == Group::Base && name != HEAD {
+                return Err(PluginError::usage(format!(
+                    "export: the base's own weights were trained, {name} is no longer as in {}; an adapter cannot carry \
+                     that",
+                    l.dir.display()
+                )));
+            }
+            tensors.push((name.to_string(), tensor));
+        }
+        // PEFT keeps all norms or none.
+        if tensors.iter().any(|(n, _)| Group::of_name(n) == Group::Norms) {
+            for name in params.names().filter(|n| Group::of_name(n) == Group::Norms) {
+                if let Some(tensor) = params.get(name).filter(|_| !tensors.iter().any(|(n, _)| n == name)) {
+                    tensors.push((name.to_string(), tensor));
+                }
+            }
+        }
+        let whole = tensors.iter().map(|(n, _)| n.as_str()).filter(|n| Group::of_name(n) != Group::Lora);
+        let own = MegacontextKey {
+            base_fingerprint: l.model.weights.fingerprint(),
+            rope_scaling: l.scaling.clone(),
+            base_rope_scaling: Some(base.rope_scaling.clone()),
+            original_max_position_embeddings: base.original_context(),
+            context_length: l.context_length,
+        };
+        let config = AdapterConfig::new(lora, base, whole, &l.dir, own).map_err(model_error)?;
+        write_adapter(dir, &config, &tensors).map_err(model_error)?;
+        to_value(json!({ "path": dir, "tensors": tensors.len() }))
+    }
+}
+
+/// A run has its own checkpoints under the same name.
+fn refuse_runs(dir: &Path) -> Result<()> {
+    let found = [CONFIG, METRICS].into_iter().any(|name| dir.join(name).exists());
+    if found || expect_run(dir).is_ok() {
+        return Err(PluginError::usage(format!(
+            "{}: expected a folder for a session's checkpoints, got a run's; choose another",
+            dir.display()
+        )));
+    }
+    Ok(())
+}
+
+/// Refuses a folder in which a checkpoint would be written over that is not an earlier one of ours.
+fn refuse_others(dir: &Path, identity: &str, step: u64) -> Result<()> {
+    let parent = dir.join(CHECKPOINTS);
+    let entries = match std::fs::read_dir(&parent) {
+        Err(e) if e.kind() == ErrorKind::NotFound => return Ok(()),
+        entries => entries.at(&parent)?,
+    };
+    let mut later = false;
+    for entry in entries {
+        let entry = entry.at(&parent)?;
+        let Some(found) = entry.file_name().to_str().and_then(|name| name.parse::<u64>().ok()) else {
+            continue;
+        };
+        later |= found > step;
+        // A state that cannot be read makes a damaged checkpoint, and those do not count.
+        let state = std::fs::read(entry.path().join(STATE)).unwrap_or_default();
+        let state: Value = serde_json::from_slice(&state).unwrap_or_default();
+        if let Some(hash) = state["config_hash"].as_str().filter(|hash| *hash != identity) {
+            return Err(PluginError::usage(format!(
+                "{}: expected checkpoints of this configuration ({identity}), got one of another ({hash}); choose \
+                 another folder",
+                entry.path().display()
+            )));
+        }
+    }
+    // Only a whole one counts, and finding that out means reading it.
+    if later
+        && let Some(newest) = checkpoint::load_latest(dir, identity, &mut |_| {})?
+        && newest.step > step
+    {
+        return Err(PluginError::usage(format!(
+            "{}: expected checkpoints up to step {step}, got one of step {}; resume from it or choose another folder",
+            dir.display(),
+            newest.step
+        )));
+    }
+    Ok(())
+}
