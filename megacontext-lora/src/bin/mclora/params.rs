@@ -119,6 +119,9 @@ pub fn extend(args: &Extend, global: &Global) -> Result<(Value, PathBuf)> {
         // The file's stages were made for its own context and steps: without them the plugin makes new ones.
         params.remove("stages");
     }
+    if args.config.is_some() && args.stages.is_some() {
+        params.remove("steps");
+    }
     params.set_some("stages", args.stages.as_deref().map(stages).transpose()?);
     params.set_some("steps", args.steps);
     params.set_some("optimizer.lr", args.lr);
@@ -326,6 +329,10 @@ mod tests {
         assert_eq!(with("--lr 1e-3")["stages"], own);
         assert_eq!(with("--context 1024"), json!({ "context": 1024, "steps": 9 }));
         assert_eq!(with("--steps 20"), json!({ "context": 512, "steps": 20 }));
+        assert_eq!(
+            with("--stages 512:3"),
+            json!({ "context": 512, "stages": [{ "context": 512, "steps": 3 }] })
+        );
         let given = with("--context 1024 --steps 20 --stages 1024:3");
         assert_eq!(given["stages"], json!([{ "context": 1024, "steps": 3 }]));
     }

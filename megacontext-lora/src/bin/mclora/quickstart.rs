@@ -44,7 +44,7 @@ struct Preset {
 
 /// At most five minutes on two cores.
 const FULL: Preset = Preset {
-    stages: [(512, 40), (1024, 70)],
+    stages: [(512, 60), (1024, 140)],
     tokens_per_step: 8192,
     lr: 1e-3,
     warmup_steps: 10,
