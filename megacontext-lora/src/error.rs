@@ -19,7 +19,7 @@ pub enum Kind {
     Usage,
     /// Training or evaluation text that cannot be used.
     Data,
-    /// A base model's folder that cannot be used.
+    /// A base model that cannot be used: its folder is at fault, or what it computes is not finite.
     Model,
     /// An adapter's folder that cannot be used, or one made for another base.
     Adapter,

@@ -16,7 +16,7 @@ pub enum ErrorKind {
     Usage,
     /// Text or token data that cannot be used.
     Data,
-    /// A base model's folder that cannot be used.
+    /// A base model that cannot be used: its folder is at fault, or what it computes is not finite.
     Model,
     /// An adapter's folder that cannot be used, or one made for another base.
     Adapter,

@@ -95,9 +95,8 @@ impl Session {
         json(self.raw.parameter_groups())
     }
 
-    /// Begins a phase in which `groups` learn: `{groups: ["lora", "norms"], lora: {r, alpha, …}, optimizer: {lr, …},
-    /// context, seed}`, all but the groups optional. LoRA is attached when it shall learn and is not there yet; `context`
-    /// stretches the positions to that length.
+    /// Begins a phase in which `params.groups` learn: `{groups, lora, optimizer, context, seed, steps}`, all but `groups`
+    /// optional; a cosine schedule needs `steps`. Settings are checked before anything changes.
     pub fn enter_phase(&self, params: &Value) -> Result<Value> {
         json(self.raw.enter_phase(params.to_string().as_str().into()))
     }
@@ -107,8 +106,8 @@ impl Session {
         json(self.raw.leave_phase())
     }
 
-    /// One optimiser step on `{tokens: [[…], …], attention: "s2" | "dense", group, lr}`, rows of one length; answers `{step,
-    /// loss, lr, grad_norm, tokens}`.
+    /// One optimiser step on the batch that `params` gives: `{tokens: [[…], …], attention, group, lr}`, rows of one length;
+    /// the last token of a row is a target only, and not scored where it is [`crate::NO_TARGET`].
     pub fn step(&self, params: &Value) -> Result<Value> {
         json(self.raw.step(params.to_string().as_str().into()))
     }
@@ -118,12 +117,13 @@ impl Session {
         json(self.raw.evaluate(params.to_string().as_str().into()))
     }
 
-    /// Writes a checkpoint of what learns into a folder: beside its place first, then renamed.
+    /// Writes a checkpoint into a folder of its own: what learns, whatever else differs from the base, and the optimiser's
+    /// state; beside its place first, then renamed. A folder with another run's or a later checkpoint is refused.
     pub fn save(&self, path: &Path) -> Result<Value> {
         json(self.raw.save(utf8(path)?.into()))
     }
 
-    /// Takes up the newest whole checkpoint of a folder, in a phase over the same groups.
+    /// Takes up the newest whole checkpoint of a folder, inside a phase over the groups it was saved in.
     pub fn resume(&self, path: &Path) -> Result<Value> {
         json(self.raw.resume(utf8(path)?.into()))
     }

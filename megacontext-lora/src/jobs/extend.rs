@@ -566,21 +566,18 @@ impl<'h> Run<'h> {
             ("activations", memory.activations),
             ("workspace", memory.workspace),
             ("loss_chunk", memory.loss_chunk),
-            ("evaluation", memory.evaluation),
             ("checkpoint", memory.checkpoint),
             ("data", memory.data),
         ];
         let c = &self.model.config;
         let parameters: usize = c.tensors().iter().map(|(_, s)| s.iter().product::<usize>()).sum();
-        let mut seconds_by_part = self.state.seconds_by_part.clone();
-        seconds_by_part.insert("training".to_string(), self.state.stage_seconds.iter().sum());
         Ok(Summary {
             perplexity: self.state.perplexity.clone(),
             perplexity_sparse: sparse,
             sparse_dense_gap: gap,
             evaluated_tokens: self.state.evaluated.clone(),
             seconds: before + since(self.started),
-            seconds_by_part,
+            seconds_by_part: self.state.seconds_by_part.clone(),
             peak_bytes: peak_bytes().unwrap_or(0),
             planned_bytes: planned.map(|(k, v)| (k.to_string(), v)).into(),
             seed: self.config.seed,

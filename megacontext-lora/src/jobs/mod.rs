@@ -69,6 +69,8 @@ pub fn model_error(error: BaseError) -> PluginError {
         BaseError::Adapter { .. } => Kind::Adapter,
         BaseError::Io { .. } => Kind::Io,
         BaseError::Lora { .. } => Kind::Usage,
+        // A loss that is not a number comes from the model and its settings, not from a defect here.
+        BaseError::NonFinite { .. } => Kind::Model,
         _ => Kind::Internal,
     };
     PluginError::new(kind, error.to_string())
