@@ -235,12 +235,21 @@ fn interrupted_while_training_saves_and_says_how_to_go_on() {
 #[test]
 fn interrupted_while_measuring_can_go_on() {
     let fixture = Fixture::new();
-    let expected = uninterrupted(&fixture);
+    // So many lengths that measuring goes on long after its first result is on disk.
+    let lengths: Vec<String> = (8..=128).map(|n| n.to_string()).collect();
+    let lengths = ("--eval-contexts", lengths.join(","));
+    let measured = |args: Vec<String>| common::with(args, &[(lengths.0, &lengths.1)]);
+    mclora(&measured(fixture.extend("whole"))).success();
+    let expected = Reached::of(&fixture.path("whole"));
     let moments: [Moment; 2] =
         [("base", |run| evaluations(run, "base") >= 1), ("adapted", |run| evaluations(run, "adapted") >= 1)];
     let run: PathBuf = fixture.path("interrupted");
     for (name, moment) in moments {
-        let mut running = Running::start(&attempt(&fixture, "interrupted"), fixture.path("stderr"));
+        let mut args = measured(fixture.extend("interrupted"));
+        if run.join(".lock").exists() {
+            args.push("--resume".into());
+        }
+        let mut running = Running::start(&args, fixture.path("stderr"));
         assert!(running.wait_until(|| moment(&run)), "{name}: {}", running.said());
         running.signal("INT");
         assert_eq!(running.end(), (Some(130), None), "{name}: {}", running.said());
