@@ -2,7 +2,7 @@
 //!
 //! An entry is (embedding, mu, sigma). Tokens are entries whose embedding the plugin looks up. Positions may stretch and
 //! blur: mu is the centre of an entry in tokens, sigma its spread (0 for a token, positive for a gist that stands for a
-//! span). Source: MegaContext's working context; DESIGN.md §3.
+//! span). Source: MegaContext's working context.
 //!
 //! Shapes: T entries, E model width. Units: mu and sigma in tokens (f64: a position of ten million must stay exact).
 

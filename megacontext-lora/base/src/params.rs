@@ -1,7 +1,8 @@
 //! Parameters by name, each in one group, and which groups learn.
 //!
-//! Source: DESIGN "parameter groups and phases". A phase names the groups that learn; [`ParamStore::read`] then hands
-//! out those parameters as leaves of the autograd graph and everything else detached from it. Nothing is copied when
+//! Source: the alternating optimisation of MegaContext, where a phase swaps what is frozen. A phase names the groups that
+//! learn. The decoder asks [`ParamStore::learns`] and makes gradients for those alone; a graph taped by candle takes its
+//! parameters from [`ParamStore::read`], as leaves where they learn and detached where they do not. Nothing is copied when
 //! the set changes: both views share one storage.
 //!
 //! Shapes: as in the Hugging Face checkpoint the name comes from; a linear weight is [out, in].

@@ -1,4 +1,4 @@
-//! What a run leaves on disk (DESIGN.md §8), and how an interrupted one finds its way back.
+//! What a run leaves on disk, and how an interrupted one finds its way back.
 //!
 //! [`folder`] guards the run folder and writes its small files, [`checkpoint`] holds what training needs to go on,
 //! [`metrics`] is the log of what was measured and [`tensorboard`] the same for TensorBoard ([`Telemetry`] writes both),

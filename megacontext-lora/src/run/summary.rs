@@ -94,7 +94,7 @@ pub struct StageSummary {
     pub seconds: f64,
 }
 
-/// One parameter group (DESIGN.md §6).
+/// One parameter group.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub struct GroupSummary {
     /// `base`, `embeddings`, `norms`, `lora`, …

@@ -1,7 +1,8 @@
 //! Phases of a session: entering, leaving, steps, and the mean NLL of a batch.
 //!
-//! Source: DESIGN "parameter groups and phases". Everything about a phase is checked before anything is changed; what was
-//! there before is kept until the phase ends, so that the host can have it back (`Answer`).
+//! Source: the alternating optimisation of MegaContext, where a phase swaps what is frozen. Everything about a phase is
+//! checked before anything is changed; what was there before is kept until the phase ends, so that the host can have it
+//! back (`Answer`).
 //!
 //! Units: nats, tokens, steps counted over the session's life. Errors: `Usage` for settings out of range and for calls at
 //! the wrong time, `Cancelled` when the host does not want the phase.
