@@ -1,7 +1,7 @@
 //! The job `merge`: base and adapter become one model folder, scaling written into its `config.json`.
 //!
-//! f32 is the default, whatever the base is stored in: rounding W + s·B·A to bf16 moves logits by about a hundredth of
-//! their size, f32 by a millionth.
+//! f32 is the default, whatever the base is stored in: rounding the quickstart's merged weights to bf16 moves logits of
+//! up to 17.8 by as much as 0.18, f32 by 4.6e-5.
 
 use std::path::PathBuf;
 
