@@ -147,27 +147,28 @@ pub(crate) fn sum_partials(partials: Vec<Vec<f32>>, width: usize) -> Vec<f32> {
 }
 
 /// Defines a function that is compiled three times, for AVX-512, for AVX2 with FMA and for any machine, and picks
-/// one at run time. The body is ordinary Rust over slices that the compiler vectorises.
+/// one at run time. The body is ordinary Rust over slices that the compiler vectorises. One storage type may be a
+/// parameter: `fn name<S: Store>(..)`.
 macro_rules! multiversion {
-    ($(#[$meta:meta])* $vis:vis fn $name:ident($($arg:ident: $ty:ty),* $(,)?) $(-> $ret:ty)? $body:block) => {
+    ($(#[$meta:meta])* $vis:vis fn $name:ident $(<$($s:ident: $bound:path),+>)? ($($arg:ident: $ty:ty),* $(,)?) $(-> $ret:ty)? $body:block) => {
         $(#[$meta])*
-        $vis fn $name($($arg: $ty),*) $(-> $ret)? {
+        $vis fn $name $(<$($s: $bound),+>)? ($($arg: $ty),*) $(-> $ret)? {
             #[inline(always)]
-            fn body($($arg: $ty),*) $(-> $ret)? $body
+            fn body $(<$($s: $bound),+>)? ($($arg: $ty),*) $(-> $ret)? $body
 
             #[cfg(target_arch = "x86_64")]
             {
                 #[target_feature(enable = "avx512f,avx512vl,avx512bw,avx512dq,avx2,fma")]
-                fn avx512($($arg: $ty),*) $(-> $ret)? { body($($arg),*) }
+                fn avx512 $(<$($s: $bound),+>)? ($($arg: $ty),*) $(-> $ret)? { body($($arg),*) }
                 #[target_feature(enable = "avx2,fma")]
-                fn avx2($($arg: $ty),*) $(-> $ret)? { body($($arg),*) }
+                fn avx2 $(<$($s: $bound),+>)? ($($arg: $ty),*) $(-> $ret)? { body($($arg),*) }
 
-                match $crate::cpu::level() {
-                    // SAFETY: `level` saw these features on this machine.
+                match $crate::cpu::vectors() {
+                    // SAFETY: `vectors` saw these features on this machine.
                     $crate::cpu::Level::Avx512 => return unsafe { avx512($($arg),*) },
                     // SAFETY: as above.
                     $crate::cpu::Level::Avx2 => return unsafe { avx2($($arg),*) },
-                    $crate::cpu::Level::Portable => {}
+                    _ => {}
                 }
             }
             body($($arg),*)
@@ -176,46 +177,97 @@ macro_rules! multiversion {
 }
 pub(crate) use multiversion;
 
-/// Instruction sets the kernels are compiled for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// Instruction sets the kernels are compiled for, each with everything of those before it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Level {
-    /// AVX-512 F, VL, BW, DQ.
-    Avx512,
-    /// AVX2 and FMA.
-    Avx2,
     /// Whatever the target guarantees.
     Portable,
+    /// AVX2 and FMA.
+    Avx2,
+    /// AVX-512 F, VL, BW, DQ.
+    Avx512,
+    /// AVX-512 with bf16 dot products.
+    Avx512Bf16,
+    /// AMX tiles in software, over whatever else the machine has: the reference of the level below.
+    SoftwareTiles,
+    /// AMX tiles with bf16 products.
+    Amx,
 }
 
-/// The instruction set in use: the best the machine has, or a lower one named by `MEGACONTEXT_CPU`
-/// (`avx512`, `avx2`, `portable`). Read once.
+impl Level {
+    /// Every level, lowest first.
+    pub const ALL: [Self; 6] =
+        [Self::Portable, Self::Avx2, Self::Avx512, Self::Avx512Bf16, Self::SoftwareTiles, Self::Amx];
+
+    /// Its name in `MEGACONTEXT_CPU` and in what benchmarks print.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Portable => "portable",
+            Self::Avx2 => "avx2",
+            Self::Avx512 => "avx512",
+            Self::Avx512Bf16 => "avx512bf16",
+            Self::SoftwareTiles => "software-tiles",
+            Self::Amx => "amx",
+        }
+    }
+
+    /// Whether this machine can run it.
+    pub fn available(self) -> bool {
+        match self {
+            Self::Portable | Self::SoftwareTiles => true,
+            other => other <= best(),
+        }
+    }
+}
+
+/// The instruction set in use: the best the machine has, or the one that `MEGACONTEXT_CPU` names. Read once. A name that
+/// is unknown, or that this machine cannot run, is reported on standard error, and the best is used.
 pub fn level() -> Level {
     static LEVEL: std::sync::OnceLock<Level> = std::sync::OnceLock::new();
     *LEVEL.get_or_init(|| {
-        let best = detect();
-        match std::env::var("MEGACONTEXT_CPU").as_deref() {
-            Ok("portable") => Level::Portable,
-            Ok("avx2") if best != Level::Portable => Level::Avx2,
-            _ => best,
+        let Ok(name) = std::env::var("MEGACONTEXT_CPU") else { return best() };
+        match Level::ALL.into_iter().find(|level| level.name() == name) {
+            Some(level) if level.available() => level,
+            found => {
+                let names = Level::ALL.map(Level::name).join(", ");
+                let why = if found.is_some() { "which this machine does not have" } else { "which is no level" };
+                eprintln!(
+                    "MEGACONTEXT_CPU: expected one of {names} that this machine has, got {name:?}, {why}; using {}",
+                    best().name()
+                );
+                best()
+            }
         }
     })
+}
+
+/// The instruction set of ordinary vector code at the level in use: never more than AVX-512.
+pub(crate) fn vectors() -> Level {
+    match level() {
+        Level::SoftwareTiles => best().min(Level::Avx512),
+        other => other.min(Level::Avx512),
+    }
+}
+
+/// The best level of this machine.
+pub fn best() -> Level {
+    static BEST: std::sync::OnceLock<Level> = std::sync::OnceLock::new();
+    *BEST.get_or_init(detect)
 }
 
 #[cfg(target_arch = "x86_64")]
 fn detect() -> Level {
     use std::arch::is_x86_feature_detected as has;
-    if has!("avx512f")
-        && has!("avx512vl")
-        && has!("avx512bw")
-        && has!("avx512dq")
-        && has!("avx2")
-        && has!("fma")
-    {
-        Level::Avx512
-    } else if has!("avx2") && has!("fma") {
-        Level::Avx2
-    } else {
+    if !(has!("avx2") && has!("fma")) {
         Level::Portable
+    } else if !(has!("avx512f") && has!("avx512vl") && has!("avx512bw") && has!("avx512dq")) {
+        Level::Avx2
+    } else if crate::micro::amx::usable() {
+        Level::Amx
+    } else if has!("avx512bf16") {
+        Level::Avx512Bf16
+    } else {
+        Level::Avx512
     }
 }
 

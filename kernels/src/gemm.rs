@@ -1,29 +1,71 @@
-//! Matrix products of f32 slices, through the gemm crate (AVX-512 where the machine has it).
+//! Matrix products of slices: f32 or bf16 in, sums in f32, f32 or bf16 out.
 //!
-//! A safe door in front of one unsafe call: bounds are checked against the slices here. Row-major views and their
-//! transposes; all threads of rayon's current pool; each output value is summed in an order that does not depend on
-//! the number of threads.
+//! Three ways, chosen by shape and by [`Products`]:
+//! - large f32 products of f32 operands go to the gemm crate (AVX-512 where the machine has it), which is as fast as
+//!   the machine there;
+//! - products with a side of LoRA's rank have loops of their own ([`crate::skinny`]): that crate packs operands that
+//!   are used once;
+//! - everything else (bf16 products, bf16 storage) is packed here and multiplied by [`crate::micro`].
+//!
+//! Packing: B whole (a slab of at most [`SLAB_WORDS`] words at a time), by all threads, in panels of 32 lanes; A by each
+//! task, a block of rows that stays in the second cache level. A task sums a block of rows × 32 lanes over the whole
+//! depth in f32 and writes it once.
+//!
+//! A safe door in front of unsafe products: bounds are checked against the slices here. All threads of rayon's current
+//! pool; each output value is summed in an order that does not depend on the number of threads.
+//! Sources: Goto and van de Geijn 2008; the BLIS papers.
+
+use std::cell::RefCell;
 
 use gemm::Parallelism;
+use rayon::prelude::*;
+
+pub use crate::micro::Products;
+use crate::cpu::multiversion;
+use crate::micro::{Block, Engine, LANES, ROWS, pack};
+use crate::store::Store;
+
+/// Words of packed B alive at one time, about.
+const SLAB_WORDS: usize = 1 << 20;
+/// Words of depth that a task's rows of A are packed for at once; a longer sum is made in several passes over C.
+const DEPTH_WORDS: usize = 2048;
+/// Words of depth between two visits to the block of C: a panel of B of this depth stays in the first cache level.
+const STEP_WORDS: usize = 192;
+/// Rows of A in a task.
+const TASK_ROWS: usize = 96;
+/// Products below this many multiply-adds are not worth a second thread.
+const SMALL: usize = 64 * 64 * 64;
 
 /// A read-only matrix over a slice.
-#[derive(Clone, Copy)]
-pub struct Mat<'a> {
-    data: &'a [f32],
+#[derive(Clone, Copy, Debug)]
+pub struct Mat<'a, S = f32> {
+    data: &'a [S],
     rows: usize,
     cols: usize,
-    row_stride: isize,
-    col_stride: isize,
+    pub(crate) row_stride: usize,
+    pub(crate) col_stride: usize,
 }
 
-impl<'a> Mat<'a> {
+impl<'a, S: Copy> Mat<'a, S> {
     /// Row-major, `rows`·`cols` values.
     ///
     /// # Panics
     /// When `data` is shorter.
-    pub fn new(data: &'a [f32], rows: usize, cols: usize) -> Self {
+    pub fn new(data: &'a [S], rows: usize, cols: usize) -> Self {
         assert!(data.len() >= rows * cols, "a {rows}x{cols} matrix over {} values", data.len());
-        Self { data, rows, cols, row_stride: cols as isize, col_stride: 1 }
+        Self { data, rows, cols, row_stride: cols, col_stride: 1 }
+    }
+
+    /// Any strides, in values.
+    ///
+    /// # Panics
+    /// When the last value lies past the end of `data`.
+    pub fn strided(data: &'a [S], [rows, cols]: [usize; 2], [row_stride, col_stride]: [usize; 2]) -> Self {
+        if rows > 0 && cols > 0 {
+            let last = (rows - 1) * row_stride + (cols - 1) * col_stride;
+            assert!(last < data.len(), "a {rows}x{cols} matrix reaches value {last} of {}", data.len());
+        }
+        Self { data, rows, cols, row_stride, col_stride }
     }
 
     /// The transpose, without moving anything.
@@ -36,28 +78,89 @@ impl<'a> Mat<'a> {
             col_stride: self.row_stride,
         }
     }
+
+    /// Rows.
+    pub fn rows(&self) -> usize {
+        self.rows
+    }
+
+    /// Columns.
+    pub fn cols(&self) -> usize {
+        self.cols
+    }
+
+    /// One value.
+    pub fn at(&self, row: usize, col: usize) -> S {
+        self.data[row * self.row_stride + col * self.col_stride]
+    }
+
+    /// A row whose values lie side by side.
+    pub(crate) fn row(&self, row: usize) -> &'a [S] {
+        debug_assert_eq!(self.col_stride, 1);
+        &self.data[row * self.row_stride..][..self.cols]
+    }
+
+    /// Part of the matrix.
+    pub(crate) fn part(self, rows: std::ops::Range<usize>, cols: std::ops::Range<usize>) -> Self {
+        assert!(rows.end <= self.rows && cols.end <= self.cols, "a part lies inside");
+        let at = (rows.start * self.row_stride + cols.start * self.col_stride).min(self.data.len());
+        Self { data: &self.data[at..], rows: rows.len(), cols: cols.len(), ..self }
+    }
 }
 
-/// `out` (row-major) = `scale`·`a`·`b`, added to what is there when `accumulate`.
+/// `out` (row-major) = `scale`·`a`·`b` in f32, added to what is there when `accumulate`.
 ///
 /// # Panics
 /// When the inner sizes differ or `out` is too short: sizes are the caller's to check.
 pub fn matmul(out: &mut [f32], a: Mat, b: Mat, scale: f32, accumulate: bool) {
+    matmul_with(out, a, b, scale, accumulate, Products::F32);
+}
+
+/// `out` (row-major) = `scale`·`a`·`b`, added to what is there when `accumulate`, with operands and result stored as they
+/// are and products computed as `products` says.
+///
+/// # Panics
+/// As [`matmul`].
+pub fn matmul_with<A: Store, B: Store, C: Store>(
+    out: &mut [C],
+    a: Mat<A>,
+    b: Mat<B>,
+    scale: f32,
+    accumulate: bool,
+    products: Products,
+) {
     let (m, n, k) = (a.rows, b.cols, a.cols);
     assert_eq!(k, b.rows, "inner sizes agree");
     assert!(out.len() >= m * n, "a {m}x{n} product into {} values", out.len());
+    let out = &mut out[..m * n];
     if m == 0 || n == 0 {
         return;
     }
     if k == 0 {
         if !accumulate {
-            out[..m * n].fill(0.0);
+            out.fill(C::default());
         }
         return;
     }
-    let threads = if m * n * k < 64 * 64 * 64 { Parallelism::None } else { Parallelism::Rayon(0) };
-    // SAFETY: `Mat` holds at least rows·cols values reachable with its strides, `out` at least m·n, both checked
-    // above; `out` is a unique borrow, so it overlaps neither operand.
+    let engine = Engine::new(products);
+    if matches!(engine, Engine::F32(_))
+        && let (Some(a_data), Some(b_data)) = (A::as_f32(a.data), B::as_f32(b.data))
+        && let Some(out) = C::as_f32_mut(out)
+    {
+        let a = Mat { data: a_data, rows: m, cols: k, row_stride: a.row_stride, col_stride: a.col_stride };
+        let b = Mat { data: b_data, rows: k, cols: n, row_stride: b.row_stride, col_stride: b.col_stride };
+        library(out, a, b, scale, accumulate);
+    } else {
+        packed(engine, out, a, b, scale, accumulate);
+    }
+}
+
+/// The gemm crate's product.
+fn library(out: &mut [f32], a: Mat, b: Mat, scale: f32, accumulate: bool) {
+    let (m, n, k) = (a.rows, b.cols, a.cols);
+    let threads = if m * n * k < SMALL { Parallelism::None } else { Parallelism::Rayon(0) };
+    // SAFETY: `Mat` holds at least rows·cols values reachable with its strides, `out` m·n, both checked when they were
+    // made; `out` is a unique borrow, so it overlaps neither operand.
     unsafe {
         gemm::gemm(
             m,
@@ -68,11 +171,11 @@ pub fn matmul(out: &mut [f32], a: Mat, b: Mat, scale: f32, accumulate: bool) {
             n as isize,
             accumulate,
             a.data.as_ptr(),
-            a.col_stride,
-            a.row_stride,
+            a.col_stride as isize,
+            a.row_stride as isize,
             b.data.as_ptr(),
-            b.col_stride,
-            b.row_stride,
+            b.col_stride as isize,
+            b.row_stride as isize,
             1.0,
             scale,
             false,
@@ -83,15 +186,170 @@ pub fn matmul(out: &mut [f32], a: Mat, b: Mat, scale: f32, accumulate: bool) {
     }
 }
 
+/// Per-thread buffers of a task.
+#[derive(Default)]
+struct Scratch {
+    a: Vec<u32>,
+    c: Vec<f32>,
+}
+
+thread_local! {
+    static SCRATCH: RefCell<Scratch> = RefCell::default();
+}
+
+/// Rows of C that tasks write, each row and column by one of them.
+struct Rows<C> {
+    data: *mut C,
+    width: usize,
+}
+
+// SAFETY: tasks write disjoint parts (see `packed`).
+unsafe impl<C: Send> Sync for Rows<C> {}
+
+impl<C> Rows<C> {
+    /// # Safety
+    /// The part lies in the output, and no other reference to it exists while the result lives.
+    #[allow(clippy::mut_from_ref)]
+    unsafe fn part(&self, row: usize, col: usize, len: usize) -> &mut [C] {
+        // SAFETY: the caller's promise.
+        unsafe { std::slice::from_raw_parts_mut(self.data.add(row * self.width + col), len) }
+    }
+}
+
+fn packed<A: Store, B: Store, C: Store>(
+    engine: Engine,
+    out: &mut [C],
+    a: Mat<A>,
+    b: Mat<B>,
+    scale: f32,
+    accumulate: bool,
+) {
+    let (m, n, k) = (a.rows, b.cols, a.cols);
+    let depth = DEPTH_WORDS * engine.values();
+    for (pass, first) in (0..k).step_by(depth).enumerate() {
+        let depth = first..k.min(first + depth);
+        let words = engine.words(depth.len());
+        let slab = (SLAB_WORDS / words / LANES).max(1) * LANES;
+        let mut panels = Vec::new();
+        for lane in (0..n).step_by(slab) {
+            let lanes = lane..n.min(lane + slab);
+            let count = lanes.len().div_ceil(LANES);
+            panels.resize(count * words * LANES, 0u32);
+            let pack_panel = |(i, panel): (usize, &mut [u32])| {
+                let first = lanes.start + i * LANES;
+                let part = b.part(depth.clone(), first..lanes.end.min(first + LANES));
+                pack::b_form(engine, part, panel, LANES, LANES);
+            };
+            let small = m * n * k < SMALL;
+            if small {
+                panels.chunks_mut(words * LANES).enumerate().for_each(pack_panel);
+            } else {
+                panels.par_chunks_mut(words * LANES).enumerate().for_each(pack_panel);
+            }
+            let rows = Rows { data: out.as_mut_ptr(), width: n };
+            let task_rows = TASK_ROWS.min(m);
+            // Columns are shared out too where there are too few rows to keep all threads busy.
+            let blocks = m.div_ceil(task_rows);
+            let pieces = (16usize.div_ceil(blocks)).min(count);
+            let run = |task: usize| {
+                let (block, piece) = (task / pieces, task % pieces);
+                let first = block * task_rows;
+                let own = piece * count / pieces..(piece + 1) * count / pieces;
+                let part = a.part(first..m.min(first + task_rows), depth.clone());
+                // SAFETY: this task alone writes these rows of these panels' columns, all inside `out`.
+                unsafe {
+                    task_product(engine, part, &panels, own, &rows, first, &lanes, scale, accumulate || pass > 0);
+                }
+            };
+            if small {
+                (0..blocks * pieces).for_each(run);
+            } else {
+                (0..blocks * pieces).into_par_iter().with_max_len(1).for_each(run);
+            }
+        }
+    }
+}
+
+/// Rows `first_row..` of C (those of `a`) for the panels `own`, whose columns start at `lanes.start`.
+///
+/// # Safety
+/// These parts of C lie in the output and are this task's alone.
+unsafe fn task_product<A: Store, C: Store>(
+    engine: Engine,
+    a: Mat<A>,
+    panels: &[u32],
+    own: std::ops::Range<usize>,
+    out: &Rows<C>,
+    first_row: usize,
+    lanes: &std::ops::Range<usize>,
+    scale: f32,
+    accumulate: bool,
+) {
+    let (m, words) = (a.rows, engine.words(a.cols));
+    // Rows that lie a multiple of 4096 bytes apart would share their places in the cache.
+    let lda = words + 16;
+    let _guard = engine.enter();
+    SCRATCH.with_borrow_mut(|scratch| {
+        let padded = m.next_multiple_of(ROWS);
+        scratch.a.resize((padded * lda).max(scratch.a.len()), 0);
+        scratch.c.resize((padded * LANES).max(scratch.c.len()), 0.0);
+        pack::a_form(engine, a, &mut scratch.a, lda);
+        for panel in own {
+            let b = &panels[panel * words * LANES..][..words * LANES];
+            for start in (0..words).step_by(STEP_WORDS) {
+                let step = STEP_WORDS.min(words - start);
+                // SAFETY: A is padded to whole tiles of rows and `lda` words, B holds `words` rows of LANES words, C
+                // is padded like A; `step` is a multiple of 16 where tiles need it, as `words` and STEP_WORDS are.
+                unsafe {
+                    engine.block(Block {
+                        rows: m,
+                        lanes: LANES,
+                        words: step,
+                        a: scratch.a.as_ptr().add(start),
+                        lda,
+                        b: b.as_ptr().add(start * LANES),
+                        ldb: LANES,
+                        c: scratch.c.as_mut_ptr(),
+                        ldc: LANES,
+                        add: start > 0,
+                    });
+                }
+            }
+            let first = lanes.start + panel * LANES;
+            let count = LANES.min(lanes.end - first);
+            for (row, sums) in scratch.c.chunks_exact(LANES).take(m).enumerate() {
+                // SAFETY: the caller's promise.
+                let out = unsafe { out.part(first_row + row, first, count) };
+                write(out, &sums[..count], scale, accumulate);
+            }
+        }
+    });
+}
+
+multiversion! {
+    /// out (+)= scale·sums.
+    fn write<C: Store>(out: &mut [C], sums: &[f32], scale: f32, accumulate: bool) {
+        if accumulate {
+            for (out, sum) in out.iter_mut().zip(sums) {
+                *out = C::put(out.get() + scale * sum);
+            }
+        } else {
+            for (out, sum) in out.iter_mut().zip(sums) {
+                *out = C::put(scale * sum);
+            }
+        }
+    }
+}
+
 /// Floating-point operations per second of a 512-cubed product on this machine now, for planning: the best of a few.
-pub fn measured_flops() -> f64 {
+pub fn measured_flops(products: Products) -> f64 {
     const N: usize = 512;
     let a = vec![0.5f32; N * N];
     let mut out = vec![0f32; N * N];
     let mut best = f64::INFINITY;
     for _ in 0..5 {
         let start = std::time::Instant::now();
-        matmul(&mut out, Mat::new(&a, N, N), Mat::new(&a, N, N), 1.0, false);
+        matmul_with(&mut out, Mat::new(&a, N, N), Mat::new(&a, N, N), 1.0, false, products);
         best = best.min(start.elapsed().as_secs_f64());
     }
     2.0 * (N * N * N) as f64 / best.max(1e-9)

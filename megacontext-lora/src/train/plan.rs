@@ -210,7 +210,7 @@ pub fn plan(model: &LlamaConfig, config: &ExtendConfig, data_tokens: usize) -> R
             help.join(", ")
         )));
     }
-    let speed = measured_flops();
+    let speed = measured_flops(megacontext_kernels::gemm::Products::F32);
     let seconds = config
         .stages
         .iter()

@@ -1,0 +1,183 @@
+//! Blocks of f32 products in vector registers: AVX-512, AVX2 with FMA, and plain Rust.
+//!
+//! One row of A is broadcast value by value against one or two vectors of B; up to 12 rows are held in registers.
+
+use super::Block;
+use crate::cpu::Level;
+#[cfg(target_arch = "x86_64")]
+pub(super) use x86::rows;
+
+/// # Safety
+/// As [`super::Engine::block`], and the machine has `level`.
+#[inline]
+pub(super) unsafe fn block(level: Level, block: Block) {
+    // SAFETY: the caller's promise.
+    unsafe {
+        match level {
+            #[cfg(target_arch = "x86_64")]
+            Level::Avx512 => x86::rows::<12>(block, x86::avx512),
+            #[cfg(target_arch = "x86_64")]
+            Level::Avx2 => x86::rows::<4>(block, x86::avx2),
+            _ => portable(block),
+        }
+    }
+}
+
+/// # Safety
+/// As [`super::Engine::block`].
+unsafe fn portable(block: Block) {
+    const WIDE: usize = 16;
+    let Block { rows, lanes, words, a, lda, b, ldb, c, ldc, add } = block;
+    for lane in (0..lanes).step_by(WIDE) {
+        for row in 0..rows {
+            // SAFETY: rows, words and lanes lie in the operands by the caller's promise; words are f32 values.
+            unsafe {
+                let c = c.add(row * ldc + lane).cast::<[f32; WIDE]>();
+                let mut sum = if add { c.read() } else { [0.0; WIDE] };
+                for word in 0..words {
+                    let x = f32::from_bits(*a.add(row * lda + word));
+                    let y = b.add(word * ldb + lane).cast::<[f32; WIDE]>().read();
+                    for i in 0..WIDE {
+                        sum[i] += x * y[i];
+                    }
+                }
+                c.write(sum);
+            }
+        }
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+mod x86 {
+    use std::arch::x86_64::*;
+
+    use super::Block;
+
+    /// Cuts the rows of a block into pieces of at most `MOST`, as even as they can be.
+    ///
+    /// # Safety
+    /// That of `piece`, which is given rows of the block.
+    #[inline(always)]
+    pub unsafe fn rows<const MOST: usize>(block: Block, piece: unsafe fn(Block)) {
+        let pieces = block.rows.div_ceil(MOST).max(1);
+        let mut first = 0;
+        for i in 0..pieces {
+            let rows = (block.rows - first).div_ceil(pieces - i);
+            // SAFETY: rows `first..first + rows` of operands that hold all of them.
+            unsafe {
+                piece(Block {
+                    rows,
+                    a: block.a.add(first * block.lda),
+                    c: block.c.add(first * block.ldc),
+                    ..block
+                });
+            }
+            first += rows;
+        }
+    }
+
+    /// # Safety
+    /// As [`super::super::Engine::block`] with at most 12 rows; AVX-512.
+    #[target_feature(enable = "avx512f")]
+    pub unsafe fn avx512(block: Block) {
+        macro_rules! rows {
+            ($($n:literal)*) => {
+                match (block.rows, block.lanes) {
+                    $(($n, 32) => unsafe { wide::<$n, 2>(block) }, ($n, _) => unsafe { wide::<$n, 1>(block) },)*
+                    _ => {}
+                }
+            };
+        }
+        // SAFETY: (all arms) the caller's promise.
+        rows!(1 2 3 4 5 6 7 8 9 10 11 12);
+    }
+
+    /// # Safety
+    /// As [`super::super::Engine::block`] with `M` rows and 16·`V` lanes.
+    #[target_feature(enable = "avx512f")]
+    unsafe fn wide<const M: usize, const V: usize>(block: Block) {
+        let Block { words, a, lda, b, ldb, c, ldc, add, .. } = block;
+        let mut sums = [[_mm512_setzero_ps(); V]; M];
+        // SAFETY: the caller's promise about A, B and C; loads and stores are unaligned ones.
+        unsafe {
+            if add {
+                for m in 0..M {
+                    for v in 0..V {
+                        sums[m][v] = _mm512_loadu_ps(c.add(m * ldc + 16 * v));
+                    }
+                }
+            }
+            for word in 0..words {
+                let mut y = [_mm512_setzero_ps(); V];
+                for v in 0..V {
+                    y[v] = _mm512_loadu_ps(b.add(word * ldb + 16 * v).cast());
+                }
+                for m in 0..M {
+                    let x = _mm512_set1_ps(f32::from_bits(*a.add(m * lda + word)));
+                    for v in 0..V {
+                        sums[m][v] = _mm512_fmadd_ps(x, y[v], sums[m][v]);
+                    }
+                }
+            }
+            for m in 0..M {
+                for v in 0..V {
+                    _mm512_storeu_ps(c.add(m * ldc + 16 * v), sums[m][v]);
+                }
+            }
+        }
+    }
+
+    /// # Safety
+    /// As [`super::super::Engine::block`] with at most 4 rows; AVX2 and FMA.
+    #[target_feature(enable = "avx2,fma")]
+    pub unsafe fn avx2(block: Block) {
+        for lane in (0..block.lanes).step_by(16) {
+            // SAFETY: 16 of the block's lanes, by the caller's promise.
+            unsafe {
+                let half = Block { b: block.b.add(lane), c: block.c.add(lane), lanes: 16, ..block };
+                match block.rows {
+                    1 => half_wide::<1>(half),
+                    2 => half_wide::<2>(half),
+                    3 => half_wide::<3>(half),
+                    4 => half_wide::<4>(half),
+                    _ => {}
+                }
+            }
+        }
+    }
+
+    /// # Safety
+    /// As [`super::super::Engine::block`] with `M` rows and 16 lanes.
+    #[target_feature(enable = "avx2,fma")]
+    unsafe fn half_wide<const M: usize>(block: Block) {
+        let Block { words, a, lda, b, ldb, c, ldc, add, .. } = block;
+        let mut sums = [[_mm256_setzero_ps(); 2]; M];
+        // SAFETY: the caller's promise about A, B and C; loads and stores are unaligned ones.
+        unsafe {
+            if add {
+                for m in 0..M {
+                    for v in 0..2 {
+                        sums[m][v] = _mm256_loadu_ps(c.add(m * ldc + 8 * v));
+                    }
+                }
+            }
+            for word in 0..words {
+                let y = [
+                    _mm256_loadu_ps(b.add(word * ldb).cast()),
+                    _mm256_loadu_ps(b.add(word * ldb + 8).cast()),
+                ];
+                for m in 0..M {
+                    let x = _mm256_set1_ps(f32::from_bits(*a.add(m * lda + word)));
+                    for v in 0..2 {
+                        sums[m][v] = _mm256_fmadd_ps(x, y[v], sums[m][v]);
+                    }
+                }
+            }
+            for m in 0..M {
+                for v in 0..2 {
+                    _mm256_storeu_ps(c.add(m * ldc + 8 * v), sums[m][v]);
+                }
+            }
+        }
+    }
+}
