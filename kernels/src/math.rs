@@ -5,6 +5,7 @@
 //! vectorise it too.
 
 use crate::cpu::multiversion;
+use crate::store::Store;
 
 /// e^x of one lane; inlines into loops that become vector code. Relative error below 2e-7; below −87.3 it is 0, above 88
 /// it stays e^88, NaN stays NaN.
@@ -33,15 +34,16 @@ pub fn exp(x: f32) -> f32 {
 
 multiversion! {
     /// Σ a·b.
-    pub(crate) fn dot(a: &[f32], b: &[f32]) -> f32 {
+    pub(crate) fn dot<A: Store, B: Store>(a: &[A], b: &[B]) -> f32 {
         let mut lanes = [0f32; 16];
         let whole = a.len().min(b.len()) / 16 * 16;
         for (x, y) in a[..whole].chunks_exact(16).zip(b[..whole].chunks_exact(16)) {
             for i in 0..16 {
-                lanes[i] += x[i] * y[i];
+                lanes[i] += x[i].get() * y[i].get();
             }
         }
-        lanes.iter().sum::<f32>() + a[whole..].iter().zip(&b[whole..]).map(|(x, y)| x * y).sum::<f32>()
+        let rest = a[whole..].iter().zip(&b[whole..]).map(|(x, y)| x.get() * y.get()).sum::<f32>();
+        lanes.iter().sum::<f32>() + rest
     }
 }
 

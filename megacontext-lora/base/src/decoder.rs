@@ -195,7 +195,7 @@ impl Decoder {
     fn final_norm(&self, x: &[f32]) -> Result<Vec<f32>> {
         let gain = self.value(FINAL_NORM)?;
         let mut out = vec![0f32; x.len()];
-        norm::forward_into(x, &Values::of(&gain)?, self.config.rms_norm_eps as f32, &mut out);
+        norm::rms_forward_into(x, &Values::of(&gain)?, self.config.rms_norm_eps as f32, &mut out);
         Ok(out)
     }
 
@@ -320,7 +320,7 @@ impl Decoder {
         let norms_learn = self.params.learns(Group::Norms);
         let mut d = vec![0f32; entries * c.hidden_size];
         let dw = norms_learn.then(|| &mut gradients.buffer(FINAL_NORM, gain.len())[..]);
-        norm::backward_add(&x, &gain, &Values::of(&d_hidden)?, c.rms_norm_eps as f32, &mut d, dw);
+        norm::rms_backward_add(&x, &gain, &Values::of(&d_hidden)?, c.rms_norm_eps as f32, &mut d, dw);
         drop(d_hidden);
         for layer in (lowest..layers).rev() {
             let block = Block::new(layer, &pass)?;
