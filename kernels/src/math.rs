@@ -1,4 +1,4 @@
-//! Scalar functions and sums the compiler can vectorise.
+//! Scalar functions, sums and conversions the compiler can vectorise.
 //!
 //! Source of the exponential: Cody–Waite reduction x = n·ln2 + r with ln2 split in two, then a polynomial for e^r on
 //! [−ln2/2, ln2/2] (coefficients as in Cephes `expf`, Moshier). No step can overflow an integer, so that checked builds
@@ -44,6 +44,24 @@ multiversion! {
         }
         let rest = a[whole..].iter().zip(&b[whole..]).map(|(x, y)| x.get() * y.get()).sum::<f32>();
         lanes.iter().sum::<f32>() + rest
+    }
+}
+
+multiversion! {
+    /// Values as f32.
+    pub(crate) fn widen<S: Store>(values: &[S], out: &mut [f32]) {
+        for (out, value) in out.iter_mut().zip(values) {
+            *out = value.get();
+        }
+    }
+}
+
+multiversion! {
+    /// f32 values as they are stored.
+    pub(crate) fn narrow<S: Store>(values: &[f32], out: &mut [S]) {
+        for (out, value) in out.iter_mut().zip(values) {
+            *out = S::put(*value);
+        }
     }
 }
 

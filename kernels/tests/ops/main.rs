@@ -10,5 +10,6 @@ mod mlp;
 mod norm;
 mod optimiser;
 mod rope;
+mod skinny;
 mod support;
 mod vjp;
