@@ -19,7 +19,7 @@ use rayon::prelude::*;
 use crate::cpu::{contiguous, for_rows, multiversion, tensor, with_values};
 use crate::error::{KernelError, Result};
 use crate::gemm::{Mat, Products, matmul_with};
-use crate::math::{narrow, widen};
+use crate::math::convert;
 use crate::skinny;
 use crate::store::{Store, bf16};
 
@@ -219,12 +219,12 @@ impl Layer<'_> {
             let count = y.len() / self.out;
             let sums = sized(held, y.len());
             if accumulate {
-                for_rows(sums, 1, |at, sums| widen(&y[at..at + sums.len()], sums));
+                for_rows(sums, 1, |at, sums| convert(&y[at..at + sums.len()], sums));
             }
             let x = &x[first * self.inp..][..count * self.inp];
             self.weight.apply(sizes, x, sums, accumulate, self.products);
             skinny::up_add(&low[first * lora.rank..][..count * lora.rank], lora.b_mat(self.out), None, sums);
-            for_rows(y, 1, |at, y| narrow(&sums[at..at + y.len()], y));
+            for_rows(y, 1, |at, y| convert(&sums[at..at + y.len()], y));
         }
     }
 

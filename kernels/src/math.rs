@@ -48,19 +48,10 @@ multiversion! {
 }
 
 multiversion! {
-    /// Values as f32.
-    pub(crate) fn widen<S: Store>(values: &[S], out: &mut [f32]) {
+    /// Values into another storage type.
+    pub(crate) fn convert<A: Store, B: Store>(values: &[A], out: &mut [B]) {
         for (out, value) in out.iter_mut().zip(values) {
-            *out = value.get();
-        }
-    }
-}
-
-multiversion! {
-    /// f32 values as they are stored.
-    pub(crate) fn narrow<S: Store>(values: &[f32], out: &mut [S]) {
-        for (out, value) in out.iter_mut().zip(values) {
-            *out = S::put(*value);
+            *out = B::put(value.get());
         }
     }
 }

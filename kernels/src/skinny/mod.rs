@@ -22,7 +22,7 @@ use rayon::prelude::*;
 use crate::cpu::multiversion;
 use crate::gemm::{Mat, Products, matmul};
 use crate::linear::Dropout;
-use crate::math::widen;
+use crate::math::convert;
 use crate::micro::{Block, Engine, LANES, pack};
 use crate::store::Store;
 
@@ -72,7 +72,7 @@ fn copied<'a, X: Store>(
     buffer: &'a mut Vec<f32>,
 ) -> &'a [f32] {
     let buffer = sized(buffer, x.len());
-    widen(x, buffer);
+    convert(x, buffer);
     if let Some(dropout) = dropout {
         dropout.apply_at(first, buffer);
     }

@@ -335,8 +335,8 @@ impl Decoder {
         gradients.put_scratch(scratch);
 
         if self.params.learns(Group::Embeddings) {
-            let rows = Tensor::from_vec(d, (entries, c.hidden_size), &Device::Cpu)?;
-            embedding::scatter_add(&rows, tokens, gradients.buffer(EMBED, c.vocab_size * c.hidden_size))?;
+            let table = gradients.buffer(EMBED, c.vocab_size * c.hidden_size);
+            embedding::scatter_add(&d, c.hidden_size, tokens, table)?;
         }
         Ok(StepLoss { sum, count: loss.count })
     }
