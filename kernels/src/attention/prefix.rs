@@ -1,0 +1,1 @@
+//! Attention of short rows that continue one document.
