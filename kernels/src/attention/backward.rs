@@ -26,8 +26,11 @@ use crate::math::{add_row, dot_mixed};
 use crate::micro::{Engine, LANES, ROWS, pack};
 use crate::store::Store;
 
-/// Entries in a block.
-const BLOCK: usize = 256;
+/// Entries in a block: more of them share more packing, fewer give more tasks.
+fn block_entries(entries: usize) -> usize {
+    if entries > 1024 { 512 } else { 256 }
+}
+
 /// Panels taken together.
 pub(super) const PANELS: usize = 4;
 
@@ -85,6 +88,14 @@ pub(super) struct Scratch {
     pub dv: Vec<f32>,
 }
 
+/// A tile, the buffers around it, and rows for dK and dV.
+pub(super) fn backward_scratch_parts(
+    scratch: &mut Scratch,
+) -> (&mut Tile, &mut Products, &mut Vec<f32>, &mut Vec<f32>) {
+    scratch.tiles.resize_with(scratch.tiles.len().max(1), Tile::default);
+    (&mut scratch.tiles[0], &mut scratch.products, &mut scratch.dk, &mut scratch.dv)
+}
+
 thread_local! {
     pub(super) static SCRATCH: RefCell<Scratch> = RefCell::default();
 }
@@ -101,6 +112,11 @@ pub(super) fn delta<S: Store>(out: &[S], d_out: &[f32], width: usize) -> Vec<f32
 /// Words of a panel's queries as depth.
 fn panel_words(engine: Engine) -> usize {
     LANES / engine.values()
+}
+
+/// Whether rows [32, D] of f32 are their own B-form over the queries.
+fn rows_are_packed(spec: &Spec<'_>) -> bool {
+    matches!(spec.engine, Engine::F32(_)) && spec.padded() == spec.width
 }
 
 impl Queries {
@@ -140,9 +156,11 @@ impl Queries {
                 LANES,
                 LANES,
             );
-            let words = panel_words(engine) * padded;
-            pack::b_form(engine, q, &mut self.q[i * words..][..words], padded, padded);
-            pack::b_form(engine, d_out, &mut self.d_out[i * words..][..words], padded, padded);
+            if !rows_are_packed(spec) {
+                let words = panel_words(engine) * padded;
+                pack::b_form(engine, q, &mut self.q[i * words..][..words], padded, padded);
+                pack::b_form(engine, d_out, &mut self.d_out[i * words..][..words], padded, padded);
+            }
             let (mut lse, mut delta) = ([0f32; LANES], [0f32; LANES]);
             for lane in 0..panel.count {
                 let (entry, head) = panel.query[lane];
@@ -191,7 +209,9 @@ impl Queries {
         let masked = |(panel, rows): (&Panel, &Range<usize>)| {
             !rows.is_empty() && panel.mask(tile.range.start + rows.start, rows.len()).is_some()
         };
-        if !(tile.finite && self.finite) && self.panels.iter().zip(&rows).any(masked) {
+        if self.panels.iter().zip(&rows).any(masked)
+            && !(self.finite && tile.finite(|| finite(keys.k) && finite(keys.v)))
+        {
             // 0·inf is NaN: with such values a query and a key may meet only where one sees the other.
             return self.meet_by_hand(spec, tile, keys, gradients);
         }
@@ -212,22 +232,20 @@ impl Queries {
         let depth = (last + 1 - first) * words;
         let of = first * words * padded..(last + 1) * words * padded;
         let sizes = [end - start, padded, depth];
+        let (q, d_out) = match rows_are_packed(spec) {
+            true => (bits(&self.rows), bits(&self.gradient_rows)),
+            false => (&self.q[..], &self.d_out[..]),
+        };
         let (p, ds, lda) = products.a_forms(engine);
         let at = start * lda + first * words;
         wide_product(
             engine,
             sizes,
             (&p[at..], lda),
-            (&self.d_out[of.clone()], padded),
+            (&d_out[of.clone()], padded),
             (&mut dv[start * padded..], padded),
         );
-        wide_product(
-            engine,
-            sizes,
-            (&ds[at..], lda),
-            (&self.q[of], padded),
-            (&mut dk[start * padded..], padded),
-        );
+        wide_product(engine, sizes, (&ds[at..], lda), (&q[of], padded), (&mut dk[start * padded..], padded));
     }
 
     /// P and dS of one panel and the tile's keys `rows`, and what they add to dQ.
@@ -393,8 +411,9 @@ pub(super) fn backward<S: Store>(
         Output::new(dv, [batch, entries, kv_heads, width]),
     ];
     let group = heads / kv_heads;
-    let blocks = entries.div_ceil(BLOCK);
-    let range = |block: usize| block * BLOCK..((block + 1) * BLOCK).min(entries);
+    let size = block_entries(entries);
+    let blocks = entries.div_ceil(size);
+    let range = |block: usize| block * size..((block + 1) * size).min(entries);
     for round in 0..blocks {
         let mut tasks = Vec::new();
         for b in 0..batch {

@@ -10,7 +10,7 @@ use std::ops::Range;
 
 use rayon::prelude::*;
 
-use super::panel::{KEYS, Keys, Panel, Query, Spec, Tile, product};
+use super::panel::{KEYS, Keys, Panel, Query, Spec, Tile, finite, product};
 use super::pattern::Plan;
 use super::softmax::{PerLane, Running, finish_scores, online, scale_lanes};
 use super::view::{Output, View};
@@ -93,7 +93,7 @@ impl Gathering {
         if online(scores, factor, &mut self.running, &mut keep) {
             scale_lanes(&mut self.out, &keep);
         }
-        if mask.is_some() && !tile.finite {
+        if mask.is_some() && !tile.finite(|| finite(v)) {
             // 0·inf is NaN: with such values a query may touch only the keys that it sees.
             for (key, row) in rows.clone().zip(scores.chunks_exact(LANES)) {
                 for lane in (0..self.panel.count).filter(|l| self.panel.sees(*l, tile.range.start + key)) {
@@ -159,17 +159,13 @@ pub(super) fn query_rows<'a, S: Store>(
     of: View<'_, S>,
     rows: &'a mut [f32],
 ) -> Mat<'a> {
-    let width = spec.width;
-    rows.fill(0.0);
-    let mut row = [S::default(); 256];
-    for (lane, out) in rows.chunks_exact_mut(width).take(panel.count).enumerate() {
+    let used = panel.count * spec.width;
+    for (lane, out) in rows[..used].chunks_exact_mut(spec.width).enumerate() {
         let (entry, head) = panel.query[lane];
-        of.copy_row(b, entry as usize, head as usize, &mut row[..width]);
-        for (out, x) in out.iter_mut().zip(&row) {
-            *out = x.get();
-        }
+        of.read_row(b, entry as usize, head as usize, out);
     }
-    Mat::new(rows, LANES, width)
+    rows[used..].fill(0.0);
+    Mat::new(rows, LANES, spec.width)
 }
 
 /// Runs panels over keys: `tiles` calls back with each tile of keys in ascending order.

@@ -84,5 +84,5 @@ impl Dims {
 /// Panels of each head that a forward task works on: enough to share the packing of keys, few enough to stay in the
 /// cache.
 fn forward_panels(group: usize) -> usize {
-    8usize.div_ceil(group).max(2)
+    (24 / group).clamp(2, 8)
 }

@@ -8,6 +8,7 @@
 //!
 //! so K, V, Kᵀ and Vᵀ are packed in A-form and the rest in B-form (see [`crate::micro`]).
 
+use std::cell::Cell;
 use std::ops::Range;
 
 use super::softmax::{Bias, Mask, PerLane};
@@ -160,8 +161,8 @@ pub(super) struct Tile {
     pub range: Range<usize>,
     /// Positions of the keys, for biases.
     pub positions: Vec<f32>,
-    /// Whether all of V (and, packed for backward, of K) is finite.
-    pub finite: bool,
+    /// Whether all of V (and, packed for backward, of K) is finite, once someone has asked.
+    finite: Cell<Option<bool>>,
     pub k: Vec<u32>,
     pub v: Vec<u32>,
     pub kt: Vec<u32>,
@@ -183,7 +184,6 @@ impl Tile {
     /// Packs what the forward pass reads.
     pub fn pack_forward<S: Store>(&mut self, spec: &Spec<'_>, keys: &Keys<'_, S>) {
         self.begin(keys);
-        self.finite = finite(keys.v);
         self.k = form(std::mem::take(&mut self.k), spec.engine, keys.k, KEYS, Self::ld(spec));
         self.vt = form(std::mem::take(&mut self.vt), spec.engine, keys.v.t(), spec.padded(), Self::ldt(spec));
     }
@@ -191,14 +191,21 @@ impl Tile {
     /// Packs what the backward pass reads.
     pub fn pack_backward<S: Store>(&mut self, spec: &Spec<'_>, keys: &Keys<'_, S>) {
         self.begin(keys);
-        self.finite = finite(keys.k) && finite(keys.v);
         self.k = form(std::mem::take(&mut self.k), spec.engine, keys.k, KEYS, Self::ld(spec));
         self.v = form(std::mem::take(&mut self.v), spec.engine, keys.v, KEYS, Self::ld(spec));
         self.kt = form(std::mem::take(&mut self.kt), spec.engine, keys.k.t(), spec.padded(), Self::ldt(spec));
     }
 
+    /// Whether its values are finite, by `look` where no one has asked yet.
+    pub fn finite(&self, look: impl FnOnce() -> bool) -> bool {
+        let finite = self.finite.get().unwrap_or_else(look);
+        self.finite.set(Some(finite));
+        finite
+    }
+
     fn begin<S>(&mut self, keys: &Keys<'_, S>) {
         self.range = keys.range.clone();
+        self.finite.set(None);
         self.positions.clear();
         self.positions.extend(keys.range.clone().map(|key| key as f32));
     }

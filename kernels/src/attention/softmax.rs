@@ -70,9 +70,13 @@ multiversion! {
     }
 }
 
+/// How far, in powers of two, a score may lie above the running top before earlier sums are rescaled. Any value gives the
+/// same result; a small one rescales at almost every tile, a large one would lose small probabilities to rounding.
+const SLACK: f32 = 8.0;
+
 multiversion! {
-    /// Scores become 2^(factor·score − top) with the new top; returns what is to be done to earlier sums, per lane, and
-    /// whether it is anything.
+    /// Scores become 2^(factor·score − top); returns whether earlier sums have to be rescaled, and then `keep` is what earlier sums are
+    /// to be multiplied by, per lane.
     pub(super) fn online(scores: &mut [f32], factor: f32, running: &mut Running, keep: &mut PerLane) -> bool {
         let mut top = [f32::NEG_INFINITY; LANES];
         for row in scores.chunks_exact(LANES) {
@@ -81,15 +85,25 @@ multiversion! {
                 top[i] = if row[i] > top[i] { row[i] } else { top[i] };
             }
         }
-        let mut against = [0f32; LANES];
         let mut moved = false;
         for i in 0..LANES {
-            let new = if factor * top[i] > running.top[i] { factor * top[i] } else { running.top[i] };
+            moved |= factor * top[i] > running.top[i] + SLACK;
+        }
+        if moved {
+            moved = false;
+            for i in 0..LANES {
+                let new = if factor * top[i] > running.top[i] { factor * top[i] } else { running.top[i] };
+                keep[i] = if running.top[i] == f32::NEG_INFINITY { 0.0 } else { exp2(running.top[i] - new) };
+                running.top[i] = new;
+                // Before the first score there is nothing to rescale.
+                moved |= running.total[i] != 0.0;
+                running.total[i] *= keep[i];
+            }
+        }
+        let mut against = [0f32; LANES];
+        for i in 0..LANES {
             // Scores that are all −inf so far are 2^−inf = 0 against any finite top.
-            against[i] = if new == f32::NEG_INFINITY { 0.0 } else { new };
-            keep[i] = exp2(running.top[i] - against[i]);
-            moved |= keep[i] != 1.0;
-            running.top[i] = new;
+            against[i] = if running.top[i] == f32::NEG_INFINITY { 0.0 } else { running.top[i] };
         }
         let mut sums = [0f32; LANES];
         for row in scores.chunks_exact_mut(LANES) {
@@ -100,7 +114,7 @@ multiversion! {
             }
         }
         for i in 0..LANES {
-            running.total[i] = running.total[i] * keep[i] + sums[i];
+            running.total[i] += sums[i];
         }
         moved
     }

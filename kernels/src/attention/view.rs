@@ -44,15 +44,17 @@ impl<'a, S: Store> View<'a, S> {
         Mat::strided(&self.data[at..], [t.len(), self.width], [st, sd])
     }
 
-    /// One entry of one head, into a contiguous row.
-    pub fn copy_row(&self, b: usize, t: usize, head: usize, out: &mut [S]) {
+    /// One entry of one head, into a contiguous row of f32.
+    pub fn read_row(&self, b: usize, t: usize, head: usize, out: &mut [f32]) {
         let [sb, st, sh, sd] = self.strides;
         let at = b * sb + t * st + head * sh;
         if sd == 1 {
-            out.copy_from_slice(&self.data[at..at + self.width]);
+            for (out, x) in out.iter_mut().zip(&self.data[at..at + self.width]) {
+                *out = x.get();
+            }
         } else {
             for (d, out) in out.iter_mut().enumerate() {
-                *out = self.data[at + d * sd];
+                *out = self.data[at + d * sd].get();
             }
         }
     }
