@@ -16,7 +16,7 @@ use rayon::prelude::*;
 use crate::cpu::{rows_per_task, tensor, with_values};
 use crate::error::{KernelError, Result};
 use crate::linear::Weight;
-use crate::math::convert;
+use crate::math::{add_row, convert};
 use crate::store::Store;
 
 const OP: &str = "embedding";
@@ -77,12 +77,6 @@ fn by_id(ids: &[u32]) -> Vec<(u32, u32)> {
     order
 }
 
-fn add(sum: &mut [f32], values: &[f32]) {
-    for (sum, value) in sum.iter_mut().zip(values) {
-        *sum += value;
-    }
-}
-
 /// The part of a list sorted by id whose ids lie in `ids`.
 fn part<T>(sorted: &[T], id: impl Fn(&T) -> usize, ids: Range<usize>) -> Range<usize> {
     sorted.partition_point(|e| id(e) < ids.start)..sorted.partition_point(|e| id(e) < ids.end)
@@ -102,7 +96,7 @@ pub fn scatter_add(rows: &[f32], width: usize, ids: &[u32], table: &mut [f32]) -
         let own = part(&order, |(id, _)| *id as usize, first..first + table.len() / width);
         for (id, place) in &order[own] {
             let row = &rows[*place as usize * width..][..width];
-            add(&mut table[(*id as usize - first) * width..][..width], row);
+            add_row(&mut table[(*id as usize - first) * width..][..width], row);
         }
     });
     Ok(())
@@ -170,7 +164,7 @@ impl SparseRows {
                     }
                     if let Ok(at) = groups.binary_search_by_key(id, |g| g[0].0) {
                         for (_, place) in groups[at] {
-                            add(sum, &rows[*place as usize * width..][..width]);
+                            add_row(sum, &rows[*place as usize * width..][..width]);
                         }
                     }
                 },
@@ -187,7 +181,7 @@ impl SparseRows {
     pub fn add_to(&self, table: &mut [f32]) -> Result<()> {
         check(&self.ids, rows_of(table.len(), self.width)?)?;
         for (id, row) in self.ids.iter().zip(self.values.chunks_exact(self.width)) {
-            add(&mut table[*id as usize * self.width..][..self.width], row);
+            add_row(&mut table[*id as usize * self.width..][..self.width], row);
         }
         Ok(())
     }

@@ -20,8 +20,8 @@ use std::cell::RefCell;
 use gemm::Parallelism;
 use rayon::prelude::*;
 
-pub use crate::micro::Products;
 use crate::cpu::multiversion;
+pub use crate::micro::Products;
 use crate::micro::{Block, Engine, LANES, ROWS, pack};
 use crate::store::Store;
 
@@ -258,7 +258,17 @@ fn packed<A: Store, B: Store, C: Store>(
                 let part = a.part(first..m.min(first + task_rows), depth.clone());
                 // SAFETY: this task alone writes these rows of these panels' columns, all inside `out`.
                 unsafe {
-                    task_product(engine, part, &panels, own, &rows, first, &lanes, scale, accumulate || pass > 0);
+                    task_product(
+                        engine,
+                        part,
+                        &panels,
+                        own,
+                        &rows,
+                        first,
+                        &lanes,
+                        scale,
+                        accumulate || pass > 0,
+                    );
                 }
             };
             if small {

@@ -14,7 +14,9 @@ mod sealed {
 }
 
 /// A storage type.
-pub trait Store: sealed::Sealed + Copy + Default + PartialEq + std::fmt::Debug + Send + Sync + 'static {
+pub trait Store:
+    sealed::Sealed + Copy + Default + PartialEq + std::fmt::Debug + Send + Sync + 'static
+{
     /// candle's name for it.
     const DTYPE: DType;
     /// Whether values are stored as they are computed.
@@ -123,12 +125,6 @@ pub(crate) fn round(value: f32) -> u16 {
     (if bits & 0x7fff_ffff > 0x7f80_0000 { nan } else { rounded }) as u16
 }
 
-/// Two bf16 in one word, the first in the low half: what pair products multiply.
-#[inline(always)]
-pub(crate) fn pair(first: f32, second: f32) -> u32 {
-    u32::from(round(first)) | (u32::from(round(second)) << 16)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -136,8 +132,18 @@ mod tests {
     #[test]
     fn rounding_is_that_of_the_half_crate() {
         let edges = [
-            0.0, -0.0, 1.0, -1.5, f32::MAX, f32::MIN, f32::MIN_POSITIVE, 1e-45, -1e-40, f32::INFINITY,
-            f32::NEG_INFINITY, 3.402e38,
+            0.0,
+            -0.0,
+            1.0,
+            -1.5,
+            f32::MAX,
+            f32::MIN,
+            f32::MIN_POSITIVE,
+            1e-45,
+            -1e-40,
+            f32::INFINITY,
+            f32::NEG_INFINITY,
+            3.402e38,
         ];
         let spread = (0..1_000_000u32).map(|i| f32::from_bits(i.wrapping_mul(4_294_967)));
         for x in edges.into_iter().chain(spread) {
@@ -148,6 +154,5 @@ mod tests {
                 assert_eq!(got.to_bits(), want.to_bits(), "{x}");
             }
         }
-        assert_eq!(pair(1.0, -2.0), 0xc000_3f80);
     }
 }

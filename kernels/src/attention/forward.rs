@@ -1,168 +1,270 @@
-//! The forward pass: tiles of queries, an online softmax over tiles of keys.
+//! The forward pass: panels of queries, an online softmax over tiles of keys.
 //!
 //! Per query, over the key tiles in ascending order: top = the largest score so far, total = Σ e^(score − top), and
 //! o = Σ e^(score − top)·v; a larger top rescales what was gathered. The result is o / total, and the row's
-//! log-sum-exp top + ln(total) is what backward needs to find the same probabilities again.
+//! log-sum-exp top + ln(total) is what backward needs to find the same probabilities again. A query that sees nothing
+//! gets zeros.
 
 use std::cell::RefCell;
 use std::ops::Range;
 
 use rayon::prelude::*;
 
-use super::pattern::{Bounds, OP, Plan};
-use crate::error::{KernelError, Result};
+use super::panel::{KEYS, Keys, Panel, Query, Spec, Tile, finite, product};
+use super::pattern::Plan;
+use super::softmax::{PerLane, Running, finish_scores, online, scale_lanes};
+use super::view::{Output, View};
+use super::{Dims, forward_panels};
+use crate::gemm::Mat;
+use crate::micro::{Engine, LANES, pack};
+use crate::store::Store;
 
-use super::tile::{Matrix, Output, View, exp_sum, largest, multiply, scale_row};
-
-/// Queries in a tile.
-const QUERIES: usize = 96;
-/// Keys in a tile.
-const KEYS: usize = 512;
-
-/// [B, T, H, Hkv, D].
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Dims {
-    pub batch: usize,
-    pub entries: usize,
-    pub heads: usize,
-    pub kv_heads: usize,
-    pub width: usize,
+/// One panel with what it has gathered.
+pub(super) struct Gathering {
+    pub panel: Panel,
+    /// Qᵀ in B-form.
+    q: Vec<u32>,
+    running: Running,
+    /// Oᵀ [D, 32].
+    out: Vec<f32>,
 }
 
-impl Dims {
-    /// Refuses head counts and widths the kernels are not made for.
-    pub fn check(self) -> Result<()> {
-        let Self { heads, kv_heads, width, .. } = self;
-        if heads == 0 || kv_heads == 0 || !heads.is_multiple_of(kv_heads) {
-            return Err(KernelError::shape(
-                OP,
-                "query heads that are a multiple of the kv heads, both at least 1",
-                format!("{heads} query heads and {kv_heads} kv heads"),
-            ));
-        }
-        if width == 0 || width > 256 {
-            return Err(KernelError::shape(OP, "a head width of 1 to 256", format!("{width}")));
-        }
-        Ok(())
-    }
-}
-
-/// Per-thread buffers, kept between tiles.
+/// Per-thread buffers, kept between tasks.
 #[derive(Default)]
-struct Scratch {
+pub(super) struct Scratch {
+    tile: Tile,
     scores: Vec<f32>,
-    gathered: Vec<f32>,
-    top: Vec<f32>,
-    total: Vec<f32>,
+    p: Vec<u32>,
+    rows: Vec<f32>,
 }
 
 thread_local! {
-    static SCRATCH: RefCell<Scratch> = RefCell::default();
+    pub(super) static SCRATCH: RefCell<Scratch> = RefCell::default();
 }
 
-/// The result [B, T, H, D] and the log-sum-exp of every query [B, T, H].
-pub(super) fn forward(
-    q: View<'_>,
-    k: View<'_>,
-    v: View<'_>,
-    scale: f32,
-    plan: &Plan,
-    dims: Dims,
-) -> (Vec<f32>, Vec<f32>) {
-    let Dims { batch, entries, heads, kv_heads, width } = dims;
-    let mut out = vec![0f32; batch * entries * heads * width];
-    let mut lse = vec![0f32; batch * entries * heads];
-    let out_rows = Output::new(&mut out, [batch, entries, heads, width]);
-    let lse_rows = Output::new(&mut lse, [batch, entries, heads, 1]);
-    let mut tasks = Vec::new();
-    for b in 0..batch {
-        for h in 0..heads {
-            let bounds = plan.bounds(b, h);
-            tasks.extend(bounds.tiles(0..bounds.len(), QUERIES).into_iter().map(|queries| (b, h, queries)));
-        }
+impl Gathering {
+    pub fn new<S: Store>(
+        spec: &Spec<'_>,
+        panel: Panel,
+        b: usize,
+        q: View<'_, S>,
+        scratch: &mut Scratch,
+    ) -> Self {
+        let words = spec.engine.words(spec.width);
+        let mut packed = vec![0u32; words * LANES];
+        scratch.rows.resize(LANES * spec.width, 0.0);
+        let rows = query_rows(spec, &panel, b, q, &mut scratch.rows);
+        pack::b_form(spec.engine, rows.t(), &mut packed, LANES, LANES);
+        Self { panel, q: packed, running: Running::new(), out: vec![0f32; spec.padded() * LANES] }
     }
-    tasks.into_par_iter().with_max_len(1).for_each(|(b, h, queries)| {
-        let head = h / (heads / kv_heads);
-        SCRATCH.with_borrow_mut(|scratch| {
-            let bounds = plan.bounds(b, h);
-            let q = q.rows(b, &queries, h);
-            gather(
-                q,
-                |keys| (k.rows(b, keys, head), v.rows(b, keys, head)),
-                scale,
-                bounds,
-                &queries,
-                width,
-                scratch,
-            );
-            for (i, t) in queries.enumerate() {
-                let (top, total) = (scratch.top[i], scratch.total[i]);
-                // SAFETY: each (b, h, t) belongs to exactly one task.
-                let (row, lse) = unsafe { (out_rows.row(b, t, h), lse_rows.row(b, t, h)) };
-                row.copy_from_slice(&scratch.gathered[i * width..][..width]);
-                scale_row(row, 1.0 / total);
-                lse[0] = top + total.ln();
-            }
-        });
-    });
-    (out, lse)
-}
 
-fn gather<'a>(
-    q: Matrix<'_>,
-    kv: impl Fn(&Range<usize>) -> (Matrix<'a>, Matrix<'a>),
-    scale: f32,
-    bounds: &Bounds,
-    queries: &Range<usize>,
-    width: usize,
-    scratch: &mut Scratch,
-) {
-    let rows = queries.len();
-    let Scratch { scores, gathered, top, total } = scratch;
-    for (buffer, len, value) in
-        [(&mut *gathered, rows * width, 0.0), (&mut *top, rows, f32::NEG_INFINITY), (&mut *total, rows, 0.0)]
-    {
-        buffer.clear();
-        buffer.resize(len, value);
-    }
-    let all = bounds.keys(queries);
-    for start in all.clone().step_by(KEYS) {
-        let keys = start..(start + KEYS).min(all.end);
-        let n = keys.len();
-        let (k, v) = kv(&keys);
-        scores.resize((rows * n).max(scores.len()), 0.0);
-        let scores = &mut scores[..rows * n];
-        multiply(scores, q, k.transposed(), scale, false);
-        for (i, row) in scores.chunks_exact_mut(n).enumerate() {
-            let seen = bounds.seen(queries.start + i, &keys);
-            row[..seen.start].fill(0.0);
-            row[seen.end..].fill(0.0);
-            if seen.is_empty() {
-                continue;
-            }
-            let row = &mut row[seen];
-            let new_top = top[i].max(largest(row));
-            // Scores that are all −inf so far are e^−inf = 0 against any finite top.
-            let against = if new_top == f32::NEG_INFINITY { 0.0 } else { new_top };
-            let keep = (top[i] - against).exp();
-            let sum = exp_sum(row, against);
-            total[i] = total[i] * keep + sum;
-            if keep != 1.0 {
-                scale_row(&mut gathered[i * width..][..width], keep);
-            }
-            top[i] = new_top;
+    /// Takes in the keys of a tile.
+    pub fn gather<S: Store>(
+        &mut self,
+        spec: &Spec<'_>,
+        tile: &Tile,
+        v: Mat<'_, S>,
+        scores: &mut [f32],
+        p: &mut [u32],
+    ) {
+        let rows = self.panel.rows(&tile.range);
+        if rows.is_empty() {
+            return;
         }
-        if !bounds.masked(queries, &keys) || v.finite() {
-            multiply(gathered, Matrix::tile(scores, rows, n), v, 1.0, true);
-        } else {
+        let (engine, lanes, count) = (spec.engine, self.panel.lanes(), rows.len());
+        let (ld, first) = (Tile::ld(spec), tile.range.start + rows.start);
+        product(
+            engine,
+            [count, lanes, engine.words(spec.width)],
+            (&tile.k[rows.start * ld..], ld),
+            (&self.q, LANES),
+            (scores, LANES),
+            false,
+        );
+        let scores = &mut scores[..count * LANES];
+        let mask = self.panel.mask(first, count);
+        let bias = self.panel.bias(spec, &tile.positions[rows.clone()]);
+        let mut factor = spec.factor();
+        if mask.is_some() || bias.is_some() || factor <= 0.0 {
+            finish_scores(scores, LANES, factor, bias.as_ref(), mask.as_ref());
+            factor = 1.0;
+        }
+        let mut keep: PerLane = [1.0; LANES];
+        if online(scores, factor, &mut self.running, &mut keep) {
+            scale_lanes(&mut self.out, &keep);
+        }
+        if mask.is_some() && !tile.finite(|| finite(v)) {
             // 0·inf is NaN: with such values a query may touch only the keys that it sees.
-            for i in 0..rows {
-                for j in bounds.seen(queries.start + i, &keys) {
-                    for d in 0..width {
-                        gathered[i * width + d] += scores[i * n + j] * v.at(j, d);
+            for (key, row) in rows.clone().zip(scores.chunks_exact(LANES)) {
+                for lane in (0..self.panel.count).filter(|l| self.panel.sees(*l, tile.range.start + key)) {
+                    for d in 0..spec.width {
+                        self.out[d * LANES + lane] += row[lane] * v.at(key, d).get();
                     }
                 }
             }
+            return;
+        }
+        let words = engine.words(count);
+        let p: &[u32] = match engine {
+            Engine::F32(_) => bits(scores),
+            Engine::Pairs(_) => {
+                pack::b_form(engine, Mat::new(scores, count, LANES), p, LANES, LANES);
+                p
+            }
+        };
+        product(
+            engine,
+            [spec.width, lanes, words],
+            (&tile.vt[rows.start / engine.values()..], Tile::ldt(spec)),
+            (p, LANES),
+            (&mut self.out, LANES),
+            true,
+        );
+    }
+
+    /// Hands out the result of each query, and its log-sum-exp.
+    pub fn finish<S: Store>(&mut self, b: usize, out: &Output<'_, S>, lse: &Output<'_, f32>) {
+        let mut inverse: PerLane = [0.0; LANES];
+        for lane in 0..LANES {
+            let total = self.running.total[lane];
+            inverse[lane] = if total == 0.0 { 0.0 } else { 1.0 / total };
+        }
+        scale_lanes(&mut self.out, &inverse);
+        for lane in 0..self.panel.count {
+            let (entry, head) = self.panel.query[lane];
+            // SAFETY: each query belongs to exactly one panel, and each panel to one task.
+            let (row, lse) = unsafe {
+                (out.row(b, entry as usize, head as usize), lse.row(b, entry as usize, head as usize))
+            };
+            for (d, value) in row.iter_mut().enumerate() {
+                *value = S::put(self.out[d * LANES + lane]);
+            }
+            let (top, total) = (self.running.top[lane], self.running.total[lane]);
+            lse[0] = (top + total.log2()) * std::f32::consts::LN_2;
         }
     }
+}
+
+/// The same words, without moving anything.
+pub(super) fn bits(values: &[f32]) -> &[u32] {
+    // SAFETY: f32 and u32 have one size and alignment, and every bit pattern is a u32.
+    unsafe { std::slice::from_raw_parts(values.as_ptr().cast(), values.len()) }
+}
+
+/// A panel's queries (or anything of their shape) as rows [32, D] in f32, zero past the last one.
+pub(super) fn query_rows<'a, S: Store>(
+    spec: &Spec<'_>,
+    panel: &Panel,
+    b: usize,
+    of: View<'_, S>,
+    rows: &'a mut [f32],
+) -> Mat<'a> {
+    let used = panel.count * spec.width;
+    for (lane, out) in rows[..used].chunks_exact_mut(spec.width).enumerate() {
+        let (entry, head) = panel.query[lane];
+        of.read_row(b, entry as usize, head as usize, out);
+    }
+    rows[used..].fill(0.0);
+    Mat::new(rows, LANES, spec.width)
+}
+
+/// Runs panels over keys: `tiles` calls back with each tile of keys in ascending order.
+pub(super) fn run<'a, S: Store>(
+    spec: &Spec<'_>,
+    b: usize,
+    panels: Vec<Panel>,
+    q: View<'_, S>,
+    keys: impl Iterator<Item = Keys<'a, S>>,
+    out: &Output<'_, S>,
+    lse: &Output<'_, f32>,
+) {
+    let _guard = spec.engine.enter();
+    SCRATCH.with_borrow_mut(|scratch| {
+        let mut gathering: Vec<Gathering> =
+            panels.into_iter().map(|panel| Gathering::new(spec, panel, b, q, scratch)).collect();
+        scratch.scores.resize(KEYS * LANES, 0.0);
+        scratch.p.resize(spec.engine.words(KEYS) * LANES, 0);
+        let Scratch { tile, scores, p, .. } = scratch;
+        for keys in keys {
+            if gathering.iter().all(|g| g.panel.rows(&keys.range).is_empty()) {
+                continue;
+            }
+            tile.pack_forward(spec, &keys);
+            for g in &mut gathering {
+                g.gather(spec, tile, keys.v, scores, p);
+            }
+        }
+        for g in &mut gathering {
+            g.finish(b, out, lse);
+        }
+    });
+}
+
+/// Cuts a range of keys into tiles.
+pub(super) fn tiles(keys: Range<usize>) -> impl Iterator<Item = Range<usize>> {
+    let end = keys.end;
+    keys.step_by(KEYS).map(move |start| start..(start + KEYS).min(end))
+}
+
+/// The result [B, T, H, D] and the log-sum-exp of every query [B, T, H].
+pub(super) fn forward<S: Store>(
+    [q, k, v]: [View<'_, S>; 3],
+    spec: &Spec<'_>,
+    plan: &Plan,
+    dims: Dims,
+    out: &mut [S],
+    lse: &mut [f32],
+) {
+    let Dims { batch, entries, heads, kv_heads, width } = dims;
+    let out = Output::new(out, [batch, entries, heads, width]);
+    let lse = Output::new(lse, [batch, entries, heads, 1]);
+    let group = heads / kv_heads;
+    let step = LANES * forward_panels(group);
+    let mut tasks: Vec<(usize, usize, usize)> = (0..batch)
+        .flat_map(|b| {
+            (0..kv_heads).flat_map(move |g| (0..entries).step_by(step).map(move |first| (b, g, first)))
+        })
+        .filter(|(b, g, first)| *first < plan.bounds(*b, g * group).len())
+        .collect();
+    // The longest first, so that no thread is left with one at the end.
+    tasks.sort_by_key(|(b, g, first)| {
+        std::cmp::Reverse(plan.bounds(*b, g * group).keys(&(*first..first + step)).len())
+    });
+    tasks.into_par_iter().with_max_len(1).for_each(|(b, kv_head, first)| {
+        let mut panels = Vec::new();
+        for head in kv_head * group..(kv_head + 1) * group {
+            panels.extend(plan_panels(spec, plan, b, head, first..first + step));
+        }
+        let start = panels.iter().map(|p: &Panel| p.keys.start).min().unwrap_or(0);
+        let end = panels.iter().map(|p| p.keys.end).max().unwrap_or(0);
+        let keys = tiles(start..end).map(|range| Keys {
+            k: k.rows(b, &range, kv_head),
+            v: v.rows(b, &range, kv_head),
+            range,
+        });
+        run(spec, b, panels, q, keys, &out, &lse);
+    });
+}
+
+/// Panels over the valid ones among `queries` of one head.
+pub(super) fn plan_panels(
+    spec: &Spec<'_>,
+    plan: &Plan,
+    b: usize,
+    head: usize,
+    queries: Range<usize>,
+) -> impl Iterator<Item = Panel> {
+    let bounds = plan.bounds(b, head);
+    let end = queries.end.min(bounds.len());
+    (queries.start..end).step_by(LANES).map(move |first| {
+        Panel::new(
+            spec,
+            (first..end.min(first + LANES)).map(|entry| Query {
+                entry,
+                head,
+                keys: bounds.lo[entry] as usize..bounds.hi[entry] as usize,
+                position: entry as f32,
+            }),
+        )
+    })
 }

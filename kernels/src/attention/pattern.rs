@@ -20,6 +20,11 @@ pub enum Pattern {
         /// Entries in a group, at least 2.
         group: usize,
     },
+    /// The last `window` keys up to and including the query's own (Mistral's sliding window).
+    SlidingWindow {
+        /// Keys a query sees, at least 1.
+        window: usize,
+    },
     /// Every key of the row, or of the query's segment.
     Bidirectional,
 }
@@ -78,16 +83,36 @@ impl Pattern {
             Self::ShiftedSparse { group } if group < 2 => {
                 Err(KernelError::argument(OP, format!("expected a group of at least 2 entries, got {group}")))
             }
+            Self::SlidingWindow { window: 0 } => {
+                Err(KernelError::argument(OP, "expected a window of at least 1 entry, got 0"))
+            }
             _ => Ok(()),
         }
     }
 }
 
+/// The first key that query `i` of a head may see by the pattern alone; `shifted` is [`shifted`] of the head.
+pub(super) fn lower(pattern: Pattern, entries: usize, shifted: bool, i: usize) -> usize {
+    match pattern {
+        Pattern::ShiftedSparse { group } if group < entries => {
+            let shift = if shifted { group / 2 } else { 0 };
+            if i < shift { 0 } else { shift + (i - shift) / group * group }
+        }
+        Pattern::SlidingWindow { window } => (i + 1).saturating_sub(window),
+        _ => 0,
+    }
+}
+
+/// Whether the groups of a query head are moved by half a group.
+pub(super) fn shifted(head: usize, heads: usize) -> bool {
+    head >= heads.div_ceil(2)
+}
+
 /// The keys lo[i]..hi[i] that query i sees, for the valid queries of one row.
 #[derive(Debug)]
 pub(super) struct Bounds {
-    pub lo: Vec<usize>,
-    pub hi: Vec<usize>,
+    pub lo: Vec<u32>,
+    pub hi: Vec<u32>,
 }
 
 impl Bounds {
@@ -96,39 +121,13 @@ impl Bounds {
         self.lo.len()
     }
 
-    /// Keys that at least one of `queries` (not empty) sees, as far as they lie between.
+    /// Keys that at least one of `queries` sees, as far as they lie between; queries past the valid ones see none.
     pub fn keys(&self, queries: &Range<usize>) -> Range<usize> {
-        self.lo[queries.start]..self.hi[queries.end - 1]
-    }
-
-    /// Whether some query of `queries` does not see some key of `keys`.
-    pub fn masked(&self, queries: &Range<usize>, keys: &Range<usize>) -> bool {
-        self.lo[queries.end - 1] > keys.start || self.hi[queries.start] < keys.end
-    }
-
-    /// The part of `keys` that query i sees, counted from the first of them.
-    pub fn seen(&self, i: usize, keys: &Range<usize>) -> Range<usize> {
-        let start = self.lo[i].clamp(keys.start, keys.end) - keys.start;
-        let end = self.hi[i].clamp(keys.start, keys.end) - keys.start;
-        start..end.max(start)
-    }
-
-    /// Cuts `queries` into tiles of at most `rows`, preferring to cut where the lower bound moves.
-    pub fn tiles(&self, queries: Range<usize>, rows: usize) -> Vec<Range<usize>> {
-        let smallest = (rows / 4).max(1);
-        let mut tiles = Vec::new();
-        let mut start = queries.start;
-        for i in queries.clone() {
-            let moved = i > start && self.lo[i] != self.lo[i - 1] && i - start >= smallest;
-            if i - start == rows || moved {
-                tiles.push(start..i);
-                start = i;
-            }
+        let end = queries.end.min(self.len());
+        if queries.start >= end {
+            return 0..0;
         }
-        if start < queries.end {
-            tiles.push(start..queries.end);
-        }
-        tiles
+        self.lo[queries.start] as usize..self.hi[end - 1] as usize
     }
 }
 
@@ -137,55 +136,57 @@ impl Bounds {
 pub(super) struct Plan {
     /// Per row: unshifted heads, then shifted heads where the pattern has any.
     bounds: Vec<Vec<Bounds>>,
-    /// Heads from this one on are shifted.
-    first_shifted: usize,
+    heads: usize,
 }
 
 impl Plan {
     /// `pattern` and `rows` must have passed their checks.
     pub fn new(pattern: Pattern, rows: &Rows, batch: usize, entries: usize, heads: usize) -> Self {
-        let group = match pattern {
-            Pattern::ShiftedSparse { group } if group < entries => Some(group),
-            _ => None,
-        };
-        let shifts: &[usize] = match group {
-            Some(group) => &[0, group / 2],
-            None => &[0],
+        let shifts: &[bool] = match pattern {
+            Pattern::ShiftedSparse { group } if group < entries => &[false, true],
+            _ => &[false],
         };
         let bounds = (0..batch)
             .map(|b| {
                 let length = rows.lengths.as_ref().map_or(entries, |lengths| lengths[b]);
                 let starts = rows.segments.as_ref().map_or(&[0][..], |segments| &segments[b]);
-                let of_shift = |shift: &usize| {
+                let of_shift = |shifted: &bool| {
                     let mut segment = 0;
                     let (mut lo, mut hi) = (Vec::with_capacity(length), Vec::with_capacity(length));
                     for i in 0..length {
                         if starts.get(segment + 1) == Some(&i) {
                             segment += 1;
                         }
-                        let group_start = match group {
-                            Some(group) if i >= *shift => shift + (i - shift) / group * group,
-                            _ => 0,
-                        };
-                        lo.push(starts[segment].max(group_start));
-                        hi.push(match pattern {
+                        let end = match pattern {
                             Pattern::Bidirectional => {
                                 starts.get(segment + 1).map_or(length, |next| length.min(*next))
                             }
                             _ => i + 1,
-                        });
+                        };
+                        lo.push(starts[segment].max(lower(pattern, entries, *shifted, i)) as u32);
+                        hi.push(end as u32);
                     }
                     Bounds { lo, hi }
                 };
                 shifts.iter().map(of_shift).collect()
             })
             .collect();
-        Self { bounds, first_shifted: heads.div_ceil(2) }
+        Self { bounds, heads }
     }
 
     /// The bounds of row `b` for query head `h`.
     pub fn bounds(&self, b: usize, h: usize) -> &Bounds {
         let of_row = &self.bounds[b];
-        if h >= self.first_shifted { &of_row[of_row.len() - 1] } else { &of_row[0] }
+        if shifted(h, self.heads) { &of_row[of_row.len() - 1] } else { &of_row[0] }
     }
+}
+
+/// ALiBi's slopes for `heads` query heads: 2^(−8(h+1)/H) where H is a power of two; otherwise those of the next smaller
+/// power of two, followed by every second one of the next larger.
+///
+/// Source: Press et al. 2022, and the authors' code for the second case.
+pub fn alibi_slopes(heads: usize) -> Vec<f32> {
+    let of_power = |n: usize| (0..n).map(move |h| (2f64.powf(-8.0 * (h + 1) as f64 / n as f64)) as f32);
+    let whole = if heads.is_power_of_two() { heads } else { heads.next_power_of_two() / 2 };
+    of_power(whole).chain(of_power(2 * whole).step_by(2)).take(heads).collect()
 }

@@ -45,6 +45,7 @@ pub fn sees(sizes: &Sizes, pattern: Pattern, rows: &Rows, b: usize, h: usize, i:
     match pattern {
         Pattern::Bidirectional => true,
         Pattern::Dense => j <= i,
+        Pattern::SlidingWindow { window } => j <= i && i - j < window,
         Pattern::ShiftedSparse { group } if group >= sizes.entries => j <= i,
         Pattern::ShiftedSparse { group } => {
             let shift = if h < sizes.heads.div_ceil(2) { 0 } else { group / 2 };

@@ -1,10 +1,14 @@
 //! Attention on slices, for composites that keep their own graph: the same kernels without candle's tape.
 
+use super::Dims;
 use super::backward::{Operands, backward, delta};
-use super::forward::{Dims, forward};
+use super::forward::forward;
+use super::panel::Spec;
 use super::pattern::{Pattern, Plan, Rows};
-use super::tile::View;
+use super::view::View;
 use crate::error::Result;
+use crate::micro::{Engine, Products};
+use crate::store::Store;
 
 /// Sizes of the operands and the checked pattern: built once for all blocks of a pass.
 #[derive(Debug)]
@@ -12,18 +16,23 @@ pub struct Prepared {
     dims: Dims,
     plan: Plan,
     scale: f32,
+    slopes: Option<Vec<f32>>,
+    products: Products,
+    /// Some queries are not valid: what they would write is zeroed.
+    gaps: bool,
 }
 
 /// What backward needs of a forward pass besides its operands.
-#[derive(Debug, Default)]
-pub struct Mixed {
+#[derive(Clone, Debug, Default)]
+pub struct Mixed<S = f32> {
     /// The result, [B, T, H, D].
-    pub out: Vec<f32>,
+    pub out: Vec<S>,
     /// Log-sum-exp of every query, [B, T, H].
     pub lse: Vec<f32>,
 }
 
 /// Gradients of the operands, in their shapes.
+#[derive(Clone, Debug, Default)]
 pub struct Gradients {
     /// Of q.
     pub q: Vec<f32>,
@@ -45,43 +54,100 @@ impl Prepared {
         rows: &Rows,
     ) -> Result<Self> {
         let dims = Dims { batch, entries, heads, kv_heads, width };
-        dims.check()?;
+        dims.check(None)?;
         pattern.check()?;
         rows.check(batch, entries)?;
-        Ok(Self { dims, plan: Plan::new(pattern, rows, batch, entries, heads), scale: scale as f32 })
+        let gaps = rows.lengths.as_ref().is_some_and(|l| l.iter().any(|length| *length < entries));
+        let plan = Plan::new(pattern, rows, batch, entries, heads);
+        Ok(Self { dims, plan, scale: scale as f32, slopes: None, products: Products::F32, gaps })
     }
 
-    fn views<'a>(&self, q: &'a [f32], k: &'a [f32], v: &'a [f32]) -> [View<'a>; 3] {
+    /// Computes products so.
+    pub fn with_products(mut self, products: Products) -> Self {
+        self.products = products;
+        self
+    }
+
+    /// Lowers the scores of query head h by slopes\[h\]·|i − j|.
+    ///
+    /// # Errors
+    /// When there is not one finite slope per query head.
+    pub fn with_slopes(mut self, slopes: &[f32]) -> Result<Self> {
+        self.dims.check(Some(slopes))?;
+        self.slopes = Some(slopes.to_vec());
+        Ok(self)
+    }
+
+    pub(super) fn shape(&self) -> [usize; 4] {
+        let Dims { batch, entries, heads, width, .. } = self.dims;
+        [batch, entries, heads, width]
+    }
+
+    fn spec(&self) -> Spec<'_> {
+        Spec {
+            engine: Engine::new(self.products),
+            width: self.dims.width,
+            scale: self.scale,
+            slopes: self.slopes.as_deref(),
+        }
+    }
+
+    fn views<'a, S: Store>(&self, q: &'a [S], k: &'a [S], v: &'a [S]) -> [View<'a, S>; 3] {
         let d = self.dims;
         let kv = [d.batch, d.entries, d.kv_heads, d.width];
-        [
-            View::row_major(q, [d.batch, d.entries, d.heads, d.width]),
-            View::row_major(k, kv),
-            View::row_major(v, kv),
-        ]
+        [View::row_major(q, self.shape()), View::row_major(k, kv), View::row_major(v, kv)]
     }
 
-    /// The forward pass over row-major operands.
+    /// The forward pass over row-major operands, into `mixed`.
     ///
     /// # Panics
     /// When an operand is shorter than its shape.
-    pub fn forward(&self, q: &[f32], k: &[f32], v: &[f32]) -> Mixed {
-        let [q, k, v] = self.views(q, k, v);
-        let (out, lse) = forward(q, k, v, self.scale, &self.plan, self.dims);
-        Mixed { out, lse }
+    pub fn forward_into<S: Store>(&self, q: &[S], k: &[S], v: &[S], mixed: &mut Mixed<S>) {
+        self.forward_views(self.views(q, k, v), mixed);
     }
 
-    /// The backward pass for the gradient `d_out` of the result.
+    pub(super) fn forward_views<S: Store>(&self, views: [View<'_, S>; 3], mixed: &mut Mixed<S>) {
+        let [batch, entries, heads, width] = self.shape();
+        if self.gaps {
+            mixed.out.clear();
+            mixed.lse.clear();
+        }
+        mixed.out.resize(batch * entries * heads * width, S::default());
+        mixed.lse.resize(batch * entries * heads, 0.0);
+        forward(views, &self.spec(), &self.plan, self.dims, &mut mixed.out, &mut mixed.lse);
+    }
+
+    /// The backward pass for the gradient `d_out` of the result, into `gradients`.
     ///
     /// # Panics
     /// When an operand is shorter than its shape.
-    pub fn backward(&self, q: &[f32], k: &[f32], v: &[f32], mixed: &Mixed, d_out: &[f32]) -> Gradients {
-        let delta = delta(&mixed.out, d_out, self.dims.width);
-        let d = self.dims;
-        let [q, k, v] = self.views(q, k, v);
-        let d_out = View::row_major(d_out, [d.batch, d.entries, d.heads, d.width]);
+    pub fn backward_into<S: Store>(
+        &self,
+        q: &[S],
+        k: &[S],
+        v: &[S],
+        mixed: &Mixed<S>,
+        d_out: &[f32],
+        gradients: &mut Gradients,
+    ) {
+        self.backward_views(self.views(q, k, v), mixed, d_out, gradients);
+    }
+
+    pub(super) fn backward_views<S: Store>(
+        &self,
+        [q, k, v]: [View<'_, S>; 3],
+        mixed: &Mixed<S>,
+        d_out: &[f32],
+        gradients: &mut Gradients,
+    ) {
+        let Dims { batch, entries, heads, kv_heads, width } = self.dims;
+        let delta = delta(&mixed.out, d_out, width);
+        let d_out = View::row_major(d_out, self.shape());
         let x = Operands { q, k, v, d_out, lse: &mixed.lse, delta: &delta };
-        let [q, k, v] = backward(x, self.scale, &self.plan, self.dims);
-        Gradients { q, k, v }
+        gradients.q.resize(batch * entries * heads * width, 0.0);
+        gradients.k.resize(batch * entries * kv_heads * width, 0.0);
+        gradients.v.resize(batch * entries * kv_heads * width, 0.0);
+        let Gradients { q, k, v } = gradients;
+        backward(x, &self.spec(), &self.plan, self.dims, [q, k, v]);
     }
 }

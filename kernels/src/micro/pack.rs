@@ -147,9 +147,30 @@ multiversion! {
     }
 }
 
+/// Pairs of values that lie side by side; two values for each word.
+fn pairs_along<S: Store>(values: &[S], out: &mut [u32]) {
+    #[cfg(target_arch = "x86_64")]
+    if let (Some(values), true) = (S::as_f32(values), crate::cpu::best() >= crate::cpu::Level::Avx512Bf16) {
+        // SAFETY: the machine has AVX-512 with bf16.
+        return unsafe { convert::along(values, out) };
+    }
+    round_along(values, out);
+}
+
+/// Pairs of values of two rows.
+fn pairs_across<S: Store>(first: &[S], second: &[S], out: &mut [u32]) {
+    #[cfg(target_arch = "x86_64")]
+    if let (Some(first), Some(second), true) =
+        (S::as_f32(first), S::as_f32(second), crate::cpu::best() >= crate::cpu::Level::Avx512Bf16)
+    {
+        // SAFETY: the machine has AVX-512 with bf16.
+        return unsafe { convert::across(first, second, out) };
+    }
+    round_across(first, second, out);
+}
+
 multiversion! {
-    /// Two values each.
-    fn pairs_along<S: Store>(values: &[S], out: &mut [u32]) {
+    fn round_along<S: Store>(values: &[S], out: &mut [u32]) {
         for (out, x) in out.iter_mut().zip(values.chunks_exact(2)) {
             *out = u32::from(x[0].bits()) | u32::from(x[1].bits()) << 16;
         }
@@ -157,9 +178,55 @@ multiversion! {
 }
 
 multiversion! {
-    pub(crate) fn pairs_across<S: Store>(first: &[S], second: &[S], out: &mut [u32]) {
+    fn round_across<S: Store>(first: &[S], second: &[S], out: &mut [u32]) {
         for ((out, x), y) in out.iter_mut().zip(first).zip(second) {
             *out = u32::from(x.bits()) | u32::from(y.bits()) << 16;
         }
+    }
+}
+
+/// The same with the processor's own conversion, which also takes denormals for zero, as its products do.
+#[cfg(target_arch = "x86_64")]
+mod convert {
+    use std::arch::x86_64::*;
+
+    use super::{round_across, round_along};
+
+    #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
+    pub fn along(values: &[f32], out: &mut [u32]) {
+        let whole = out.len().min(values.len() / 2) / 16 * 16;
+        for (out, x) in out[..whole].chunks_exact_mut(16).zip(values.chunks_exact(32)) {
+            // SAFETY: 32 values are read and 16 words written, all inside the two chunks; a vector of 32 bf16 and one
+            // of 16 words are the same 64 bytes.
+            unsafe {
+                let (low, high) = (_mm512_loadu_ps(x.as_ptr()), _mm512_loadu_ps(x.as_ptr().add(16)));
+                let pairs = std::mem::transmute::<__m512bh, __m512i>(_mm512_cvtne2ps_pbh(high, low));
+                _mm512_storeu_si512(out.as_mut_ptr().cast(), pairs);
+            }
+        }
+        round_along(&values[2 * whole..], &mut out[whole..]);
+    }
+
+    #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
+    pub fn across(first: &[f32], second: &[f32], out: &mut [u32]) {
+        let mut interleave = [0u16; 32];
+        for (i, at) in interleave.iter_mut().enumerate() {
+            *at = (i / 2 + 16 * (i % 2)) as u16;
+        }
+        let whole = out.len().min(first.len()).min(second.len()) / 16 * 16;
+        // SAFETY: 16 values are read and 16 words written, all inside the chunks; vectors of 32 bf16, of 32 places and
+        // of 16 words are the same 64 bytes.
+        unsafe {
+            let interleave = _mm512_loadu_si512(interleave.as_ptr().cast());
+            for ((out, x), y) in
+                out[..whole].chunks_exact_mut(16).zip(first.chunks_exact(16)).zip(second.chunks_exact(16))
+            {
+                let (x, y) = (_mm512_loadu_ps(x.as_ptr()), _mm512_loadu_ps(y.as_ptr()));
+                let halves = std::mem::transmute::<__m512bh, __m512i>(_mm512_cvtne2ps_pbh(y, x));
+                let pairs = _mm512_permutexvar_epi16(interleave, halves);
+                _mm512_storeu_si512(out.as_mut_ptr().cast(), pairs);
+            }
+        }
+        round_across(&first[whole..], &second[whole..], &mut out[whole..]);
     }
 }

@@ -36,7 +36,9 @@ fn stored<S: Store>(engine: Engine, x: f32) -> f64 {
 fn check<S: Store>(engine: Engine, rows: usize, depth: usize, lanes: usize, add: bool) {
     let (av, bv) = (values(rows * depth, 1), values(depth * lanes, 2));
     let expect = |m: usize, l: usize| -> f64 {
-        (0..depth).map(|k| stored::<S>(engine, av[m * depth + k]) * stored::<S>(engine, bv[k * lanes + l])).sum()
+        (0..depth)
+            .map(|k| stored::<S>(engine, av[m * depth + k]) * stored::<S>(engine, bv[k * lanes + l]))
+            .sum()
     };
     let put = |v: &[f32]| -> Vec<S> { v.iter().map(|x| S::put(*x)).collect() };
     let (a, b) = (put(&av), put(&bv));

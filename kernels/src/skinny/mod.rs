@@ -19,10 +19,9 @@ use std::cell::RefCell;
 
 use rayon::prelude::*;
 
-use crate::cpu::multiversion;
 use crate::gemm::{Mat, Products, matmul};
 use crate::linear::Dropout;
-use crate::math::convert;
+use crate::math::{add_row, convert};
 use crate::micro::{Block, Engine, LANES, pack};
 use crate::store::Store;
 
@@ -54,14 +53,6 @@ fn sized(buffer: &mut Vec<f32>, len: usize) -> &mut [f32] {
         buffer.resize(len, 0.0);
     }
     &mut buffer[..len]
-}
-
-multiversion! {
-    fn add<S: Store>(y: &mut [S], sums: &[f32]) {
-        for (y, sum) in y.iter_mut().zip(sums) {
-            *y = S::put(y.get() + sum);
-        }
-    }
 }
 
 /// Values `first..` of a tensor as f32 in `buffer`, dropped where there is dropout.
@@ -211,7 +202,7 @@ pub fn up_add<Y: Store>(low: &[f32], m: Mat, dropout: Option<Dropout>, y: &mut [
                     if let Some(dropout) = dropout {
                         dropout.apply_at((first + i * FEW + row) * width + lane, sums);
                     }
-                    add(&mut y[lane..], sums);
+                    add_row(&mut y[lane..], sums);
                 }
             }
         });
@@ -314,7 +305,7 @@ pub fn outer_add<X: Store>(
             }
         } else {
             for (out, part) in out.chunks_exact_mut(width).zip(part.chunks_exact(stride)) {
-                add(out, &part[..width]);
+                add_row(out, &part[..width]);
             }
         }
     }

@@ -19,7 +19,7 @@ use megacontext_kernels::attention::slices::{Mixed, Prepared};
 use megacontext_kernels::cpu::Values;
 use megacontext_kernels::gemm::{Mat, matmul};
 use megacontext_kernels::linear::Dropout;
-use megacontext_kernels::{mlp, norm, rope};
+use megacontext_kernels::{attention, mlp, norm, rope};
 
 use crate::config::LlamaConfig;
 use crate::error::{BaseError, Result};
@@ -82,6 +82,7 @@ pub(crate) struct Workspace {
     low: Vec<f32>,
     low_gradient: Vec<f32>,
     dropped: Vec<f32>,
+    grads: attention::slices::Gradients,
 }
 
 /// A buffer of exactly `len` values; what is in it is whatever was there.
@@ -270,7 +271,7 @@ impl<'a> Block<'a> {
         self.project(V, normed, &mut saved.v, false, lanes)?;
         self.rotate(&mut saved.q, c.num_attention_heads, 1.0);
         self.rotate(&mut saved.k, c.num_key_value_heads, 1.0);
-        saved.mixed = self.pass.attention.forward(&saved.q, &saved.k, &saved.v);
+        self.pass.attention.forward_into(&saved.q, &saved.k, &saved.v, &mut saved.mixed);
         saved.h.clear();
         saved.h.extend_from_slice(x);
         self.project(O, &saved.mixed.out, &mut saved.h, true, lanes)?;
@@ -298,7 +299,7 @@ impl<'a> Block<'a> {
     ) -> Result<()> {
         let c = self.pass.config;
         let n = self.pass.entries;
-        let Workspace { normed, gated, narrow, wide, low, low_gradient, dropped } = ws;
+        let Workspace { normed, gated, narrow, wide, low, low_gradient, dropped, grads } = ws;
         let lanes = &mut Lanes { low, low_gradient, dropped };
 
         let width = saved.gate.len();
@@ -315,7 +316,7 @@ impl<'a> Block<'a> {
         let mixed_width = saved.mixed.out.len();
         let d_mixed = sized(wide, mixed_width);
         self.project_back(O, &saved.mixed.out, d, Some((d_mixed, false)), lanes, gradients)?;
-        let mut grads = self.pass.attention.backward(&saved.q, &saved.k, &saved.v, &saved.mixed, d_mixed);
+        self.pass.attention.backward_into(&saved.q, &saved.k, &saved.v, &saved.mixed, d_mixed, grads);
         self.rotate(&mut grads.q, c.num_attention_heads, -1.0);
         self.rotate(&mut grads.k, c.num_key_value_heads, -1.0);
         self.norm(0, x, normed)?;

@@ -58,6 +58,7 @@ pub fn pattern_name(pattern: Pattern) -> String {
     match pattern {
         Pattern::Dense => "dense".to_string(),
         Pattern::ShiftedSparse { group } => format!("s2 (group {group})"),
+        Pattern::SlidingWindow { window } => format!("sliding window ({window})"),
         Pattern::Bidirectional => "bidirectional".to_string(),
     }
 }

@@ -1,0 +1,317 @@
+//! Attention of short rows that continue one document: the shared-prefix form.
+//!
+//! Row r of n continues the document's first `prefix[r]` entries with R entries of its own. Everything before is the same
+//! in all rows, so its keys and values are taken from one pass over the document, and its queries are not run again:
+//! n·R queries instead of n·(T + R). The result is that of [`super::attention`] over the document's first entries followed
+//! by the row's own, at the row's own entries.
+//!
+//! Query i of row r stands at index prefix\[r\] + i of that sequence, and sees the keys max(start, lower\[r\]) ..= itself,
+//! with the start that the pattern gives there: of the document as far as the prefix goes, then of the row itself.
+//! Gradients are those of the rows' q, k and v; the document is a constant.
+//!
+//! Shapes: q [n, R, H, D], k and v [n, R, Hkv, D], the document's k and v [T, Hkv, D], all row-major. Units: entries.
+//! Errors: sizes as for attention; a prefix longer than the document, a lower bound beyond the prefix; a pattern that is not
+//! causal. Left out: gradients for the document.
+
+use rayon::prelude::*;
+
+use super::backward::{Operands, Queries, SCRATCH, backward_scratch_parts, delta};
+use super::forward::{run, tiles};
+use super::panel::{Keys, Panel, Query, Spec};
+use super::pattern::{OP, Pattern, lower, shifted};
+use super::slices::{Gradients, Mixed};
+use super::view::{Output, View};
+use super::{Dims, backward::PANELS};
+use crate::error::{KernelError, Result};
+use crate::math::add_row;
+use crate::micro::{Engine, LANES, Products, ROWS};
+use crate::store::Store;
+
+/// Where rows continue their document.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Continuations {
+    /// Entries of the document before each row.
+    pub prefix: Vec<usize>,
+    /// Valid entries of each row; none means all R.
+    pub lengths: Option<Vec<usize>>,
+    /// The first entry of the document that each row may see, for example the start of its segment; none means 0.
+    pub lower: Option<Vec<usize>>,
+}
+
+/// The document's keys and values.
+#[derive(Clone, Copy, Debug)]
+pub struct Document<'a, S> {
+    /// [T, Hkv, D].
+    pub k: &'a [S],
+    /// [T, Hkv, D].
+    pub v: &'a [S],
+}
+
+/// The rows' own operands.
+#[derive(Clone, Copy, Debug)]
+pub struct Own<'a, S> {
+    /// [n, R, H, D].
+    pub q: &'a [S],
+    /// [n, R, Hkv, D].
+    pub k: &'a [S],
+    /// [n, R, Hkv, D].
+    pub v: &'a [S],
+}
+
+/// Checked sizes and rows: built once for all blocks of a pass.
+#[derive(Debug)]
+pub struct PrefixAttention {
+    dims: Dims,
+    document: usize,
+    rows: Continuations,
+    pattern: Pattern,
+    scale: f32,
+    slopes: Option<Vec<f32>>,
+    products: Products,
+}
+
+impl PrefixAttention {
+    /// For n rows of R entries, H query heads, G kv heads and head width D, continuing a document of `document` entries.
+    ///
+    /// # Errors
+    /// See the module.
+    pub fn new(
+        [n, entries, heads, kv_heads, width]: [usize; 5],
+        document: usize,
+        scale: f64,
+        pattern: Pattern,
+        rows: Continuations,
+    ) -> Result<Self> {
+        let refuse = |message: String| Err(KernelError::argument(OP, message));
+        let dims = Dims { batch: n, entries, heads, kv_heads, width };
+        dims.check(None)?;
+        pattern.check()?;
+        if pattern == Pattern::Bidirectional {
+            return refuse(
+                "expected a causal pattern for rows that continue a document, got bidirectional".into(),
+            );
+        }
+        let counts = [
+            ("prefixes", Some(&rows.prefix)),
+            ("row lengths", rows.lengths.as_ref()),
+            ("lower bounds", rows.lower.as_ref()),
+        ];
+        for (what, values) in counts {
+            if let Some(values) = values.filter(|values| values.len() != n) {
+                return refuse(format!("expected {n} {what}, got {}", values.len()));
+            }
+        }
+        for (row, prefix) in rows.prefix.iter().enumerate() {
+            if *prefix > document {
+                return refuse(format!(
+                    "row {row}: expected a prefix of at most T = {document}, got {prefix}"
+                ));
+            }
+            if let Some(length) = rows.lengths.as_ref().map(|l| l[row]).filter(|length| *length > entries) {
+                return refuse(format!(
+                    "row {row}: expected a length of at most R = {entries}, got {length}"
+                ));
+            }
+            if let Some(lower) = rows.lower.as_ref().map(|l| l[row]).filter(|lower| lower > prefix) {
+                return refuse(format!(
+                    "row {row}: expected a lower bound of at most its prefix {prefix}, got {lower}"
+                ));
+            }
+        }
+        Ok(Self { dims, document, rows, pattern, scale: scale as f32, slopes: None, products: Products::F32 })
+    }
+
+    /// Computes products so.
+    pub fn with_products(mut self, products: Products) -> Self {
+        self.products = products;
+        self
+    }
+
+    /// Lowers the scores of query head h by slopes\[h\]·|i − j|.
+    ///
+    /// # Errors
+    /// When there is not one finite slope per query head.
+    pub fn with_slopes(mut self, slopes: &[f32]) -> Result<Self> {
+        self.dims.check(Some(slopes))?;
+        self.slopes = Some(slopes.to_vec());
+        Ok(self)
+    }
+
+    fn spec(&self) -> Spec<'_> {
+        Spec {
+            engine: Engine::new(self.products),
+            width: self.dims.width,
+            scale: self.scale,
+            slopes: self.slopes.as_deref(),
+        }
+    }
+
+    fn length(&self, row: usize) -> usize {
+        self.rows.lengths.as_ref().map_or(self.dims.entries, |lengths| lengths[row])
+    }
+
+    /// Panels of the heads that share a kv head: heads with the same groups side by side, so that no lane stays empty
+    /// between them.
+    fn panels(&self, spec: &Spec<'_>, row: usize, kv_head: usize) -> Vec<Panel> {
+        let (prefix, length) = (self.rows.prefix[row], self.length(row));
+        let floor = self.rows.lower.as_ref().map_or(0, |lower| lower[row]);
+        let group = self.dims.heads / self.dims.kv_heads;
+        let mut panels = Vec::new();
+        for of_shift in [false, true] {
+            let heads: Vec<usize> = (kv_head * group..(kv_head + 1) * group)
+                .filter(|head| shifted(*head, self.dims.heads) == of_shift)
+                .collect();
+            let queries: Vec<(usize, usize)> =
+                heads.iter().flat_map(|head| (0..length).map(move |entry| (*head, entry))).collect();
+            panels.extend(queries.chunks(LANES).map(|queries| {
+                Panel::new(
+                    spec,
+                    queries.iter().map(|(head, entry)| {
+                        let index = prefix + entry;
+                        let start = lower(self.pattern, prefix + length, of_shift, index).max(floor);
+                        Query { entry: *entry, head: *head, keys: start..index + 1, position: index as f32 }
+                    }),
+                )
+            }));
+        }
+        panels
+    }
+
+    /// The keys that `panels` see, tile by tile: the document's, then the row's own.
+    fn keys<'a, S: Store>(
+        &self,
+        row: usize,
+        kv_head: usize,
+        panels: &[Panel],
+        document: [View<'a, S>; 2],
+        own: [View<'a, S>; 2],
+    ) -> impl Iterator<Item = Keys<'a, S>> + use<'a, S> {
+        let (prefix, length) = (self.rows.prefix[row], self.length(row));
+        let start = panels.iter().map(|panel| panel.keys.start).min().unwrap_or(prefix);
+        let of_document = tiles(start.min(prefix)..prefix).map(move |range| Keys {
+            k: document[0].rows(0, &range, kv_head),
+            v: document[1].rows(0, &range, kv_head),
+            range,
+        });
+        let of_row = tiles(0..length).map(move |range| Keys {
+            k: own[0].rows(row, &range, kv_head),
+            v: own[1].rows(row, &range, kv_head),
+            range: prefix + range.start..prefix + range.end,
+        });
+        of_document.chain(of_row)
+    }
+
+    fn views<'a, S: Store>(
+        &self,
+        own: Own<'a, S>,
+        document: Document<'a, S>,
+    ) -> ([View<'a, S>; 3], [View<'a, S>; 2]) {
+        let Dims { batch, entries, heads, kv_heads, width } = self.dims;
+        let (kv, whole) = ([batch, entries, kv_heads, width], [1, self.document, kv_heads, width]);
+        let own = [
+            View::row_major(own.q, [batch, entries, heads, width]),
+            View::row_major(own.k, kv),
+            View::row_major(own.v, kv),
+        ];
+        (own, [View::row_major(document.k, whole), View::row_major(document.v, whole)])
+    }
+
+    fn tasks(&self) -> Vec<(usize, usize)> {
+        let rows = (0..self.dims.batch).filter(|row| self.length(*row) > 0);
+        let mut tasks: Vec<(usize, usize)> =
+            rows.flat_map(|row| (0..self.dims.kv_heads).map(move |kv_head| (row, kv_head))).collect();
+        // The longest first, so that no thread is left with one at the end.
+        tasks.sort_by_key(|(row, _)| std::cmp::Reverse(self.rows.prefix[*row]));
+        tasks
+    }
+
+    /// The forward pass, into `mixed`: out [n, R, H, D] and lse [n, R, H]; zeros past a row's length.
+    ///
+    /// # Panics
+    /// When an operand is shorter than its shape.
+    pub fn forward_into<S: Store>(&self, own: Own<'_, S>, document: Document<'_, S>, mixed: &mut Mixed<S>) {
+        let Dims { batch, entries, heads, width, .. } = self.dims;
+        let ([q, k, v], whole) = self.views(own, document);
+        if self.rows.lengths.is_some() {
+            mixed.out.clear();
+            mixed.lse.clear();
+        }
+        mixed.out.resize(batch * entries * heads * width, S::default());
+        mixed.lse.resize(batch * entries * heads, 0.0);
+        let out = Output::new(&mut mixed.out, [batch, entries, heads, width]);
+        let lse = Output::new(&mut mixed.lse, [batch, entries, heads, 1]);
+        let spec = self.spec();
+        self.tasks().into_par_iter().with_max_len(1).for_each(|(row, kv_head)| {
+            let panels = self.panels(&spec, row, kv_head);
+            let keys = self.keys(row, kv_head, &panels, whole, [k, v]);
+            run(&spec, row, panels, q, keys, &out, &lse);
+        });
+    }
+
+    /// The backward pass for the gradient `d_out` [n, R, H, D], into `gradients` of the rows' q, k and v.
+    ///
+    /// # Panics
+    /// When an operand is shorter than its shape.
+    pub fn backward_into<S: Store>(
+        &self,
+        own: Own<'_, S>,
+        document: Document<'_, S>,
+        mixed: &Mixed<S>,
+        d_out: &[f32],
+        gradients: &mut Gradients,
+    ) {
+        let Dims { batch, entries, heads, kv_heads, width } = self.dims;
+        let ([q, k, v], whole) = self.views(own, document);
+        let delta = delta(&mixed.out, d_out, width);
+        let d_out = View::row_major(d_out, [batch, entries, heads, width]);
+        let x = Operands { q, k, v, d_out, lse: &mixed.lse, delta: &delta };
+        for (gradient, heads) in
+            [(&mut gradients.q, heads), (&mut gradients.k, kv_heads), (&mut gradients.v, kv_heads)]
+        {
+            gradient.clear();
+            gradient.resize(batch * entries * heads * width, 0.0);
+        }
+        let dq = Output::new(&mut gradients.q, [batch, entries, heads, width]);
+        let dk = Output::new(&mut gradients.k, [batch, entries, kv_heads, width]);
+        let dv = Output::new(&mut gradients.v, [batch, entries, kv_heads, width]);
+        let spec = self.spec();
+        let padded = spec.padded();
+        self.tasks().into_par_iter().with_max_len(1).for_each(|(row, kv_head)| {
+            let _guard = spec.engine.enter();
+            let panels = self.panels(&spec, row, kv_head);
+            let (prefix, length) = (self.rows.prefix[row], self.length(row));
+            let keys: Vec<Keys<'_, S>> = self.keys(row, kv_head, &panels, whole, [k, v]).collect();
+            let mut blocks: Vec<Queries> = Vec::new();
+            for panels in panels.chunks(PANELS) {
+                let mut block = Queries::default();
+                block.pack(&spec, panels.to_vec(), row, x, [entries, heads]);
+                blocks.push(block);
+            }
+            SCRATCH.with_borrow_mut(|scratch| {
+                let (tile, products, dk_rows, dv_rows) = backward_scratch_parts(scratch);
+                for gradient in [&mut *dk_rows, &mut *dv_rows] {
+                    gradient.clear();
+                    gradient.resize((length + ROWS) * padded, 0.0);
+                }
+                for part in &keys {
+                    tile.pack_backward(&spec, part);
+                    for block in &mut blocks {
+                        let own = part.range.start.checked_sub(prefix).map(|first| first * padded);
+                        let into = own.map(|at| (&mut dk_rows[at..], &mut dv_rows[at..]));
+                        block.meet(&spec, tile, part, products, into);
+                    }
+                }
+                for block in &blocks {
+                    // SAFETY: this task alone has the queries of this row and kv head.
+                    unsafe { block.finish(&spec, row, &dq) };
+                }
+                for t in 0..length {
+                    // SAFETY: this task alone has the keys of this row and kv head.
+                    let (dk, dv) = unsafe { (dk.row(row, t, kv_head), dv.row(row, t, kv_head)) };
+                    add_row(dk, &dk_rows[t * padded..][..width]);
+                    add_row(dv, &dv_rows[t * padded..][..width]);
+                }
+            });
+        });
+    }
+}
