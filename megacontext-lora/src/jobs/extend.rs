@@ -29,7 +29,7 @@ use crate::report::{self, RunReport};
 use crate::run::Telemetry;
 use crate::run::checkpoint::{load_latest, save};
 use crate::run::folder::{RunFolder, config_toml, expect_run};
-use crate::run::metrics::{EvaluationRecord, Keep, Record, StageRecord, TrainRecord, wall_time};
+use crate::run::metrics::{EvaluationRecord, Record, StageRecord, TrainRecord, wall_time};
 use crate::run::summary::{
     BaseSummary, ByContext, DataSummary, GroupSummary, Perplexity, SUMMARY, StageSummary, Summary,
 };
@@ -297,8 +297,8 @@ impl<'h> Run<'h> {
                 let state: State = serde_json::from_value(loaded.state)
                     .map_err(|e| PluginError::data(format!("{}: state.json: {e}", loaded.path.display())))?;
                 warnings.extend(state.inputs.check(&inputs)?);
-                let keep = Keep::Lines(state.metric_lines);
-                let telemetry = Telemetry::resume(&folder, &toml, keep, &mut |w| warnings.push(w))?;
+                let telemetry =
+                    Telemetry::resume(&folder, &toml, state.metric_lines, &mut |w| warnings.push(w))?;
                 let mut trainer = trainer;
                 let (trained, optim) =
                     (loaded.tensors.into_iter().collect(), loaded.optim.into_iter().collect());

@@ -6,6 +6,7 @@ use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
 use candle_core::{Device, Tensor};
+use megacontext_base::atomic::write_file;
 use megacontext_base::decoder::Forward;
 use megacontext_base::rope::RopeTables;
 use megacontext_kernels::attention::{Pattern, Rows};
@@ -15,7 +16,6 @@ use serde_json::{Value, json};
 use crate::error::{IoResultExt, PluginError, Result};
 use crate::host::HostApi;
 use crate::jobs::{ModelDir, model_error, parse, to_value};
-use crate::run::folder::write_atomic;
 
 /// What the job is told.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
@@ -58,7 +58,7 @@ fn write(out: &Path, bytes: &[u8]) -> Result<()> {
     if out.metadata().is_ok_and(|m| !m.is_file() && !m.is_dir()) {
         return std::fs::write(out, bytes).at(out);
     }
-    write_atomic(out, bytes)
+    write_file(out, bytes).map_err(model_error)
 }
 
 /// Runs the job.

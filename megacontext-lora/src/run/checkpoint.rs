@@ -6,8 +6,7 @@
 //! - `state.json`: the trainer's own JSON (position in the data, random state, configuration hash, …), as given;
 //! - `manifest.json`: format version, step, stage, seed, size and SHA-256 of every other file, and its own digest.
 //!
-//! It is written into a hidden sibling; every file is synced, the manifest last, then the folder; a rename puts it in
-//! place and the parent is synced. So a folder with a step's name is whole or was damaged later, and damage shows: by a
+//! It is built as a hidden sibling and renamed ([`megacontext_base::atomic`]). So a folder with a step's name is whole or was damaged later, and damage shows: by a
 //! size, a digest, a file that is missing, a manifest that ends early. Resuming takes the newest whole one.
 //!
 //! The same tensors and state give the same bytes. Only one process may write a run ([`super::folder::RunFolder`] holds
@@ -17,16 +16,18 @@
 //! `Usage` when the configuration is not the one the run began with. Damage is no error but a warning.
 
 use std::collections::BTreeMap;
-use std::fs::{self, File};
+use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
 use candle_core::Tensor;
+use megacontext_base::atomic::{AtomicDir, is_leftover, previous};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use super::tensor_file::{Stamp, parse_tensors, read_stamped, write_bytes, write_tensors};
 use crate::error::{IoResultExt, PluginError, Result};
+use crate::jobs::model_error;
 
 /// The layout described above.
 pub const FORMAT_VERSION: u32 = 1;
@@ -36,7 +37,6 @@ const MANIFEST: &str = "manifest.json";
 const TRAINABLE: &str = "trainable.safetensors";
 const OPTIMIZER: &str = "optimizer.safetensors";
 const STATE: &str = "state.json";
-const HIDDEN: &str = ".tmp-";
 
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -110,13 +110,14 @@ fn write(
     }
     let parent = run_dir.join(FOLDER);
     fs::create_dir_all(&parent).at(&parent)?;
+    let target = parent.join(folder_name(step));
     // Dropped on every early return: removes what was written so far.
-    let hidden = hidden_folder(&parent, step)?;
+    let building = AtomicDir::new(&target).map_err(model_error)?;
     let mut files = BTreeMap::new();
-    files.insert(TRAINABLE.to_owned(), write_tensors(&hidden.path().join(TRAINABLE), tensors)?);
-    files.insert(OPTIMIZER.to_owned(), write_tensors(&hidden.path().join(OPTIMIZER), optim)?);
+    files.insert(TRAINABLE.to_owned(), write_tensors(&building.path().join(TRAINABLE), tensors)?);
+    files.insert(OPTIMIZER.to_owned(), write_tensors(&building.path().join(OPTIMIZER), optim)?);
     let text = serde_json::to_vec_pretty(state).map_err(|e| PluginError::internal(format!("state: {e}")))?;
-    files.insert(STATE.to_owned(), write_bytes(&hidden.path().join(STATE), &text)?);
+    files.insert(STATE.to_owned(), write_bytes(&building.path().join(STATE), &text)?);
     let manifest = Manifest {
         format_version: FORMAT_VERSION,
         step,
@@ -125,26 +126,8 @@ fn write(
         files,
         digest: String::new(),
     };
-    write_bytes(&hidden.path().join(MANIFEST), &manifest.sealed()?.json()?)?;
-    sync_folder(hidden.path())?;
-
-    let target = parent.join(folder_name(step));
-    let old = hidden_folder(&parent, step)?;
-    let replaced = target.symlink_metadata().is_ok();
-    if replaced {
-        fs::rename(&target, old.path().join("old")).at(&target)?;
-    }
-    if let Err(error) = fs::rename(hidden.path(), &target) {
-        if replaced {
-            // Best effort: the error below is the one to report.
-            fs::rename(old.path().join("old"), &target).ok();
-        }
-        return Err(PluginError::io(&target, error));
-    }
-    // The hidden name is gone: nothing is left for the guard to remove.
-    let _ = hidden.keep();
-    sync_folder(&parent)?;
-    drop(old);
+    write_bytes(&building.path().join(MANIFEST), &manifest.sealed()?.json()?)?;
+    building.commit().map_err(model_error)?;
     prune(&parent, step, keep)?;
     Ok(target)
 }
@@ -159,8 +142,8 @@ pub fn load_latest(
     warn: &mut dyn FnMut(String),
 ) -> Result<Option<Loaded>> {
     let parent = run_dir.join(FOLDER);
-    for hidden in list(&parent, |name| name.starts_with(HIDDEN).then_some(()))? {
-        remove(&hidden.1)?;
+    for (_, hidden) in list(&parent, |name| is_leftover(name).then_some(()))? {
+        remove(&hidden)?;
     }
     let mut steps = list(&parent, step_of)?;
     steps.sort_by_key(|(step, _)| std::cmp::Reverse(*step));
@@ -224,10 +207,12 @@ fn prune(parent: &Path, newest: u64, keep: usize) -> Result<()> {
 
 /// Removes a folder so that an interruption cannot leave a part of it under its own name.
 fn remove(path: &Path) -> Result<()> {
-    let name = path.file_name().unwrap_or_default().to_string_lossy();
     let mut target = path.to_path_buf();
-    if !name.starts_with(HIDDEN) {
-        target = path.with_file_name(format!("{HIDDEN}{name}.removed"));
+    if !path.file_name().is_some_and(|name| is_leftover(&name.to_string_lossy())) {
+        target = previous(path);
+        if target.exists() {
+            fs::remove_dir_all(&target).at(&target)?;
+        }
         fs::rename(path, &target).at(path)?;
     }
     if target.is_dir() {
@@ -235,18 +220,6 @@ fn remove(path: &Path) -> Result<()> {
     } else {
         fs::remove_file(&target).at(&target)
     }
-}
-
-fn hidden_folder(parent: &Path, step: u64) -> Result<tempfile::TempDir> {
-    let mut builder = tempfile::Builder::new();
-    let prefix = format!("{HIDDEN}{}.", folder_name(step));
-    builder.prefix(&prefix);
-    #[cfg(unix)]
-    {
-        use std::os::unix::fs::PermissionsExt;
-        builder.permissions(fs::Permissions::from_mode(0o777));
-    }
-    builder.tempdir_in(parent).at(parent)
 }
 
 fn folder_name(step: u64) -> String {
@@ -272,10 +245,6 @@ fn list<T>(parent: &Path, meaning: impl Fn(&str) -> Option<T>) -> Result<Vec<(T,
         }
     }
     Ok(found)
-}
-
-fn sync_folder(path: &Path) -> Result<()> {
-    File::open(path).and_then(|folder| folder.sync_all()).at(path)
 }
 
 #[cfg(test)]
@@ -364,7 +333,7 @@ mod tests {
     fn leftovers_of_a_killed_process_are_removed() {
         let dir = tempfile::tempdir().unwrap();
         let whole = put(dir.path(), 10, 5);
-        let partial = dir.path().join(FOLDER).join(".tmp-00000020.abc");
+        let partial = dir.path().join(FOLDER).join(".00000020.abc.tmp");
         fs::create_dir(&partial).unwrap();
         fs::copy(whole.join(TRAINABLE), partial.join(TRAINABLE)).unwrap();
         let (loaded, warnings) = latest(dir.path());
