@@ -15,17 +15,21 @@
 //! Errors: `Io` with the path when the system refuses: nothing half-written stays and older checkpoints are untouched;
 //! `Usage` when the configuration is not the one the run began with. Damage is no error but a warning.
 
+use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
-use candle_core::Tensor;
 use megacontext_base::atomic::{AtomicDir, is_leftover, previous};
+use megacontext_base::error::BaseError;
+use megacontext_base::gradients::Optimizer;
+use megacontext_base::params::ParamStore;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use super::tensor_file::{Stamp, parse_tensors, read_stamped, write_bytes, write_tensors};
+pub use super::tensor_file::Named;
+use super::tensor_file::{Stamp, read_stamped, read_tensors, write_bytes, write_tensors};
 use crate::error::{IoResultExt, PluginError, Result};
 use crate::jobs::model_error;
 
@@ -75,9 +79,9 @@ pub struct Loaded {
     /// The trainer's JSON, as given to [`save`].
     pub state: Value,
     /// What learns, in the order of the names.
-    pub tensors: Vec<(String, Tensor)>,
+    pub tensors: Vec<Named<'static>>,
     /// `exp_avg.<name>` and `exp_avg_sq.<name>`, in the order of the names.
-    pub optim: Vec<(String, Tensor)>,
+    pub optim: Vec<Named<'static>>,
 }
 
 /// Writes the checkpoint of `step` and keeps the `keep` newest (at least this one). Returns its folder.
@@ -89,20 +93,48 @@ pub fn save(
     run_dir: &Path,
     step: u64,
     state: &Value,
-    tensors: &[(String, Tensor)],
-    optim: &[(String, Tensor)],
+    tensors: &[Named],
+    optim: &[Named],
     keep: usize,
 ) -> Result<PathBuf> {
     write(run_dir, step, state, tensors, optim, keep)
         .map_err(|e| e.context(format!("writing the checkpoint of step {step}")))
 }
 
+/// [`save`] of the named parameters as they stand, and of an optimiser's moments, without copying either.
+///
+/// # Errors
+/// As [`save`], and when a parameter is not stored in f32: only those hold more than the base's folder does.
+pub fn save_parameters(
+    run_dir: &Path,
+    step: u64,
+    state: &Value,
+    params: &ParamStore,
+    names: &[&str],
+    optimizer: Option<&Optimizer>,
+    keep: usize,
+) -> Result<PathBuf> {
+    let held = names
+        .iter()
+        .map(|name| Ok((*name, params.shape(name).unwrap_or(&[]), params.values(name)?)))
+        .collect::<std::result::Result<Vec<_>, BaseError>>()
+        .map_err(model_error)?;
+    let mut tensors = Vec::with_capacity(held.len());
+    for (name, shape, values) in &held {
+        let values = Cow::Borrowed(values.f32().map_err(model_error)?);
+        tensors.push(Named { name: (*name).to_string(), shape: shape.to_vec(), values });
+    }
+    let optim: Vec<Named> =
+        optimizer.into_iter().flat_map(Optimizer::moments).map(|(name, v)| Named::flat(name, v)).collect();
+    save(run_dir, step, state, &tensors, &optim, keep)
+}
+
 fn write(
     run_dir: &Path,
     step: u64,
     state: &Value,
-    tensors: &[(String, Tensor)],
-    optim: &[(String, Tensor)],
+    tensors: &[Named],
+    optim: &[Named],
     keep: usize,
 ) -> Result<PathBuf> {
     if !state["config_hash"].is_string() {
@@ -181,15 +213,15 @@ fn read(path: &Path, step: u64) -> std::result::Result<Loaded, String> {
     if manifest.step != step {
         return Err(format!("{MANIFEST}: expected step {step}, got {}", manifest.step));
     }
-    let file = |name: &str| {
-        let stamp = manifest.files.get(name).ok_or_else(|| format!("{MANIFEST}: does not list {name}"))?;
-        read_stamped(&path.join(name), stamp)
-    };
-    let tensors = |name: &str| parse_tensors(&file(name)?).map_err(|e| format!("{name}: {e}"));
+    let stamp =
+        |name: &str| manifest.files.get(name).ok_or_else(|| format!("{MANIFEST}: does not list {name}"));
+    let tensors =
+        |name: &str| read_tensors(&path.join(name), stamp(name)?).map_err(|e| format!("{name}: {e}"));
+    let bytes = read_stamped(&path.join(STATE), stamp(STATE)?).map_err(|e| format!("{STATE}: {e}"))?;
     Ok(Loaded {
         path: path.to_path_buf(),
         step,
-        state: serde_json::from_slice(&file(STATE)?).map_err(|e| format!("{STATE}: {e}"))?,
+        state: serde_json::from_slice(&bytes).map_err(|e| format!("{STATE}: {e}"))?,
         tensors: tensors(TRAINABLE)?,
         optim: tensors(OPTIMIZER)?,
     })
@@ -251,12 +283,14 @@ fn list<T>(parent: &Path, meaning: impl Fn(&str) -> Option<T>) -> Result<Vec<(T,
 mod tests {
     use super::*;
     use crate::error::Kind;
-    use candle_core::{DType, Device};
     use serde_json::json;
 
-    fn tensors(value: f32) -> Vec<(String, Tensor)> {
-        let tensor = Tensor::full(value, (3, 2), &Device::Cpu).unwrap();
-        vec![("b".into(), tensor.clone()), ("a".into(), tensor)]
+    fn tensors(value: f32) -> [Named<'static>; 2] {
+        ["b", "a"].map(|name| Named {
+            name: name.into(),
+            shape: vec![3, 2],
+            values: Cow::Owned(vec![value; 6]),
+        })
     }
 
     fn state(step: u64) -> Value {
@@ -304,8 +338,8 @@ mod tests {
         let (loaded, warnings) = latest(dir.path());
         let loaded = loaded.unwrap();
         assert_eq!((loaded.path, loaded.step, loaded.state), (path, 20, state(20)));
-        assert_eq!(loaded.tensors.iter().map(|t| t.0.as_str()).collect::<Vec<_>>(), ["a", "b"]);
-        assert_eq!(loaded.optim[0].1.to_vec2::<f32>().unwrap(), vec![vec![-20.; 2]; 3]);
+        assert_eq!(loaded.tensors.iter().map(|t| t.name.as_str()).collect::<Vec<_>>(), ["a", "b"]);
+        assert_eq!((&loaded.optim[0].shape[..], &loaded.optim[0].values[..]), (&[3, 2][..], &[-20.; 6][..]));
         assert!(warnings.is_empty());
     }
 
@@ -429,7 +463,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         put(dir.path(), 10, 1);
         // The second file cannot be written: the first one is there by then.
-        let wide = vec![("w".to_owned(), Tensor::zeros(2, DType::F64, &Device::Cpu).unwrap())];
+        let wide = [Named { name: "w".into(), shape: vec![2], values: Cow::Owned(vec![0.; 3]) }];
         let error = save(dir.path(), 20, &state(20), &tensors(1.), &wide, 1).unwrap_err();
         assert_eq!(error.context, "writing the checkpoint of step 20");
         assert_eq!(names(dir.path()), ["00000010"]);
