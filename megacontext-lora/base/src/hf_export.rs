@@ -3,7 +3,8 @@
 //! `config.json`, one `model.safetensors` (metadata `format: pt`, which transformers asks for) and, copied from another
 //! model folder, the tokenizer's and generation's files. The folder appears whole or not at all.
 //!
-//! Tensors are asked for one at a time and written at once, so that one of them in f32 is all the memory it takes.
+//! Tensors are asked for one at a time and written at once, part by part, so that one of them in f32 is all the memory it
+//! takes, and none where it is held anyway.
 //! Errors: `BaseError::Weights` for a tensor that does not fit the configuration, `BaseError::Io` for the disk.
 //!
 //! Left out: sharding; one file of any size is valid.
@@ -14,6 +15,7 @@ use std::io::{BufWriter, Write};
 use std::path::Path;
 
 use candle_core::{DType, Device, Tensor};
+use megacontext_kernels::cpu::Values;
 use rayon::prelude::*;
 use serde_json::{Map, Value, json};
 
@@ -21,6 +23,9 @@ use crate::atomic::{AtomicDir, is_vacant};
 use crate::config::LlamaConfig;
 use crate::error::{BaseError, Result};
 pub use crate::weights::Dtype;
+
+/// Values turned into bytes at a time.
+const PART: usize = 1 << 18;
 
 /// Files of a model folder that belong to its tokenizer and its generation defaults.
 const COMPANIONS: [&str; 8] = [
@@ -146,9 +151,10 @@ pub(crate) fn write_safetensors(
     out.write_all(&(header.len() as u64).to_le_bytes()).map_err(BaseError::io(path))?;
     out.write_all(&header).map_err(BaseError::io(path))?;
     for (name, shape) in tensors {
-        let tensor = load(name, shape)?.to_device(&Device::Cpu)?.to_dtype(DType::F32)?;
-        let values = tensor.flatten_all()?.to_vec1::<f32>()?;
-        out.write_all(&narrow(&values, dtype)).map_err(BaseError::io(path))?;
+        let tensor = load(name, shape)?.to_device(&Device::Cpu)?.to_dtype(DType::F32)?.contiguous()?;
+        for values in Values::of(&tensor)?.chunks(PART) {
+            out.write_all(&narrow(values, dtype)).map_err(BaseError::io(path))?;
+        }
     }
     out.into_inner().map_err(|e| e.into_error()).and_then(|f| f.sync_all()).map_err(BaseError::io(path))
 }
