@@ -98,24 +98,6 @@ pub(crate) fn with_values<R>(op: &'static str, tensor: &Tensor, f: impl FnOnce(&
     Ok(f(&contiguous(op, storage, layout)?))
 }
 
-/// Adds the values of a CPU f32 tensor to a buffer of the same size.
-///
-/// # Errors
-/// When the sizes differ.
-pub fn accumulate(buffer: &mut [f32], tensor: &Tensor) -> Result<()> {
-    with_values("accumulate", tensor, |values| {
-        if values.len() != buffer.len() {
-            return Err(KernelError::shape(
-                "accumulate",
-                format!("{} values", buffer.len()),
-                format!("{}", values.len()),
-            ));
-        }
-        buffer.par_iter_mut().zip(values).with_min_len(16_384).for_each(|(sum, value)| *sum += value);
-        Ok(())
-    })?
-}
-
 /// A new CPU tensor over `values`.
 pub(crate) fn tensor(values: Vec<f32>, dims: impl Into<candle_core::Shape>) -> Result<Tensor> {
     Ok(Tensor::from_vec(values, dims, &candle_core::Device::Cpu)?)

@@ -10,8 +10,7 @@
 use std::borrow::Cow;
 use std::collections::BTreeMap;
 
-use candle_core::Tensor;
-use megacontext_kernels::{adamw, cpu};
+use megacontext_kernels::adamw;
 use serde::{Deserialize, Serialize};
 
 use crate::buffers::Buffers;
@@ -62,11 +61,6 @@ impl Gradients {
     /// The buffer of a parameter of `len` values, zeroed when new.
     pub fn buffer(&mut self, name: &str, len: usize) -> &mut Vec<f32> {
         self.buffers.entry(name.to_string()).or_insert_with(|| vec![0.0; len])
-    }
-
-    /// Adds a gradient.
-    pub fn add(&mut self, name: &str, gradient: &Tensor) -> Result<()> {
-        Ok(cpu::accumulate(self.buffer(name, gradient.elem_count()), gradient)?)
     }
 
     /// The gradient of a parameter, if one has arrived.

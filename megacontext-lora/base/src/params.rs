@@ -1,9 +1,8 @@
 //! Parameters by name, each in one group, and which groups learn.
 //!
 //! Source: the alternating optimisation of MegaContext, where a phase swaps what is frozen. A phase names the groups that
-//! learn. The decoder asks [`ParamStore::learns`] and makes gradients for those alone; a graph taped by candle takes its
-//! parameters from [`ParamStore::read`], as leaves where they learn and detached where they do not. Nothing is copied when
-//! the set changes: both views share one storage.
+//! learn. The decoder asks [`ParamStore::learns`] and makes gradients for those alone; a graph taped by candle finds what
+//! learns as leaves in [`ParamStore::trainable`]. Nothing is copied when the set changes.
 //!
 //! Storage: f32, or bf16 for a frozen weight. What learns is always f32, so a parameter stored in bf16 becomes f32 when its
 //! group begins to learn ([`ParamStore::set_learning`]): every bf16 is an f32, so no value changes, and it stays f32 when
@@ -162,16 +161,6 @@ impl ParamStore {
     /// Shape of a parameter.
     pub fn shape(&self, name: &str) -> Option<&[usize]> {
         self.params.get(name).map(|p| p.leaf.dims())
-    }
-
-    /// What a taped graph reads: a leaf if the parameter's group learns, detached otherwise.
-    pub fn read(&self, name: &str) -> Result<Tensor> {
-        let param = self.params.get(name).ok_or_else(|| unknown(name))?;
-        Ok(if self.learning.contains(&param.group) {
-            param.leaf.as_tensor().clone()
-        } else {
-            param.leaf.as_detached_tensor()
-        })
     }
 
     /// Overwrites a value, keeping name, group and identity.
