@@ -124,6 +124,15 @@ fn values_that_only_bf16_calls_infinite_stay_where_they_are_seen() -> Result<()>
     Ok(())
 }
 
+#[test]
+fn a_nan_does_not_coarsen_the_gradients_of_others() -> Result<()> {
+    // Large scores: probabilities found again from operands that are rounded otherwise than forward's would be far off.
+    let case = Case::new([1, 60, 1, 1, 16], Pattern::Dense).scale(40.0);
+    let clean = case.outcome::<f32>(&case.operands(), Products::Bf16)?;
+    check_bad_row(&case, Products::Bf16, &clean, 0, 45, 0, f32::NAN)?;
+    check_bad_row(&case, Products::Bf16, &clean, 1, 59, 0, f32::NAN)
+}
+
 fn all_zero<S: Store>(outcome: &Outcome<S>) -> bool {
     outcome.out.iter().all(|x| x.get() == 0.0) && outcome.gradients.iter().flatten().all(|x| *x == 0.0)
 }
