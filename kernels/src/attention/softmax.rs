@@ -85,20 +85,16 @@ multiversion! {
                 top[i] = if row[i] > top[i] { row[i] } else { top[i] };
             }
         }
+        // Each lane decides for itself: what a query gets must not depend on another query.
         let mut moved = false;
         for i in 0..LANES {
-            moved |= factor * top[i] > running.top[i] + SLACK;
-        }
-        if moved {
-            moved = false;
-            for i in 0..LANES {
-                let new = if factor * top[i] > running.top[i] { factor * top[i] } else { running.top[i] };
-                keep[i] = if running.top[i] == f32::NEG_INFINITY { 0.0 } else { exp2(running.top[i] - new) };
-                running.top[i] = new;
-                // Before the first score there is nothing to rescale.
-                moved |= running.total[i] != 0.0;
-                running.total[i] *= keep[i];
-            }
+            let (old, new) = (running.top[i], factor * top[i]);
+            let moves = new > old + SLACK;
+            // Before the first score there is nothing to rescale: 2^−inf is 0.
+            keep[i] = if moves { exp2(old - new) } else { 1.0 };
+            running.top[i] = if moves { new } else { old };
+            moved |= moves && running.total[i] != 0.0;
+            running.total[i] *= keep[i];
         }
         let mut against = [0f32; LANES];
         for i in 0..LANES {
