@@ -95,7 +95,7 @@ impl Engine {
     /// C (+)= A·B for `rows` rows, `lanes` (16 or 32) columns and `words` words of depth; row strides in words.
     ///
     /// # Safety
-    /// With rows rounded up to [`ROWS`] and, for pairs, words to 16: A readable for rows × words at stride `lda`, B
+    /// For pairs with rows rounded up to [`ROWS`] and words to 16, for f32 as they are: A readable for rows × words at stride `lda`, B
     /// for words × lanes at `ldb`, C writable (and initialised when `add`) for rows × lanes at `ldc`; C overlaps
     /// neither; `enter`'s guard is alive on this thread.
     #[inline]
