@@ -1,14 +1,14 @@
 //! The attention op against the f64 reference, finite differences, and the golden shifted sparse case.
 
 #[path = "attention/support.rs"]
+#[allow(dead_code)]
 mod support;
 
 use anyhow::Result;
 use candle_core::{DType, Device, Tensor, Var};
 use megacontext_kernels::attention::{Pattern, Rows, attention};
-use support::{Case, close, flat, random, wide};
+use support::{Case, SHIFTED, close, flat, random, wide};
 
-const SHIFTED: fn(usize) -> Pattern = |group| Pattern::ShiftedSparse { group };
 
 #[test]
 fn equals_the_reference_for_odd_lengths_and_heads() -> Result<()> {
@@ -224,57 +224,6 @@ fn the_same_bytes_whatever_the_threads() -> Result<()> {
     for threads in [1, 2, 5] {
         let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build()?;
         assert!(pool.install(run)? == first, "{threads} threads");
-    }
-    Ok(())
-}
-
-#[test]
-fn large_scores_do_not_overflow() -> Result<()> {
-    for factor in [100.0, -100.0] {
-        let case = Case::new([1, 600, 2, 1, 8], Pattern::Dense);
-        let [q, k, v] = case.inputs()?;
-        let out = case.run(&[(q * factor)?, k, v])?;
-        assert!(flat(&out)?.iter().all(|x| x.is_finite() && x.abs() <= 1.0001));
-    }
-    Ok(())
-}
-
-#[test]
-fn nan_reaches_what_sees_it_and_nothing_else() -> Result<()> {
-    let at = 30;
-    for which in 0..3 {
-        for value in [f32::NAN, f32::INFINITY] {
-            for pattern in [Pattern::Dense, SHIFTED(16)] {
-                let case = Case::new([1, 64, 2, 1, 4], pattern);
-                let mut inputs = case.inputs()?;
-                let clean = flat(&case.run(&inputs)?)?;
-                let (dims, mut values) = (inputs[which].dims().to_vec(), flat(&inputs[which])?);
-                let row: usize = dims[2] * 4;
-                values[at * row..(at + 1) * row].fill(value);
-                inputs[which] = Tensor::from_vec(values, dims, &Device::Cpu)?;
-                let got = flat(&case.run(&inputs)?)?;
-                let what = format!("{pattern:?} operand {which}: entries before");
-                let before = |out: &[f32]| out[..at * 8].iter().map(|x| f64::from(*x)).collect::<Vec<_>>();
-                close(&what, &before(&got), &before(&clean), 1e-6);
-                if value.is_nan() {
-                    assert!(
-                        got[at * 8..(at + 1) * 8].iter().all(|x| x.is_nan()),
-                        "{pattern:?} operand {which}"
-                    );
-                }
-                // Gradients of an output before the bad entry stay clean too.
-                let mut probe = vec![0f32; got.len()];
-                probe[(at - 1) * 8..at * 8].fill(1.0);
-                let probe = Tensor::from_vec(probe, &case.q_dims()[..], &Device::Cpu)?;
-                let [_, k, v] = case.gradients(&inputs, &probe)?;
-                if pattern == SHIFTED(16) && which != 0 {
-                    for gradient in [k, v] {
-                        let gradient = flat(&gradient)?;
-                        assert!(gradient[..16 * 4].iter().all(|x| x.is_finite()), "another group");
-                    }
-                }
-            }
-        }
     }
     Ok(())
 }

@@ -206,10 +206,8 @@ impl Queries {
         let rows: Vec<Range<usize>> = self.panels.iter().map(|p| p.rows(&tile.range)).collect();
         let Some(first) = rows.iter().position(|r| !r.is_empty()) else { return };
         let last = rows.iter().rposition(|r| !r.is_empty()).unwrap_or(first);
-        let masked = |(panel, rows): (&Panel, &Range<usize>)| {
-            !rows.is_empty() && panel.mask(tile.range.start + rows.start, rows.len()).is_some()
-        };
-        if self.panels.iter().zip(&rows).any(masked)
+        let partial = |i: usize| self.panels[i].partial(&tile.range, &rows[i]);
+        if (first..=last).any(partial)
             && !(self.finite && tile.finite(|| finite(keys.k) && finite(keys.v)))
         {
             // 0·inf is NaN: with such values a query and a key may meet only where one sees the other.
@@ -315,6 +313,9 @@ impl Queries {
         mut gradients: Option<(&mut [f32], &mut [f32])>,
     ) {
         let (width, padded) = (spec.width, spec.padded());
+        // The probabilities of the forward pass are found again only from the values that it multiplied.
+        let engine = spec.engine;
+        let k = |at: usize, d: usize| engine.value(keys.k.at(at, d));
         for (i, panel) in self.panels.iter().enumerate() {
             for lane in 0..panel.count {
                 let row = (i * LANES + lane) * width;
@@ -325,14 +326,14 @@ impl Queries {
                     }
                     let (mut score, mut dp) = (0f32, 0f32);
                     for d in 0..width {
-                        score += q[d] * keys.k.at(at, d).get();
-                        dp += d_out[d] * keys.v.at(at, d).get();
+                        score += engine.value(q[d]) * k(at, d);
+                        dp += engine.value(d_out[d]) * engine.value(keys.v.at(at, d));
                     }
                     let score = score * spec.factor() + panel.bias_of(lane, tile.positions[at]);
                     let p = (score - self.lse[i][lane]).exp2();
                     let ds = p * (dp - self.delta[i][lane]) * spec.scale;
                     for d in 0..width {
-                        self.dq[(i * padded + d) * LANES + lane] += ds * keys.k.at(at, d).get();
+                        self.dq[(i * padded + d) * LANES + lane] += ds * k(at, d);
                         if let Some((dk, dv)) = &mut gradients {
                             dk[at * padded + d] += ds * q[d];
                             dv[at * padded + d] += p * d_out[d];

@@ -93,7 +93,7 @@ impl Gathering {
         if online(scores, factor, &mut self.running, &mut keep) {
             scale_lanes(&mut self.out, &keep);
         }
-        if mask.is_some() && !tile.finite(|| finite(v)) {
+        if self.panel.partial(&tile.range, &rows) && !tile.finite(|| finite(v)) {
             // 0·inf is NaN: with such values a query may touch only the keys that it sees.
             for (key, row) in rows.clone().zip(scores.chunks_exact(LANES)) {
                 for lane in (0..self.panel.count).filter(|l| self.panel.sees(*l, tile.range.start + key)) {

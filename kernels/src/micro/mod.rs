@@ -22,6 +22,7 @@ mod tiles;
 mod vectors;
 
 use crate::cpu::{self, Level};
+use crate::store::Store;
 
 /// Most lanes of a block: two vectors of AVX-512.
 pub(crate) const LANES: usize = 32;
@@ -61,6 +62,14 @@ impl Engine {
         match self {
             Self::F32(_) => 1,
             Self::Pairs(_) => 2,
+        }
+    }
+
+    /// A value as products read it.
+    pub fn value<S: Store>(self, x: S) -> f32 {
+        match self {
+            Self::F32(_) => x.get(),
+            Self::Pairs(_) => f32::from_bits(u32::from(x.bits()) << 16),
         }
     }
 
