@@ -1,0 +1,160 @@
+//! The two operations that a step spends its products in besides attention: a linear layer, and the loss over the head.
+//!
+//! `linear`: y = x·Wᵀ + s·x·AᵀBᵀ, and the gradients of x, A and B, over a frozen W: x [n, in], W [out, in], A [r, in],
+//! B [out, r]. Rank 0 leaves LoRA out. `loss`: cross-entropy over the head in chunks, NLL, and the gradients of the hidden
+//! states and of the head: h [n, E], W [V, E].
+
+use candle_core::{Device, Tensor, Var};
+use megacontext_kernels::linear::{self, Lora};
+use megacontext_kernels::loss::{Gradient, head_cross_entropy};
+use megacontext_kernels::vjp;
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
+
+use super::measure::{Memory, Times, megabytes, rounded};
+use super::{Dtype, add, begin, check_common, normals, within};
+use crate::error::Result;
+use crate::host::HostApi;
+use crate::jobs::with_threads;
+
+/// Widths above these are a slip of the pen.
+const WIDEST: usize = 1 << 20;
+
+/// What `linear` measures.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct LinearBench {
+    /// Entries.
+    pub n: usize,
+    /// Width of the input.
+    pub inp: usize,
+    /// Width of the output.
+    pub out: usize,
+    /// Rank of LoRA, 0 for none.
+    pub rank: usize,
+    /// Precision.
+    pub dtype: Dtype,
+    /// Samples.
+    pub reps: usize,
+    /// Threads; none means all.
+    pub threads: Option<usize>,
+}
+
+impl Default for LinearBench {
+    fn default() -> Self {
+        Self { n: 4096, inp: 576, out: 576, rank: 8, dtype: Dtype::F32, reps: 3, threads: None }
+    }
+}
+
+/// What `loss` measures.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct LossBench {
+    /// Positions.
+    pub n: usize,
+    /// Model width.
+    pub width: usize,
+    /// Vocabulary.
+    pub vocab: usize,
+    /// Precision.
+    pub dtype: Dtype,
+    /// Samples.
+    pub reps: usize,
+    /// Threads; none means all.
+    pub threads: Option<usize>,
+}
+
+impl Default for LossBench {
+    fn default() -> Self {
+        Self { n: 4096, width: 576, vocab: 49152, dtype: Dtype::F32, reps: 3, threads: None }
+    }
+}
+
+fn tensor(seed: u64, rows: usize, cols: usize) -> Result<Tensor> {
+    Ok(Tensor::from_vec(normals(seed, rows * cols), (rows, cols), &Device::Cpu)?)
+}
+
+/// The fields of a measured forward and backward.
+fn timed(both: &Times, forward: &Times, extra: Option<u64>, flops: f64) -> Value {
+    json!({
+        "fb_ms": rounded(both.median() * 1e3, 3), "best_ms": rounded(both.best() * 1e3, 3),
+        "fwd_ms": rounded(forward.median() * 1e3, 3), "peak_extra_MB": megabytes(extra),
+        "gflops": rounded(flops / both.median() / 1e9, 1), "gflop_total": rounded(flops / 1e9, 3),
+    })
+}
+
+/// Measures a linear layer.
+pub fn linear(bench: &LinearBench, host: &dyn HostApi) -> Result<Value> {
+    check_common(bench.n, 1, bench.reps)?;
+    within("inp", bench.inp, WIDEST)?;
+    within("out", bench.out, WIDEST)?;
+    if bench.rank > 0 {
+        within("rank", bench.rank, bench.inp.max(bench.out))?;
+    }
+    with_threads(bench.threads, || measured_linear(bench, host))?
+}
+
+fn measured_linear(bench: &LinearBench, host: &dyn HostApi) -> Result<Value> {
+    let &LinearBench { n, inp, out, rank, .. } = bench;
+    let x = Var::from_tensor(&tensor(1, n, inp)?)?;
+    let w = tensor(2, out, inp)?;
+    let factors = match rank {
+        0 => None,
+        rank => Some((Var::from_tensor(&tensor(3, rank, inp)?)?, Var::from_tensor(&tensor(4, out, rank)?)?)),
+    };
+    let d_out = tensor(5, n, out)?;
+    let lora = || factors.as_ref().map(|(a, b)| Lora { a_ri: a, b_or: b, scale: 2.0, dropout: None });
+    let memory = Memory::start();
+    let both = Times::of(bench.reps, host, || {
+        let y = linear::linear(&x, &w, lora())?;
+        std::hint::black_box(vjp::seed(&y, d_out.clone())?.backward()?);
+        Ok(())
+    })?;
+    let extra = memory.extra();
+    let frozen = x.detach();
+    let forward = Times::of(bench.reps, host, || {
+        std::hint::black_box(linear::linear(&frozen, &w, lora())?);
+        Ok(())
+    })?;
+    // W twice (y and dx), LoRA's two factors three times (forward, their inputs' gradient, their own).
+    let flops = 2.0 * n as f64 * (2.0 * (inp * out) as f64 + 3.0 * (rank * (inp + out)) as f64);
+    let mut result = begin("linear", bench.dtype)?;
+    add(&mut result, json!({ "n": n, "in": inp, "out": out, "r": rank }));
+    add(&mut result, timed(&both, &forward, extra, flops));
+    both.describe(&mut result);
+    Ok(Value::Object(result))
+}
+
+/// Measures the loss over the output head.
+pub fn loss(bench: &LossBench, host: &dyn HostApi) -> Result<Value> {
+    check_common(bench.n, 1, bench.reps)?;
+    within("width", bench.width, WIDEST)?;
+    within("vocab", bench.vocab, WIDEST)?;
+    with_threads(bench.threads, || measured_loss(bench, host))?
+}
+
+fn measured_loss(bench: &LossBench, host: &dyn HostApi) -> Result<Value> {
+    let &LossBench { n, width, vocab, .. } = bench;
+    let (h, w) = (tensor(1, n, width)?, tensor(2, vocab, width)?);
+    let mut random = megacontext_base::random::Random::new(3);
+    let targets: Vec<u32> = (0..n).map(|_| random.below(vocab) as u32).collect();
+    let scale = 1.0 / n as f32;
+    let memory = Memory::start();
+    let mut head = vec![0f32; vocab * width];
+    let both = Times::of(bench.reps, host, || {
+        let gradient = Gradient::HiddenAndHead { scale, head: &mut head };
+        std::hint::black_box(head_cross_entropy(&h, &w, &targets, gradient)?);
+        Ok(())
+    })?;
+    let extra = memory.extra();
+    let forward = Times::of(bench.reps, host, || {
+        std::hint::black_box(head_cross_entropy(&h, &w, &targets, Gradient::Skip)?);
+        Ok(())
+    })?;
+    let flops = 3.0 * 2.0 * (n * width) as f64 * vocab as f64;
+    let mut result = begin("loss", bench.dtype)?;
+    add(&mut result, json!({ "n": n, "E": width, "V": vocab }));
+    add(&mut result, timed(&both, &forward, extra, flops));
+    both.describe(&mut result);
+    Ok(Value::Object(result))
+}
