@@ -71,6 +71,15 @@ fn attention_tells_sizes_times_memory_and_work() {
 }
 
 #[test]
+fn attention_has_three_precision_classes() {
+    for dtype in ["f32", "mixed", "bf16"] {
+        let line = one(&format!("attention --n 64 --heads 2,1 --head-dim 8 --reps 1 --dtype {dtype}"));
+        assert_eq!(line["dtype"], json!(dtype), "{line}");
+        positive(&line, &["fb_ms", "fwd_ms"]);
+    }
+}
+
+#[test]
 fn several_lengths_are_several_lines() {
     let lines =
         bench("attention --pattern dense --n 64,96 --heads 2,2 --head-dim 8 --reps 1 --batch 2 --threads 2");

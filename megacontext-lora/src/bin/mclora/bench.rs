@@ -73,7 +73,7 @@ pub struct AttentionArgs {
 /// Flags of every measurement of an operation.
 #[derive(Debug, Clone, Args)]
 struct Common {
-    /// f32 [default: f32]
+    /// Precision: f32, mixed (f32 storage, bf16 products) or bf16 [default: f32]
     #[arg(long, value_name = "NAME")]
     dtype: Option<String>,
     /// Quiet samples to take, out of at most three times as many [default: 3]
@@ -99,7 +99,7 @@ pub struct StepArgs {
     /// Group of s2: tokens, or a part of the sequence [default: 0.25]
     #[arg(long, value_name = "G")]
     group: Option<String>,
-    /// f32 [default: f32]
+    /// Precision: f32, mixed (f32 storage, bf16 products) or bf16 [default: f32]
     #[arg(long, value_name = "NAME")]
     dtype: Option<String>,
     /// Rank of LoRA on q, k, v and o [default: 8]

@@ -2,13 +2,15 @@
 //!
 //! Shapes: q [B, n, H, d], k and v [B, n, Hkv, d] as a projection leaves them; gradients of all three.
 
-use megacontext_kernels::attention::slices::Prepared;
+use megacontext_kernels::attention::slices::{Gradients, Mixed, Prepared};
 use megacontext_kernels::attention::{Pattern, Rows};
+use megacontext_kernels::precision::Precision;
+use megacontext_kernels::store::{Store, bf16};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use super::measure::{Memory, Times, megabytes, rounded};
-use super::{Dtype, add, begin, check_common, group, kind, normals, within};
+use super::{add, begin, check_common, group, kind, normals, within};
 use crate::error::{PluginError, Result};
 use crate::host::HostApi;
 use crate::jobs::with_threads;
@@ -30,7 +32,7 @@ pub struct AttentionBench {
     /// Group of shifted sparse attention.
     pub group: GroupSize,
     /// Precision.
-    pub dtype: Dtype,
+    pub dtype: Precision,
     /// Rows.
     pub batch: usize,
     /// Samples.
@@ -47,7 +49,7 @@ impl Default for AttentionBench {
             heads: vec![9, 3],
             head_dim: 64,
             group: GroupSize::Part(0.25),
-            dtype: Dtype::F32,
+            dtype: Precision::F32,
             batch: 1,
             reps: 3,
             threads: None,
@@ -70,28 +72,40 @@ pub fn run(bench: &AttentionBench, host: &dyn HostApi) -> Result<Value> {
     let scale = 1.0 / (bench.head_dim as f64).sqrt();
     let sizes = [bench.batch, bench.n, heads, kv_heads, bench.head_dim];
     let prepared = Prepared::new(sizes, scale, pattern, &Rows::default())
-        .map_err(|e| PluginError::usage(e.to_string()))?;
-    with_threads(bench.threads, || measured(bench, pattern, &prepared, [heads, kv_heads], host))?
+        .map_err(|e| PluginError::usage(e.to_string()))?
+        .with_products(bench.dtype.products());
+    let heads = [heads, kv_heads];
+    with_threads(bench.threads, || {
+        if bench.dtype.stores_bf16() {
+            measured::<bf16>(bench, pattern, &prepared, heads, host)
+        } else {
+            measured::<f32>(bench, pattern, &prepared, heads, host)
+        }
+    })?
 }
 
-fn measured(
+fn measured<S: Store>(
     bench: &AttentionBench,
     pattern: Pattern,
     prepared: &Prepared,
     [heads, kv_heads]: [usize; 2],
     host: &dyn HostApi,
 ) -> Result<Value> {
-    let values = |seed, heads: usize| normals(seed, bench.batch * bench.n * heads * bench.head_dim);
-    let (q, k, v, d_out) = (values(1, heads), values(2, kv_heads), values(3, kv_heads), values(4, heads));
+    let len = |heads: usize| bench.batch * bench.n * heads * bench.head_dim;
+    let (q, k, v): (Vec<S>, Vec<S>, Vec<S>) =
+        (normals(1, len(heads)), normals(2, len(kv_heads)), normals(3, len(kv_heads)));
+    let d_out: Vec<f32> = normals(4, len(heads));
     let memory = Memory::start();
+    // As in a step: results and gradients are kept from one run to the next, and written anew.
+    let (mut mixed, mut gradients) = (Mixed::<S>::default(), Gradients::default());
     let both = Times::of(bench.reps, host, || {
-        let mixed = prepared.forward(&q, &k, &v);
-        std::hint::black_box(prepared.backward(&q, &k, &v, &mixed, &d_out));
+        prepared.forward_into(&q, &k, &v, &mut mixed);
+        prepared.backward_into(&q, &k, &v, &mixed, &d_out, &mut gradients);
         Ok(())
     })?;
     let extra = memory.extra();
     let forward = Times::of(bench.reps, host, || {
-        std::hint::black_box(prepared.forward(&q, &k, &v));
+        prepared.forward_into(&q, &k, &v, &mut mixed);
         Ok(())
     })?;
     let flops = bench.batch as f64

@@ -23,8 +23,9 @@
 use megacontext_base::random::{Random, mix};
 use megacontext_kernels::attention::Pattern;
 use megacontext_kernels::cpu;
+use megacontext_kernels::precision::Precision;
+use megacontext_kernels::store::Store;
 use rayon::prelude::*;
-use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
 use crate::error::{PluginError, Result};
@@ -60,16 +61,16 @@ pub fn run(params: Value, host: &dyn HostApi) -> Result<Value> {
     }
 }
 
-/// Precision class.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Dtype {
-    /// f32 storage and products.
-    F32,
+/// Refuses the precision classes that a measurement does not have.
+fn f32_only(what: &str, dtype: Precision) -> Result<()> {
+    if dtype == Precision::F32 {
+        return Ok(());
+    }
+    Err(PluginError::usage(format!("dtype: expected f32 for {what}, got {dtype}")))
 }
 
 /// The fields that begin every result.
-fn begin(what: &str, dtype: Dtype) -> Result<Map<String, Value>> {
+fn begin(what: &str, dtype: Precision) -> Result<Map<String, Value>> {
     let fields = json!({
         "lib": "megacontext", "what": what, "dtype": dtype, "threads": rayon::current_num_threads(),
         "cpu": cpu::level().name(), "profile": env!("MEGACONTEXT_PROFILE"),
@@ -119,12 +120,12 @@ fn check_common(n: usize, batch: usize, reps: usize) -> Result<()> {
 }
 
 /// Values N(0, 1), made by all threads; the same seed gives the same values at any number of threads.
-fn normals(seed: u64, len: usize) -> Vec<f32> {
+fn normals<S: Store>(seed: u64, len: usize) -> Vec<S> {
     const CHUNK: usize = 1 << 16;
-    let mut values = vec![0f32; len];
+    let mut values = vec![S::default(); len];
     values.par_chunks_mut(CHUNK).enumerate().for_each(|(chunk, values)| {
         let mut random = Random::new(seed ^ mix(chunk as u64));
-        values.fill_with(|| random.normal() as f32);
+        values.fill_with(|| S::put(random.normal() as f32));
     });
     values
 }
@@ -135,9 +136,9 @@ mod tests {
 
     #[test]
     fn inputs_are_random_and_repeat() {
-        let (a, b) = (normals(1, 100_000), normals(1, 100_000));
+        let (a, b): (Vec<f32>, Vec<f32>) = (normals(1, 100_000), normals(1, 100_000));
         assert_eq!(a, b);
-        assert_ne!(a[..10], normals(2, 10)[..]);
+        assert_ne!(a[..10], normals::<f32>(2, 10)[..]);
         let mean = a.iter().map(|v| f64::from(*v)).sum::<f64>() / a.len() as f64;
         let square = a.iter().map(|v| f64::from(*v).powi(2)).sum::<f64>() / a.len() as f64;
         assert!(mean.abs() < 0.02 && (square - 1.0).abs() < 0.02, "{mean} {square}");

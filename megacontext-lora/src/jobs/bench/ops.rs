@@ -7,12 +7,13 @@
 use candle_core::{Device, Tensor, Var};
 use megacontext_kernels::linear::{self, Lora};
 use megacontext_kernels::loss::{Gradient, head_cross_entropy};
+use megacontext_kernels::precision::Precision;
 use megacontext_kernels::vjp;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use super::measure::{Memory, Times, megabytes, rounded};
-use super::{Dtype, add, begin, check_common, normals, within};
+use super::{add, begin, check_common, f32_only, normals, within};
 use crate::error::Result;
 use crate::host::HostApi;
 use crate::jobs::with_threads;
@@ -33,7 +34,7 @@ pub struct LinearBench {
     /// Rank of LoRA, 0 for none.
     pub rank: usize,
     /// Precision.
-    pub dtype: Dtype,
+    pub dtype: Precision,
     /// Samples.
     pub reps: usize,
     /// Threads; none means all.
@@ -42,7 +43,7 @@ pub struct LinearBench {
 
 impl Default for LinearBench {
     fn default() -> Self {
-        Self { n: 4096, inp: 576, out: 576, rank: 8, dtype: Dtype::F32, reps: 3, threads: None }
+        Self { n: 4096, inp: 576, out: 576, rank: 8, dtype: Precision::F32, reps: 3, threads: None }
     }
 }
 
@@ -57,7 +58,7 @@ pub struct LossBench {
     /// Vocabulary.
     pub vocab: usize,
     /// Precision.
-    pub dtype: Dtype,
+    pub dtype: Precision,
     /// Samples.
     pub reps: usize,
     /// Threads; none means all.
@@ -66,12 +67,12 @@ pub struct LossBench {
 
 impl Default for LossBench {
     fn default() -> Self {
-        Self { n: 4096, width: 576, vocab: 49152, dtype: Dtype::F32, reps: 3, threads: None }
+        Self { n: 4096, width: 576, vocab: 49152, dtype: Precision::F32, reps: 3, threads: None }
     }
 }
 
 fn tensor(seed: u64, rows: usize, cols: usize) -> Result<Tensor> {
-    Ok(Tensor::from_vec(normals(seed, rows * cols), (rows, cols), &Device::Cpu)?)
+    Ok(Tensor::from_vec(normals::<f32>(seed, rows * cols), (rows, cols), &Device::Cpu)?)
 }
 
 /// The fields of a measured forward and backward.
@@ -86,6 +87,7 @@ fn timed(both: &Times, forward: &Times, extra: Option<u64>, flops: f64) -> Value
 /// Measures a linear layer.
 pub fn linear(bench: &LinearBench, host: &dyn HostApi) -> Result<Value> {
     check_common(bench.n, 1, bench.reps)?;
+    f32_only("a linear layer", bench.dtype)?;
     within("inp", bench.inp, WIDEST)?;
     within("out", bench.out, WIDEST)?;
     if bench.rank > 0 {
@@ -128,6 +130,7 @@ fn measured_linear(bench: &LinearBench, host: &dyn HostApi) -> Result<Value> {
 /// Measures the loss over the output head.
 pub fn loss(bench: &LossBench, host: &dyn HostApi) -> Result<Value> {
     check_common(bench.n, 1, bench.reps)?;
+    f32_only("the loss", bench.dtype)?;
     within("width", bench.width, WIDEST)?;
     within("vocab", bench.vocab, WIDEST)?;
     with_threads(bench.threads, || measured_loss(bench, host))?

@@ -13,11 +13,12 @@ use megacontext_base::decoder::Decoder;
 use megacontext_base::lora::LoraConfig;
 use megacontext_base::params::Group;
 use megacontext_base::random::Random;
+use megacontext_kernels::precision::Precision;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
 use super::measure::{Memory, Times, megabytes, rounded};
-use super::{Dtype, add, begin, check_common, group, kind, within};
+use super::{add, begin, check_common, f32_only, group, kind, within};
 use crate::error::{PluginError, Result};
 use crate::host::HostApi;
 use crate::jobs::{model_error, to_value, with_threads};
@@ -41,7 +42,7 @@ pub struct StepBench {
     /// Group of shifted sparse attention.
     pub group: GroupSize,
     /// Precision.
-    pub dtype: Dtype,
+    pub dtype: Precision,
     /// Rank of LoRA.
     pub rank: usize,
     /// Recompute blocks in the backward pass.
@@ -61,7 +62,7 @@ impl Default for StepBench {
             n: 4096,
             attn: Attention::S2,
             group: GroupSize::Part(0.25),
-            dtype: Dtype::F32,
+            dtype: Precision::F32,
             rank: 8,
             checkpointing: true,
             steps: 2,
@@ -75,6 +76,7 @@ impl StepBench {
     fn check(&self) -> Result<()> {
         check_common(self.n, self.batch, 1)?;
         within("steps", self.steps, 1000)?;
+        f32_only("a step", self.dtype)?;
         config::pattern(self.attn, self.group, self.n).map(|_| ())
     }
 
