@@ -156,6 +156,19 @@ fn linear_tells_sizes_times_and_work() {
 }
 
 #[test]
+fn gist_tells_both_ways_and_how_they_compare() {
+    for dtype in ["f32", "bf16"] {
+        let flags = "--n 128 --horizon 8 --blocks 4 --heads 2,1 --head-dim 8 --reps 1 --threads 2";
+        let line = one(&format!("gist {flags} --dtype {dtype}"));
+        let sizes = json!([line["what"], line["dtype"], line["n"], line["horizon"], line["B"], line["H"]]);
+        assert_eq!(sizes, json!(["gist", dtype, 128, 8, 4, 2]));
+        positive(&line, &["fb_ms", "best_ms", "apart_ms", "cheaper"]);
+        let cheaper = line["apart_ms"].as_f64().unwrap() / line["fb_ms"].as_f64().unwrap();
+        assert!((line["cheaper"].as_f64().unwrap() / cheaper - 1.0).abs() < 0.1, "{line}");
+    }
+}
+
+#[test]
 fn load_tells_how_long_loading_and_a_call_take() {
     let line = one("load --reps 3");
     assert_eq!((&line["what"], &line["reps"]), (&json!("load"), &json!(3)));
@@ -177,14 +190,14 @@ fn an_unknown_attention_of_a_step() {
 
 #[test]
 fn an_unknown_dtype() {
-    for what in ["attention", "step", "plan", "loss", "linear"] {
+    for what in ["attention", "step", "plan", "loss", "linear", "gist"] {
         refused(&format!("{what} --dtype f8 --n 64"), &["dtype", "f8", "f32"]);
     }
 }
 
 #[test]
 fn no_entries() {
-    for what in ["attention", "step", "plan", "loss", "linear"] {
+    for what in ["attention", "step", "plan", "loss", "linear", "gist"] {
         refused(&format!("{what} --n 0"), &["n: expected 1 to", "got 0"]);
     }
 }
@@ -295,6 +308,18 @@ fn a_width_of_zero() {
     refused("loss --n 64 --vocab 0", &["vocab: expected 1 to", "got 0"]);
     refused("linear --n 64 --in 0", &["inp: expected 1 to", "got 0"]);
     refused("linear --n 64 --out 0", &["out: expected 1 to", "got 0"]);
+}
+
+#[test]
+fn a_horizon_of_zero_or_beyond_the_document() {
+    for horizon in [0, 65] {
+        refused(&format!("gist --n 64 --blocks 2 --horizon {horizon}"), &["horizon: expected 1 to 64"]);
+    }
+}
+
+#[test]
+fn no_blocks() {
+    refused("gist --n 64 --horizon 8 --blocks 0", &["blocks: expected 1 to 64", "got 0"]);
 }
 
 #[test]

@@ -102,6 +102,7 @@ fn every_command_has_help() {
         "bench plan",
         "bench loss",
         "bench linear",
+        "bench gist",
         "bench load",
     ] {
         let (out, _) = bench.succeeds(&format!("{command} --help"));

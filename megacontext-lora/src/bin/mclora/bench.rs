@@ -32,6 +32,8 @@ pub enum BenchCommand {
     Loss(LossArgs),
     /// A frozen linear layer with LoRA, with the gradients of input and factors
     Linear(LinearArgs),
+    /// Attention in the loss of gists: short rows over one document, against two whole passes per block
+    Gist(GistArgs),
     /// Loading the plugin, and a call into it that does no work
     Load(LoadArgs),
     /// One measurement from the parameters of the plugin's job, as JSON
@@ -155,6 +157,33 @@ pub struct LinearArgs {
     common: Common,
 }
 
+/// Attention in the loss of gists (ΔNLL@H), one layer, dense.
+///
+/// Every replaced block of a document costs a row of its gist and the horizon over keys and values that all blocks share
+/// (fb_ms), instead of two passes over the document (apart_ms for all blocks).
+#[derive(Debug, Clone, Args)]
+#[command(after_help = "Example:
+  mclora bench gist --n 2048 --horizon 64 --blocks 32")]
+pub struct GistArgs {
+    /// Entries of the document; several with commas [default: 2048]
+    #[arg(long, value_name = "LIST", value_delimiter = ',')]
+    n: Vec<u64>,
+    /// Entries scored after a gist [default: 64]
+    #[arg(long, value_name = "H")]
+    horizon: Option<u64>,
+    /// Replaced blocks of the document [default: 32]
+    #[arg(long, value_name = "N")]
+    blocks: Option<u64>,
+    /// Query heads and kv heads [default: 9,3]
+    #[arg(long, value_name = "H,G", value_delimiter = ',')]
+    heads: Vec<u64>,
+    /// Width of a head [default: 64]
+    #[arg(long, value_name = "N")]
+    head_dim: Option<u64>,
+    #[command(flatten)]
+    common: Common,
+}
+
 /// Loading the plugin in a fresh process, from opening the file to an open session, and a call that does no work.
 #[derive(Debug, Clone, Args)]
 pub struct LoadArgs {
@@ -171,6 +200,7 @@ pub fn run(command: &BenchCommand, global: &Global) -> Result<Value> {
         BenchCommand::Plan(args) => each(step("plan", args, global)?, &args.n, global),
         BenchCommand::Loss(args) => each(loss(args, global)?, &args.n, global),
         BenchCommand::Linear(args) => each(linear(args, global)?, &args.n, global),
+        BenchCommand::Gist(args) => each(gist(args, global)?, &args.n, global),
         BenchCommand::Load(args) => load(args, global),
         BenchCommand::Job { params } => {
             let params = serde_json::from_str(params)
@@ -217,6 +247,16 @@ fn linear(args: &LinearArgs, global: &Global) -> Result<Params> {
     params.set_some("inp", args.inp);
     params.set_some("out", args.out);
     params.set_some("rank", args.rank);
+    set_common(&mut params, &args.common);
+    Ok(params)
+}
+
+fn gist(args: &GistArgs, global: &Global) -> Result<Params> {
+    let mut params = start("gist", global);
+    params.set_some("horizon", args.horizon);
+    params.set_some("blocks", args.blocks);
+    params.set_list("heads", &args.heads);
+    params.set_some("head_dim", args.head_dim);
     set_common(&mut params, &args.common);
     Ok(params)
 }
@@ -358,6 +398,7 @@ mod tests {
             BenchCommand::Plan(args) => step("plan", args, &cli.global)?,
             BenchCommand::Loss(args) => loss(args, &cli.global)?,
             BenchCommand::Linear(args) => linear(args, &cli.global)?,
+            BenchCommand::Gist(args) => gist(args, &cli.global)?,
             other => panic!("no job: {other:?}"),
         };
         Ok(params.into_value())
@@ -389,6 +430,10 @@ mod tests {
         assert_eq!(params_of("mclora bench plan --steps 3").unwrap(), json!({ "what": "plan", "steps": 3 }));
         assert_eq!(params_of("mclora bench loss --vocab 9").unwrap(), json!({ "what": "loss", "vocab": 9 }));
         assert_eq!(params_of("mclora bench linear --in 9").unwrap(), json!({ "what": "linear", "inp": 9 }));
+        assert_eq!(
+            params_of("mclora bench gist --blocks 9").unwrap(),
+            json!({ "what": "gist", "blocks": 9 })
+        );
     }
 
     #[test]

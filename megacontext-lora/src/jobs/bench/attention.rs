@@ -57,17 +57,23 @@ impl Default for AttentionBench {
     }
 }
 
-/// Measures.
-pub fn run(bench: &AttentionBench, host: &dyn HostApi) -> Result<Value> {
-    check_common(bench.n, bench.batch, bench.reps)?;
-    let &[heads, kv_heads] = bench.heads.as_slice() else {
+/// Query heads and kv heads.
+pub(super) fn head_counts(heads: &[usize]) -> Result<[usize; 2]> {
+    let &[heads, kv_heads] = heads else {
         return Err(PluginError::usage(format!(
             "heads: expected query heads and kv heads, 2 numbers, got {}",
-            bench.heads.len()
+            heads.len()
         )));
     };
     within("heads", heads, 4096)?;
     within("heads", kv_heads, 4096)?;
+    Ok([heads, kv_heads])
+}
+
+/// Measures.
+pub fn run(bench: &AttentionBench, host: &dyn HostApi) -> Result<Value> {
+    check_common(bench.n, bench.batch, bench.reps)?;
+    let [heads, kv_heads] = head_counts(&bench.heads)?;
     let pattern = config::pattern(bench.pattern, bench.group, bench.n)?;
     let scale = 1.0 / (bench.head_dim as f64).sqrt();
     let sizes = [bench.batch, bench.n, heads, kv_heads, bench.head_dim];

@@ -9,6 +9,7 @@
 //! | `B`, `H`, `Hkv`, `d`, `n`, `G` | rows, query heads, kv heads, head width, entries, group (n for dense) |
 //! | `fb_ms`, `fwd_ms`, `best_ms` | median forward and backward, forward alone, best forward and backward |
 //! | `step_s`, `best_s`, `tok_s` | a whole step, tokens per second |
+//! | `apart_ms`, `cheaper` | of `gist`: the same as two whole passes per block, and how many times that costs |
 //! | `peak_extra_MB` | most memory of forward and backward beyond the idle inputs, 10⁶ bytes |
 //! | `peak_rss_MB`, `idle_rss_MB` | most memory of the process in a step; before the first one |
 //! | `gflops`, `gflop_total`, `tflop`, `tflop_parts` | FLOPs by [`crate::train::work`], per second of the median |
@@ -18,7 +19,8 @@
 //! Inputs are random and never zero. A warm-up runs first ([`measure`]). That what is timed computes the right thing is the
 //! business of the tests, at these sizes too; nothing is checked here.
 //!
-//! Errors: sizes that do not fit, by key. Left out: gists and lenses, which have no network yet.
+//! Errors: sizes that do not fit, by key. Left out: the networks of gists and lenses, which do not exist yet;
+//! of a gist's loss attention is measured.
 
 use megacontext_base::random::{Random, mix};
 use megacontext_kernels::attention::Pattern;
@@ -34,12 +36,13 @@ use crate::jobs::parse;
 use crate::train::config::{Attention, LONGEST_CONTEXT};
 
 mod attention;
+mod gist;
 pub mod measure;
 mod ops;
 mod step;
 
 /// What can be measured.
-pub const WHATS: [&str; 5] = ["attention", "step", "loss", "linear", "plan"];
+pub const WHATS: [&str; 6] = ["attention", "step", "loss", "linear", "gist", "plan"];
 
 /// Runs the job.
 ///
@@ -56,6 +59,7 @@ pub fn run(params: Value, host: &dyn HostApi) -> Result<Value> {
         Some("step") => step::run(&parse(params)?, host),
         Some("loss") => ops::loss(&parse(params)?, host),
         Some("linear") => ops::linear(&parse(params)?, host),
+        Some("gist") => gist::run(&parse(params)?, host),
         Some("plan") => step::plan(&parse(params)?),
         _ => Err(PluginError::usage(format!("what: expected one of {WHATS:?}, got {what}"))),
     }
