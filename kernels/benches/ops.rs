@@ -7,6 +7,7 @@ use std::hint::black_box;
 use candle_core::{Device, Tensor};
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use megacontext_kernels::gemm::{Mat, matmul_with};
+use megacontext_kernels::linear::Weight;
 use megacontext_kernels::loss::{Gradient, head_cross_entropy};
 use megacontext_kernels::precision::Precision;
 use megacontext_kernels::{adamw, norm};
@@ -54,23 +55,23 @@ fn norms(c: &mut Criterion) {
 
 fn loss(c: &mut Criterion) {
     let (positions, vocab) = (256, 49_152);
-    let tensor = |seed, rows| {
-        Tensor::from_vec(random(seed, rows * WIDTH), (rows, WIDTH), &Device::Cpu).expect("a tensor")
-    };
-    let (h, w) = (tensor(1, positions), tensor(2, vocab));
+    let (h, w) = (random(1, positions * WIDTH), random(2, vocab * WIDTH));
+    let sizes = [positions, WIDTH, vocab];
     let targets: Vec<u32> = (0..positions as u32).map(|i| i * 191 % vocab as u32).collect();
     let mut head = vec![0f32; vocab * WIDTH];
     let mut group = c.benchmark_group("loss over the head");
     group.sample_size(10).throughput(Throughput::Elements((positions * vocab) as u64));
-    group.bench_function("NLL", |b| {
-        b.iter(|| head_cross_entropy(black_box(&h), &w, &targets, Gradient::Skip).expect("shapes agree"));
-    });
-    group.bench_function("NLL and gradients", |b| {
-        b.iter(|| {
-            let gradient = Gradient::HiddenAndHead { scale: 1e-3, head: &mut head };
-            head_cross_entropy(black_box(&h), &w, &targets, gradient).expect("shapes agree")
+    for precision in [Precision::F32, Precision::Mixed] {
+        let products = precision.products();
+        let run = |gradient: Gradient| {
+            head_cross_entropy(black_box(&h), Weight::F32(&w), sizes, &targets, gradient, products)
+                .expect("sizes that agree")
+        };
+        group.bench_function(format!("{precision} NLL"), |b| b.iter(|| run(Gradient::Skip)));
+        group.bench_function(format!("{precision} NLL and gradients"), |b| {
+            b.iter(|| run(Gradient::HiddenAndHead { scale: 1e-3, head: &mut head }));
         });
-    });
+    }
     group.finish();
 }
 

@@ -71,11 +71,18 @@ fn attention_tells_sizes_times_memory_and_work() {
 }
 
 #[test]
-fn attention_has_three_precision_classes() {
+fn there_are_three_precision_classes() {
     for dtype in ["f32", "mixed", "bf16"] {
-        let line = one(&format!("attention --n 64 --heads 2,1 --head-dim 8 --reps 1 --dtype {dtype}"));
-        assert_eq!(line["dtype"], json!(dtype), "{line}");
-        positive(&line, &["fb_ms", "fwd_ms"]);
+        for what in [
+            "attention --n 64 --heads 2,1 --head-dim 8 --reps 1",
+            "linear --n 64 --in 32 --out 16 --reps 1",
+            "loss --n 64 --width 16 --vocab 32 --reps 1",
+            "step --n 64 --shape 32,2,4,2,64,128 --steps 1",
+        ] {
+            let line = one(&format!("{what} --dtype {dtype}"));
+            assert_eq!(line["dtype"], json!(dtype), "{line}");
+            positive(&line, &[if what.starts_with("step") { "step_s" } else { "fb_ms" }]);
+        }
     }
 }
 

@@ -389,8 +389,7 @@ pub fn peak_bytes() -> Option<u64> {
     proc_kilobytes("/proc/self/status", "VmHWM:")
 }
 
-/// A figure of /proc that is given in kB, in bytes.
-pub(crate) fn proc_kilobytes(file: &str, key: &str) -> Option<u64> {
+fn proc_kilobytes(file: &str, key: &str) -> Option<u64> {
     let text = std::fs::read_to_string(file).ok()?;
     let line = text.lines().find(|l| l.starts_with(key))?;
     line[key.len()..].trim().trim_end_matches("kB").trim().parse::<u64>().ok().map(|kb| kb * 1024)

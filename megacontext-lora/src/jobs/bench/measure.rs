@@ -14,7 +14,7 @@ use serde_json::{Map, Value, json};
 
 use crate::error::{PluginError, Result};
 use crate::host::HostApi;
-use crate::train::plan::{peak_bytes, proc_kilobytes};
+use crate::train::plan::{peak_bytes, resident_bytes};
 
 /// Shortest sample, seconds: the kernel counts processor time in hundredths.
 const SAMPLE: f64 = 0.2;
@@ -31,7 +31,7 @@ impl Memory {
     /// From now on; whatever is resident now is idle.
     pub fn start() -> Self {
         let reset = std::fs::write("/proc/self/clear_refs", "5").is_ok();
-        Self { idle: proc_kilobytes("/proc/self/status", "VmRSS:"), reset }
+        Self { idle: resident_bytes(), reset }
     }
 
     /// What was resident at the start.

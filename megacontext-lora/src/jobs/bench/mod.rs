@@ -65,14 +65,6 @@ pub fn run(params: Value, host: &dyn HostApi) -> Result<Value> {
     }
 }
 
-/// Refuses the precision classes that a measurement does not have.
-fn f32_only(what: &str, dtype: Precision) -> Result<()> {
-    if dtype == Precision::F32 {
-        return Ok(());
-    }
-    Err(PluginError::usage(format!("dtype: expected f32 for {what}, got {dtype}")))
-}
-
 /// The fields that begin every result.
 fn begin(what: &str, dtype: Precision) -> Result<Map<String, Value>> {
     let fields = json!({

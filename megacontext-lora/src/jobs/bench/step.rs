@@ -18,13 +18,12 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
 use super::measure::{Memory, Times, megabytes, rounded};
-use super::{add, begin, check_common, f32_only, group, kind, within};
+use super::{add, begin, check_common, group, kind, within};
 use crate::error::{PluginError, Result};
 use crate::host::HostApi;
 use crate::jobs::{model_error, to_value, with_threads};
 use crate::train::config::{
-    self, Attention, BatchConfig, EvalConfig, ExtendConfig, GroupSize, OptimizerConfig, Recompute,
-    StageConfig,
+    self, Attention, BatchConfig, ExtendConfig, GroupSize, OptimizerConfig, Recompute, StageConfig,
 };
 use crate::train::trainer::Trainer;
 use crate::train::{plan, work};
@@ -76,7 +75,6 @@ impl StepBench {
     fn check(&self) -> Result<()> {
         check_common(self.n, self.batch, 1)?;
         within("steps", self.steps, 1000)?;
-        f32_only("a step", self.dtype)?;
         config::pattern(self.attn, self.group, self.n).map(|_| ())
     }
 
@@ -144,11 +142,12 @@ fn measured(bench: &StepBench, model: LlamaConfig, lora: LoraConfig, host: &dyn 
         work::step(&model, &lora, bench.n, pattern, bench.checkpointing, true).times(bench.batch as f64);
     let mut random = Random::new(5);
     let stream = (0..bench.n * bench.batch + 1).map(|_| random.below(model.vocab_size) as u32).collect();
-    let mut decoder = Decoder::random(model, 0).map_err(model_error)?;
+    let learning = [Group::Lora, Group::Embeddings, Group::Norms];
+    let mut decoder = Decoder::random(model, 0, bench.dtype, &learning).map_err(model_error)?;
     decoder.attach_lora(lora, 0).map_err(model_error)?;
     let mut trainer = Trainer::new(
         decoder,
-        &[Group::Lora, Group::Embeddings, Group::Norms],
+        &learning,
         OptimizerConfig { lr: 2e-5, warmup_steps: 0, ..OptimizerConfig::default() },
         bench.tokens(),
         vec![bench.stage(ENDLESS)],
@@ -183,7 +182,7 @@ fn measured(bench: &StepBench, model: LlamaConfig, lora: LoraConfig, host: &dyn 
     Ok(Value::Object(result))
 }
 
-/// Plans a run of such steps without making the model.
+/// Plans a run of such steps, evaluations apart, without making the model.
 pub fn plan(bench: &StepBench) -> Result<Value> {
     bench.check()?;
     let model = bench.model()?;
@@ -192,7 +191,7 @@ pub fn plan(bench: &StepBench) -> Result<Value> {
         lora: bench.lora(&model)?,
         batch: bench.tokens(),
         stages: vec![bench.stage(bench.steps)],
-        eval: EvalConfig { contexts: vec![bench.n], ..EvalConfig::default() },
+        dtype: bench.dtype,
         activation_checkpointing: if bench.checkpointing { Recompute::On } else { Recompute::Off },
         // Said whether it fits or not.
         memory_budget_bytes: Some(u64::MAX),
