@@ -276,10 +276,11 @@ def main():
     versions = next(
         (f"torch {line['version']}" for line in measured.all if line.get("lib") == "torch"), "no torch"
     )
+    others = max((line["other"] for line in measured.all if line.get("other") is not None), default=None)
     limit = ", ".join(f"{dtype} {shown(value, 0)}" for dtype, value in limits.items())
     print(
         f"{machine()}, {args.threads} threads, {example.get('cpu', '-')}; {versions}; {args.rounds} rounds. "
-        f"Large products of ours, GFLOP/s: {limit}.\n"
+        f"Large products of ours, GFLOP/s: {limit}. Other processes used up to {shown(others)} cores.\n"
     )
     if rows:
         print("\n".join(markdown(rows, limits)))
