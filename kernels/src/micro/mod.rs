@@ -20,6 +20,9 @@ pub(crate) mod pack;
 mod pairs;
 mod tiles;
 mod vectors;
+mod words;
+
+pub(crate) use words::transpose;
 
 use crate::cpu::{self, Level};
 use crate::store::Store;
@@ -127,6 +130,18 @@ pub(crate) struct Block {
     pub c: *mut f32,
     pub ldc: usize,
     pub add: bool,
+}
+
+/// The same words, without moving anything.
+pub(crate) fn bits(values: &[f32]) -> &[u32] {
+    // SAFETY: f32 and u32 have one size and alignment, and every bit pattern is a u32.
+    unsafe { std::slice::from_raw_parts(values.as_ptr().cast(), values.len()) }
+}
+
+/// The same words, without moving anything.
+pub(crate) fn bits_mut(values: &mut [f32]) -> &mut [u32] {
+    // SAFETY: f32 and u32 have one size and alignment, and every bit pattern is a value of both.
+    unsafe { std::slice::from_raw_parts_mut(values.as_mut_ptr().cast(), values.len()) }
 }
 
 /// See [`Engine::enter`].
