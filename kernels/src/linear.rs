@@ -168,7 +168,27 @@ pub struct Scratch {
     rows: Vec<f32>,
 }
 
+impl Scratch {
+    /// Bytes held.
+    pub fn bytes(&self) -> u64 {
+        let values = self.low.capacity() + self.low_gradient.capacity() + self.rows.capacity();
+        (values * size_of::<f32>()) as u64
+    }
+
+    /// What layers of these result widths hold for `rows` rows once all have been walked forward and back; `rounded`
+    /// where the results are stored in bf16.
+    pub fn planned_bytes(rows: usize, rank: usize, widths: &[usize], rounded: bool) -> u64 {
+        let held = |out: usize| rows.min((ROUNDED_LATER / out.max(1)).max(1)) * out;
+        let held = if rounded { widths.iter().map(|out| held(*out)).max().unwrap_or(0) } else { 0 };
+        ((2 * rows * rank + held) * size_of::<f32>()) as u64
+    }
+}
+
+/// A buffer of exactly `len` values, without slack where it had to be made anew.
 fn sized(buffer: &mut Vec<f32>, len: usize) -> &mut [f32] {
+    if buffer.capacity() < len {
+        *buffer = Vec::with_capacity(len);
+    }
     buffer.resize(len, 0.0);
     buffer
 }

@@ -5,6 +5,9 @@
 //! Optimiser state stays with its parameters when a phase ends. Checkpoints and the adapter are in the module `files`. A
 //! session opened without a base only runs jobs.
 //!
+//! In class `bf16` the base's matrices are stored in bf16; a group that a phase lets learn becomes f32 then, losing nothing,
+//! and stays f32. A roll-back brings the bf16 values back.
+//!
 //! While the host is asked about a phase (`phase_entered`, `phase_left`) no lock is held: the callback may read. What
 //! would change the session, or write it down half-changed, is refused until the callback has returned.
 //!
@@ -17,13 +20,15 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use candle_core::{Device, Tensor};
-use megacontext_base::decoder::{Decoder, Forward};
+use megacontext_base::decoder::{Decoder, Forward, stored_narrow};
 use megacontext_base::gradients::{Gradients, Optimizer};
 use megacontext_base::params::Group;
 use megacontext_base::rope::{RopeScaling, RopeTables, frequencies, tables};
 use megacontext_kernels::attention::{Pattern, Rows};
-use megacontext_kernels::cpu::Values;
+use megacontext_kernels::linear::Weight;
 use megacontext_kernels::loss::IGNORE;
+use megacontext_kernels::precision::Precision;
+use megacontext_kernels::store::{Store, bf16};
 use serde::Deserialize;
 use serde_json::{Value, json};
 
@@ -44,6 +49,8 @@ pub struct SessionConfig {
     pub base: Option<PathBuf>,
     /// Adapter folder.
     pub adapter: Option<PathBuf>,
+    /// Precision class.
+    pub dtype: Precision,
 }
 
 /// The entries of a working context.
@@ -103,7 +110,7 @@ struct Before {
     lora_attached: bool,
     /// Copies of what the phase changes, fresh LoRA factors apart.
     parameters: Vec<(String, Tensor)>,
-    moments: Vec<(String, Tensor)>,
+    optimizer: Option<Optimizer>,
 }
 
 /// An open session.
@@ -147,7 +154,7 @@ impl Session {
             return Ok(Self { host, loaded: None, changing: AtomicBool::new(false) });
         };
         let model = ModelDir::open(&dir)?;
-        let (decoder, scaling, adapter) = model.decoder_with(config.adapter.as_deref())?;
+        let (decoder, scaling, adapter) = model.decoder_with(config.adapter.as_deref(), config.dtype)?;
         let own = adapter.as_ref().and_then(|a| a.config.megacontext.as_ref());
         let context_length = own.map_or(model.config.max_position_embeddings, |own| own.context_length);
         let changed = adapter
@@ -233,6 +240,7 @@ impl Session {
             "rope": l.scaling.to_string(),
             "lora": l.decoder.lora(),
             "fingerprint": l.model.weights.fingerprint(),
+            "dtype": l.decoder.precision(),
             "phase": l.phase.as_ref().map(|p| p.groups.clone()),
             "steps": l.steps,
         }))
@@ -327,15 +335,14 @@ impl Session {
         copy_out(&delta, out)
     }
 
-    /// A copy of a parameter: shape and values.
+    /// A copy of a parameter: shape and values, in f32 however they are stored.
     pub fn parameter(&self, name: &str) -> Result<(Vec<usize>, Vec<f32>)> {
         let l = self.read()?;
-        let tensor = l
-            .decoder
-            .params()
-            .get(name)
+        let params = l.decoder.params();
+        let shape = params
+            .shape(name)
             .ok_or_else(|| PluginError::usage(format!("parameter: there is none named \"{name}\"")))?;
-        Ok((tensor.dims().to_vec(), tensor.flatten_all()?.to_vec1()?))
+        Ok((shape.to_vec(), params.values(name).map_err(model_error)?.to_f32()))
     }
 
     /// Groups with their parameters.
@@ -348,7 +355,7 @@ impl Session {
             let entry = groups
                 .entry(group.name())
                 .or_insert_with(|| json!({ "learns": params.learns(group), "parameters": [] }));
-            let shape = params.get(name).map(|t| t.dims().to_vec());
+            let shape = params.shape(name);
             if let Some(list) = entry["parameters"].as_array_mut() {
                 list.push(json!({ "name": name, "shape": shape }));
             }
@@ -419,22 +426,37 @@ impl Loaded {
         config_hash(&json!({
             "fingerprint": self.model.weights.fingerprint(),
             "lora": self.decoder.lora(),
+            "dtype": self.decoder.precision(),
             "context": self.context_length,
             "rope_factor": self.scaling.factor(),
         }))
     }
 
     /// Is a parameter no longer what the base folder holds, to the bit? LoRA's factors always are something else.
-    fn differs(&self, name: &str, now: &Tensor) -> Result<bool> {
+    fn differs(&self, name: &str) -> Result<bool> {
         if Group::of_name(name) == Group::Lora {
             return Ok(true);
         }
         if !self.changed.contains(name) {
             return Ok(false);
         }
-        let base = self.model.weights.tensor_f32(name, now.dims()).map_err(model_error)?;
-        let (now, base) = (Values::of(now)?, Values::of(&base)?);
-        Ok(now.iter().zip(base.iter()).any(|(a, b)| a.to_bits() != b.to_bits()))
+        let now = self.decoder.params().values(name).map_err(model_error)?;
+        let base = self.base_values(name)?;
+        Ok(match now.weight() {
+            Weight::F32(now) => now.iter().zip(&base).any(|(a, b)| a.to_bits() != b.to_bits()),
+            Weight::Bf16(now) => now.iter().zip(&base).any(|(a, b)| a.get().to_bits() != b.to_bits()),
+        })
+    }
+
+    /// A parameter as this session reads it from the base folder.
+    fn base_values(&self, name: &str) -> Result<Vec<f32>> {
+        let shape = self.decoder.params().shape(name).unwrap_or(&[]);
+        let weights = &self.model.weights;
+        if stored_narrow(Group::of_name(name), self.decoder.precision()) {
+            let values = weights.values::<bf16>(name, shape).map_err(model_error)?;
+            return Ok(values.into_iter().map(Store::get).collect());
+        }
+        weights.values(name, shape).map_err(model_error)
     }
 }
 

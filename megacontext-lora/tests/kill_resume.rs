@@ -88,7 +88,7 @@ fn whole_checkpoints(run: &Path) -> Vec<String> {
 
 /// Is the checkpoint of a step being written?
 fn writes_checkpoint(run: &Path, step: u64) -> bool {
-    checkpoints(run).iter().any(|name| name.starts_with(&format!(".tmp-{step:08}.")))
+    checkpoints(run).iter().any(|name| name.starts_with(&format!(".{step:08}.")))
 }
 
 /// Has anything of the adapter reached the disk?

@@ -1,7 +1,8 @@
-//! Folders that appear whole or not at all.
+//! Folders and files that appear whole or not at all.
 //!
-//! A folder is built as a hidden sibling of its target, every file and the folder itself are synced to disk, and one
-//! rename puts it in place. What an interruption leaves behind is the hidden sibling, never a half-written target.
+//! Each is built as a hidden sibling of its target (`.NAME.….tmp`), every file and folder of it is synced to disk, and one
+//! rename puts it in place. What an interruption leaves behind is the hidden sibling, never a half-written target;
+//! [`is_leftover`] knows its name.
 //!
 //! Replacing an older folder takes two renames (the portable way). Between them the target is absent for a moment; the
 //! older folder then lies beside it under the name that [`previous`] gives.
@@ -9,12 +10,17 @@
 //! Errors: `BaseError::Io` with the path the system refused; a full disk shows up before anything is in place.
 
 use std::fs::{self, File};
-use std::io;
+use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 
 use tempfile::TempDir;
 
 use crate::error::{BaseError, Result};
+
+/// How a hidden sibling's name ends.
+const BUILDING: &str = ".tmp";
+/// How the name of an older folder ends while it is being replaced.
+const ASIDE: &str = ".previous";
 
 /// A folder being built. Dropped without [`AtomicDir::commit`], it vanishes.
 pub struct AtomicDir {
@@ -41,15 +47,8 @@ impl AtomicDir {
             return Err(BaseError::Io { path: target.to_path_buf(), source });
         }
         fs::create_dir_all(&parent).map_err(BaseError::io(&parent))?;
-        let mut builder = tempfile::Builder::new();
-        let prefix = format!(".{}.", name.to_string_lossy());
-        builder.prefix(&prefix).suffix(".tmp");
-        #[cfg(unix)]
-        {
-            use std::os::unix::fs::PermissionsExt;
-            builder.permissions(fs::Permissions::from_mode(0o777));
-        }
-        let temp = builder.tempdir_in(&parent).map_err(BaseError::io(&parent))?;
+        let temp = hidden(&name.to_string_lossy(), 0o777, |builder| builder.tempdir_in(&parent))
+            .map_err(BaseError::io(&parent))?;
         Ok(Self { target: target.to_path_buf(), parent, temp })
     }
 
@@ -89,7 +88,41 @@ impl AtomicDir {
 /// Where the older folder lies while `target` is being replaced.
 pub fn previous(target: &Path) -> PathBuf {
     let name = target.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default();
-    target.with_file_name(format!(".{name}.previous"))
+    target.with_file_name(format!(".{name}{ASIDE}"))
+}
+
+/// Is this the name of something that an interrupted writer left behind?
+pub fn is_leftover(name: &str) -> bool {
+    name.starts_with('.') && (name.ends_with(BUILDING) || name.ends_with(ASIDE))
+}
+
+/// Writes a whole file or none. The folder it goes to has to exist.
+pub fn write_file(path: &Path, bytes: &[u8]) -> Result<()> {
+    let parent = match path.parent() {
+        Some(parent) if !parent.as_os_str().is_empty() => parent,
+        _ => Path::new("."),
+    };
+    let name = path.file_name().unwrap_or_default().to_string_lossy();
+    let mut file =
+        hidden(&name, 0o666, |builder| builder.tempfile_in(parent)).map_err(BaseError::io(path))?;
+    file.write_all(bytes).and_then(|()| file.as_file().sync_all()).map_err(BaseError::io(path))?;
+    file.persist(path).map_err(|e| BaseError::io(path)(e.error))?;
+    sync(parent)
+}
+
+/// Makes something under a hidden name, with the permissions it would have under its own (less the umask).
+fn hidden<T>(name: &str, mode: u32, make: impl FnOnce(&tempfile::Builder) -> io::Result<T>) -> io::Result<T> {
+    let prefix = format!(".{name}.");
+    let mut builder = tempfile::Builder::new();
+    builder.prefix(&prefix).suffix(BUILDING);
+    #[cfg(unix)]
+    {
+        use std::os::unix::fs::PermissionsExt;
+        builder.permissions(fs::Permissions::from_mode(mode));
+    }
+    #[cfg(not(unix))]
+    let _ = mode;
+    make(&builder)
 }
 
 /// Is there nothing at `path`, or an empty folder?
@@ -112,7 +145,8 @@ fn sync_tree(dir: &Path) -> Result<()> {
     sync(dir)
 }
 
-fn sync(path: &Path) -> Result<()> {
+/// Makes a file's content, or the names in a folder, durable.
+pub fn sync(path: &Path) -> Result<()> {
     File::open(path).and_then(|file| file.sync_all()).map_err(BaseError::io(path))
 }
 
@@ -162,6 +196,31 @@ mod tests {
         }
         assert_eq!(entries(&target), ["new"]);
         assert_eq!(entries(root.path()), ["out"]);
+    }
+
+    #[test]
+    fn a_file_is_replaced_and_leaves_no_trace() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("summary.json");
+        write_file(&path, b"one").unwrap();
+        write_file(&path, b"two").unwrap();
+        assert_eq!(fs::read(&path).unwrap(), b"two");
+        assert_eq!(entries(dir.path()), ["summary.json"]);
+        assert!(matches!(write_file(&dir.path().join("none/x"), b""), Err(BaseError::Io { .. })));
+        fs::create_dir(dir.path().join("folder")).unwrap();
+        assert!(matches!(write_file(&dir.path().join("folder"), b""), Err(BaseError::Io { .. })));
+        assert_eq!(entries(dir.path()), ["folder", "summary.json"]);
+    }
+
+    #[test]
+    fn leftovers_have_hidden_names_of_their_own() {
+        let root = tempfile::tempdir().unwrap();
+        let target = root.path().join("out");
+        let building = AtomicDir::new(&target).unwrap();
+        let name = building.path().file_name().unwrap().to_str().unwrap();
+        assert!(is_leftover(name) && name.starts_with(".out."), "{name}");
+        assert!(is_leftover(previous(&target).file_name().unwrap().to_str().unwrap()));
+        assert!(!is_leftover("out") && !is_leftover(".lock") && !is_leftover("a.tmp"));
     }
 
     #[test]

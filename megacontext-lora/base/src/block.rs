@@ -11,21 +11,23 @@
 //! is reused from block to block and step to step. The tests hold it against the same block written as taped candle
 //! operations.
 //!
-//! Shapes: N = B·T entries; E model width, Q = H·D, KV = G·D, F feed-forward width, r rank. Row-major, f32.
+//! Shapes: N = B·T entries; E model width, Q = H·D, KV = G·D, F feed-forward width, r rank. Row-major. Activations are
+//! stored as S (f32 or bf16); the gradients of the stream, of q, k, v and of parameters are f32, those of gate and up take
+//! the place of gate and up.
 //! Errors: a parameter that is missing; shapes are fixed by the configuration.
 
-use candle_core::Tensor;
-use megacontext_kernels::attention::slices::{Mixed, Prepared};
-use megacontext_kernels::cpu::Values;
-use megacontext_kernels::gemm::{Mat, matmul};
-use megacontext_kernels::linear::Dropout;
-use megacontext_kernels::{attention, mlp, norm, rope};
+use megacontext_kernels::attention::slices::Prepared;
+use megacontext_kernels::gemm::Products;
+use megacontext_kernels::linear::{Dropout, Layer, LayerGradients, LoraSlices, Scratch};
+use megacontext_kernels::store::Store;
+use megacontext_kernels::{mlp, norm, rope};
 
+use crate::buffers::{Saved, Workspace, sized};
 use crate::config::LlamaConfig;
 use crate::error::{BaseError, Result};
 use crate::gradients::Gradients;
 use crate::lora::LoraConfig;
-use crate::params::{Group, ParamStore};
+use crate::params::{Group, Held, ParamStore};
 use crate::random::{Random, mix};
 
 /// The linear layers of a block, in the order they are held here.
@@ -56,293 +58,235 @@ pub(crate) struct Pass<'a> {
     pub cos: &'a [f32],
     pub sin: &'a [f32],
     pub dropout_seed: Option<u64>,
+    pub products: Products,
     /// N.
     pub entries: usize,
 }
 
-/// What the forward pass of a block leaves for its backward pass, besides the block's input.
-#[derive(Default)]
-pub(crate) struct Saved {
-    q: Vec<f32>,
-    k: Vec<f32>,
-    v: Vec<f32>,
-    mixed: Mixed,
-    h: Vec<f32>,
-    gate: Vec<f32>,
-    up: Vec<f32>,
-}
-
-/// Buffers that are free between blocks.
-#[derive(Default)]
-pub(crate) struct Workspace {
-    normed: Vec<f32>,
-    gated: Vec<f32>,
-    narrow: Vec<f32>,
-    wide: Vec<f32>,
-    low: Vec<f32>,
-    low_gradient: Vec<f32>,
-    dropped: Vec<f32>,
-    grads: attention::slices::Gradients,
-}
-
-/// A buffer of exactly `len` values; what is in it is whatever was there.
-fn sized(buffer: &mut Vec<f32>, len: usize) -> &mut [f32] {
-    buffer.resize(len, 0.0);
-    buffer
-}
-
-struct Linear {
+struct Linear<'a> {
     name: String,
-    weight: Tensor,
-    lora: Option<[Tensor; 2]>,
-    dropout: Option<Dropout>,
-    scale: f32,
+    weight: Held<'a>,
+    lora: Option<Lora<'a>>,
     out: usize,
     inp: usize,
+}
+
+struct Lora<'a> {
+    a: Held<'a>,
+    b: Held<'a>,
+    rank: usize,
+    scale: f32,
+    dropout: Option<Dropout>,
 }
 
 /// A block's parameters, looked up once per pass.
 pub(crate) struct Block<'a> {
     pass: &'a Pass<'a>,
-    norms: [(String, Tensor); 2],
-    linears: Vec<Linear>,
+    norms: [(String, Held<'a>); 2],
+    linears: Vec<Linear<'a>>,
 }
 
 impl<'a> Block<'a> {
     pub(crate) fn new(layer: usize, pass: &'a Pass<'a>) -> Result<Self> {
-        let get = |name: &str| {
-            pass.params.get(name).ok_or_else(|| BaseError::Parameter {
-                name: name.to_string(),
-                message: "no parameter of this name".to_string(),
-            })
-        };
         let path = |module: &str| format!("model.layers.{layer}.{module}");
-        let norm = |module: &str| -> Result<(String, Tensor)> {
+        let norm = |module: &str| -> Result<(String, Held<'a>)> {
             let name = format!("{}.weight", path(module));
-            let gain = get(&name)?;
+            let gain = pass.params.values(&name)?;
             Ok((name, gain))
         };
         let mut linears = Vec::with_capacity(LINEARS.len());
         for module in LINEARS {
             let name = path(module);
-            let weight = get(&format!("{name}.weight"))?;
-            let (out, inp) = weight.dims2()?;
-            let target = module.rsplit('.').next().unwrap_or(module);
-            let config = pass.lora.filter(|l| l.applies(layer, target));
-            let lora = match config {
-                Some(_) => {
-                    Some([get(&format!("{name}.lora_A.weight"))?, get(&format!("{name}.lora_B.weight"))?])
-                }
-                None => None,
+            let weight_name = format!("{name}.weight");
+            let weight = pass.params.values(&weight_name)?;
+            let Some(&[out, inp]) = pass.params.shape(&weight_name) else {
+                let message = "expected a matrix [out, in]".to_string();
+                return Err(BaseError::Parameter { name: weight_name, message });
             };
-            let seed = |seed: u64| Random::named(mix(seed), &name).next_u64();
-            let dropout = config.and_then(|l| {
-                pass.dropout_seed.filter(|_| l.dropout > 0.0).map(|s| Dropout { p: l.dropout, seed: seed(s) })
-            });
-            let scale = config.map_or(0.0, |l| l.scale() as f32);
-            linears.push(Linear { name, weight, lora, dropout, scale, out, inp });
+            let target = module.rsplit('.').next().unwrap_or(module);
+            let lora = match pass.lora.filter(|l| l.applies(layer, target)) {
+                None => None,
+                Some(config) => {
+                    let seed = |seed: u64| Random::named(mix(seed), &name).next_u64();
+                    let dropped = pass.dropout_seed.filter(|_| config.dropout > 0.0);
+                    Some(Lora {
+                        a: pass.params.values(&format!("{name}.lora_A.weight"))?,
+                        b: pass.params.values(&format!("{name}.lora_B.weight"))?,
+                        rank: config.r,
+                        scale: config.scale() as f32,
+                        dropout: dropped.map(|s| Dropout { p: config.dropout, seed: seed(s) }),
+                    })
+                }
+            };
+            linears.push(Linear { name, weight, lora, out, inp });
         }
         Ok(Self { pass, norms: [norm(NORMS[0])?, norm(NORMS[1])?], linears })
     }
 
-    /// `y` (+)= linear `which` of `x`.
-    fn project(&self, which: usize, x: &[f32], y: &mut Vec<f32>, add: bool, ws: &mut Lanes) -> Result<()> {
-        let (n, l) = (self.pass.entries, &self.linears[which]);
-        let y = sized(y, n * l.out);
-        let w = Values::of(&l.weight)?;
-        matmul(y, Mat::new(x, n, l.inp), Mat::new(&w, l.out, l.inp).t(), 1.0, add);
-        let Some([a, b]) = &l.lora else { return Ok(()) };
-        let rank = a.dims()[0];
-        let (a, b) = (Values::of(a)?, Values::of(b)?);
-        let x = match l.dropout {
-            None => x,
-            Some(dropout) => dropped(ws.dropped, dropout, x),
+    fn layer(&self, which: usize) -> Result<Layer<'_>> {
+        let l = &self.linears[which];
+        let lora = match &l.lora {
+            None => None,
+            Some(lora) => Some(LoraSlices {
+                a: lora.a.f32()?,
+                b: lora.b.f32()?,
+                rank: lora.rank,
+                scale: lora.scale,
+                dropout: lora.dropout,
+            }),
         };
-        let low = sized(ws.low, n * rank);
-        matmul(low, Mat::new(x, n, l.inp), Mat::new(&a, rank, l.inp).t(), 1.0, false);
-        matmul(y, Mat::new(low, n, rank), Mat::new(&b, l.out, rank).t(), l.scale, true);
+        let products = self.pass.products;
+        Ok(Layer { weight: l.weight.weight(), out: l.out, inp: l.inp, lora, products })
+    }
+
+    /// `y` = linear `which` of `x`.
+    fn project<S: Store>(&self, which: usize, x: &[S], y: &mut Vec<S>, scratch: &mut Scratch) -> Result<()> {
+        let y = sized(y, self.pass.entries * self.linears[which].out);
+        self.layer(which)?.forward(x, y, false, scratch);
         Ok(())
     }
 
     /// Gradients of linear `which`, whose input was `x` and whose result has the gradient `g`: of what learns, into
     /// `gradients`; of the input, added to or written over `dx` where it is wanted.
-    fn project_back(
+    fn project_back<S: Store, G: Store>(
         &self,
         which: usize,
-        x: &[f32],
-        g: &[f32],
+        x: &[S],
+        g: &[G],
         dx: Option<(&mut [f32], bool)>,
-        ws: &mut Lanes,
+        scratch: &mut Scratch,
         gradients: &mut Gradients,
     ) -> Result<()> {
-        let (n, l) = (self.pass.entries, &self.linears[which]);
+        let l = &self.linears[which];
         let learns = |group| self.pass.params.learns(group);
-        let g = Mat::new(g, n, l.out);
-        let weight = &l.weight;
-        if learns(Group::Base) && l.lora.is_none() {
-            let dw = gradients.buffer(&format!("{}.weight", l.name), l.out * l.inp);
-            matmul(dw, g.t(), Mat::new(x, n, l.inp), 1.0, true);
-        }
-        let mut dx = dx;
-        if let Some((dx, add)) = &mut dx {
-            let w = Values::of(weight)?;
-            matmul(dx, g, Mat::new(&w, l.out, l.inp), 1.0, *add);
-        }
-        let Some([a, b]) = &l.lora else { return Ok(()) };
-        let rank = a.dims()[0];
-        let (a, b) = (Values::of(a)?, Values::of(b)?);
-        let low_gradient = sized(ws.low_gradient, n * rank);
-        matmul(low_gradient, g, Mat::new(&b, l.out, rank), l.scale, false);
-        let low_gradient = Mat::new(low_gradient, n, rank);
-        if learns(Group::Lora) {
-            let low = sized(ws.low, n * rank);
-            let x = match l.dropout {
-                None => x,
-                Some(dropout) => dropped(ws.dropped, dropout, x),
-            };
-            let x = Mat::new(x, n, l.inp);
-            matmul(low, x, Mat::new(&a, rank, l.inp).t(), l.scale, false);
-            matmul(
-                gradients.buffer(&format!("{}.lora_A.weight", l.name), rank * l.inp),
-                low_gradient.t(),
-                x,
-                1.0,
-                true,
-            );
-            let db = gradients.buffer(&format!("{}.lora_B.weight", l.name), l.out * rank);
-            matmul(db, g.t(), Mat::new(low, n, rank), 1.0, true);
-        }
-        if let Some((dx, _)) = dx {
-            let a = Mat::new(&a, rank, l.inp);
-            match l.dropout {
-                None => matmul(dx, low_gradient, a, 1.0, true),
-                Some(dropout) => {
-                    let through = sized(ws.dropped, n * l.inp);
-                    matmul(through, low_gradient, a, 1.0, false);
-                    dropout.apply(through);
-                    for (sum, value) in dx.iter_mut().zip(through) {
-                        *sum += *value;
-                    }
-                }
+        let mut taken: Vec<(String, Vec<f32>)> = Vec::with_capacity(2);
+        let mut take = |suffix: &str, len: usize| {
+            let name = format!("{}.{suffix}", l.name);
+            let buffer = gradients.take(&name, len);
+            taken.push((name, buffer));
+        };
+        match &l.lora {
+            None if learns(Group::Base) => take("weight", l.out * l.inp),
+            Some(lora) if learns(Group::Lora) => {
+                take("lora_A.weight", lora.rank * l.inp);
+                take("lora_B.weight", l.out * lora.rank);
             }
+            _ => {}
+        }
+        let into = match &mut taken[..] {
+            [(_, weight)] => LayerGradients { weight: Some(weight), a: None, b: None },
+            [(_, a), (_, b)] => LayerGradients { weight: None, a: Some(a), b: Some(b) },
+            _ => LayerGradients { weight: None, a: None, b: None },
+        };
+        self.layer(which)?.backward(x, g, dx, into, scratch);
+        for (name, buffer) in taken {
+            gradients.put(name, buffer);
         }
         Ok(())
     }
 
-    fn norm(&self, which: usize, x: &[f32], out: &mut Vec<f32>) -> Result<()> {
-        let gain = Values::of(&self.norms[which].1)?;
-        norm::rms_forward_into(x, &gain, self.pass.config.rms_norm_eps as f32, sized(out, x.len()));
+    fn norm<S: Store>(&self, which: usize, x: &[S], out: &mut Vec<S>) -> Result<()> {
+        let gain = self.norms[which].1.f32()?;
+        norm::rms_forward_into(x, gain, self.pass.config.rms_norm_eps as f32, sized(out, x.len()));
         Ok(())
     }
 
-    fn norm_back(
+    fn norm_back<S: Store>(
         &self,
         which: usize,
-        x: &[f32],
+        x: &[S],
         g: &[f32],
         dx: &mut [f32],
         gradients: &mut Gradients,
     ) -> Result<()> {
         let (name, gain) = &self.norms[which];
-        let gain = Values::of(gain)?;
-        let dw = self.pass.params.learns(Group::Norms).then(|| gradients.buffer(name, gain.len()));
-        norm::rms_backward_add(x, &gain, g, self.pass.config.rms_norm_eps as f32, dx, dw.map(|v| &mut v[..]));
+        let gain = gain.f32()?;
+        let dw = self.pass.params.learns(Group::Norms).then(|| &mut gradients.buffer(name, gain.len())[..]);
+        norm::rms_backward_add(x, gain, g, self.pass.config.rms_norm_eps as f32, dx, dw);
         Ok(())
     }
 
-    fn rotate(&self, x: &mut [f32], heads: usize, direction: f32) {
+    fn rotate<S: Store>(&self, x: &mut [S], heads: usize, direction: f32) {
         rope::rotate(x, heads, self.pass.config.head_dim, self.pass.cos, self.pass.sin, direction);
     }
 
     /// The block's output of `x` [N, E] into `y`; what backward needs into `saved`.
-    pub(crate) fn forward(
+    pub(crate) fn forward<S: Store>(
         &self,
-        x: &[f32],
-        y: &mut Vec<f32>,
-        saved: &mut Saved,
-        ws: &mut Workspace,
+        x: &[S],
+        y: &mut Vec<S>,
+        saved: &mut Saved<S>,
+        ws: &mut Workspace<S>,
     ) -> Result<()> {
         let c = self.pass.config;
-        let Workspace { normed, gated, low, low_gradient, dropped, .. } = ws;
-        let lanes = &mut Lanes { low, low_gradient, dropped };
+        let n = self.pass.entries;
+        let Workspace { normed, gated, linear, .. } = ws;
         self.norm(0, x, normed)?;
-        self.project(Q, normed, &mut saved.q, false, lanes)?;
-        self.project(K, normed, &mut saved.k, false, lanes)?;
-        self.project(V, normed, &mut saved.v, false, lanes)?;
+        self.project(Q, normed, &mut saved.q, linear)?;
+        self.project(K, normed, &mut saved.k, linear)?;
+        self.project(V, normed, &mut saved.v, linear)?;
         self.rotate(&mut saved.q, c.num_attention_heads, 1.0);
         self.rotate(&mut saved.k, c.num_key_value_heads, 1.0);
+        sized(&mut saved.mixed.out, saved.q.len());
+        sized(&mut saved.mixed.lse, n * c.num_attention_heads);
         self.pass.attention.forward_into(&saved.q, &saved.k, &saved.v, &mut saved.mixed);
-        saved.h.clear();
-        saved.h.extend_from_slice(x);
-        self.project(O, &saved.mixed.out, &mut saved.h, true, lanes)?;
+        let h = sized(&mut saved.h, x.len());
+        h.copy_from_slice(x);
+        self.layer(O)?.forward(&saved.mixed.out, h, true, linear);
 
         self.norm(1, &saved.h, normed)?;
-        self.project(GATE, normed, &mut saved.gate, false, lanes)?;
-        self.project(UP, normed, &mut saved.up, false, lanes)?;
-        let width = saved.gate.len();
-        mlp::swiglu_into(&saved.gate, &saved.up, sized(gated, width));
-        y.clear();
-        y.extend_from_slice(&saved.h);
-        self.project(DOWN, gated, y, true, lanes)
+        self.project(GATE, normed, &mut saved.gate, linear)?;
+        self.project(UP, normed, &mut saved.up, linear)?;
+        let gated = sized(gated, saved.gate.len());
+        mlp::swiglu_into(&saved.gate, &saved.up, gated);
+        let y = sized(y, x.len());
+        y.copy_from_slice(&saved.h);
+        self.layer(DOWN)?.forward(gated, y, true, linear);
+        Ok(())
     }
 
     /// Backward: `d` is the gradient of the output and becomes that of the input `x`, which is complete only when
     /// `input_wanted`; gradients of what learns are added to `gradients`. `saved` is used up.
-    pub(crate) fn backward(
+    pub(crate) fn backward<S: Store>(
         &self,
-        x: &[f32],
+        x: &[S],
         d: &mut [f32],
-        saved: &mut Saved,
-        ws: &mut Workspace,
+        saved: &mut Saved<S>,
+        ws: &mut Workspace<S>,
         gradients: &mut Gradients,
         input_wanted: bool,
     ) -> Result<()> {
         let c = self.pass.config;
-        let n = self.pass.entries;
-        let Workspace { normed, gated, narrow, wide, low, low_gradient, dropped, grads } = ws;
-        let lanes = &mut Lanes { low, low_gradient, dropped };
+        let Workspace { normed, gated, d_normed, d_wide, attention, linear } = ws;
 
-        let width = saved.gate.len();
-        mlp::swiglu_into(&saved.gate, &saved.up, sized(gated, width));
-        let d_gated = sized(wide, width);
-        self.project_back(DOWN, gated, d, Some((d_gated, false)), lanes, gradients)?;
+        let gated = sized(gated, saved.gate.len());
+        mlp::swiglu_into(&saved.gate, &saved.up, gated);
+        let d_gated = sized(d_wide, saved.gate.len());
+        self.project_back(DOWN, gated, d, Some((&mut *d_gated, false)), linear, gradients)?;
         mlp::swiglu_backward_in_place(&mut saved.gate, &mut saved.up, d_gated);
         self.norm(1, &saved.h, normed)?;
-        let d_normed = sized(narrow, n * c.hidden_size);
-        self.project_back(GATE, normed, &saved.gate, Some((d_normed, false)), lanes, gradients)?;
-        self.project_back(UP, normed, &saved.up, Some((d_normed, true)), lanes, gradients)?;
+        let d_normed = sized(d_normed, x.len());
+        self.project_back(GATE, normed, &saved.gate, Some((&mut *d_normed, false)), linear, gradients)?;
+        self.project_back(UP, normed, &saved.up, Some((&mut *d_normed, true)), linear, gradients)?;
         self.norm_back(1, &saved.h, d_normed, d, gradients)?;
 
-        let mixed_width = saved.mixed.out.len();
-        let d_mixed = sized(wide, mixed_width);
-        self.project_back(O, &saved.mixed.out, d, Some((d_mixed, false)), lanes, gradients)?;
-        self.pass.attention.backward_into(&saved.q, &saved.k, &saved.v, &saved.mixed, d_mixed, grads);
-        self.rotate(&mut grads.q, c.num_attention_heads, -1.0);
-        self.rotate(&mut grads.k, c.num_key_value_heads, -1.0);
+        let d_mixed = sized(d_wide, saved.mixed.out.len());
+        self.project_back(O, &saved.mixed.out, d, Some((&mut *d_mixed, false)), linear, gradients)?;
+        sized(&mut attention.q, saved.q.len());
+        sized(&mut attention.k, saved.k.len());
+        sized(&mut attention.v, saved.v.len());
+        self.pass.attention.backward_into(&saved.q, &saved.k, &saved.v, &saved.mixed, d_mixed, attention);
+        self.rotate(&mut attention.q, c.num_attention_heads, -1.0);
+        self.rotate(&mut attention.k, c.num_key_value_heads, -1.0);
         self.norm(0, x, normed)?;
         let through = input_wanted || self.pass.params.learns(Group::Norms);
-        let d_normed = sized(narrow, n * c.hidden_size);
-        for (which, g, add) in [(Q, &grads.q, false), (K, &grads.k, true), (V, &grads.v, true)] {
-            let dx = if through { Some((&mut d_normed[..], add)) } else { None };
-            self.project_back(which, normed, g, dx, lanes, gradients)?;
+        for (which, g, add) in [(Q, &attention.q, false), (K, &attention.k, true), (V, &attention.v, true)] {
+            let dx = through.then_some((&mut *d_normed, add));
+            self.project_back(which, normed, g, dx, linear, gradients)?;
         }
         if through {
             self.norm_back(0, x, d_normed, d, gradients)?;
         }
         Ok(())
     }
-}
-
-/// The part of the workspace that LoRA uses.
-struct Lanes<'a> {
-    low: &'a mut Vec<f32>,
-    low_gradient: &'a mut Vec<f32>,
-    dropped: &'a mut Vec<f32>,
-}
-
-fn dropped<'b>(buffer: &'b mut Vec<f32>, dropout: Dropout, x: &[f32]) -> &'b [f32] {
-    buffer.clear();
-    buffer.extend_from_slice(x);
-    dropout.apply(buffer);
-    buffer
 }

@@ -13,21 +13,27 @@
 //! with it off their intermediate results do. Both give the same bits. Blocks below the lowest parameter that learns are
 //! never walked back.
 //!
+//! Precision: a [`Precision`] decides how activations and frozen weights are stored and how products are computed; what
+//! learns, gradients, sums, norms, softmax and the loss are f32 in every class. Embeddings given or asked for as tensors
+//! are f32.
+//!
 //! Left out: KV cache and generation, other families.
 
 use candle_core::{Device, Tensor};
 use megacontext_kernels::attention::slices::Prepared;
 use megacontext_kernels::attention::{Pattern, Rows};
 use megacontext_kernels::cpu::Values;
-use megacontext_kernels::gemm::Products;
-use megacontext_kernels::linear::{Weight, linear};
+use megacontext_kernels::linear::{Layer, Scratch as LinearScratch};
 use megacontext_kernels::loss::{Gradient, head_cross_entropy};
+use megacontext_kernels::precision::Precision;
+use megacontext_kernels::store::{Store, bf16};
 use megacontext_kernels::{embedding, norm};
 
-use crate::block::{Block, Pass, Saved, Workspace};
+use crate::block::{Block, Pass};
+use crate::buffers::{Activation, Buffers, Scratch, sized};
 use crate::config::LlamaConfig;
 use crate::error::{BaseError, Result};
-use crate::gradients::{Gradients, Scratch};
+use crate::gradients::Gradients;
 use crate::lora::LoraConfig;
 use crate::params::{Group, ParamStore};
 use crate::random::Random;
@@ -65,21 +71,41 @@ pub struct Decoder {
     config: LlamaConfig,
     params: ParamStore,
     lora: Option<LoraConfig>,
+    precision: Precision,
+}
+
+/// Is a parameter of this group stored in bf16 while it is frozen? Norms are not: they are small and f32 is what reads them.
+pub fn stored_narrow(group: Group, precision: Precision) -> bool {
+    precision.stores_bf16() && matches!(group, Group::Base | Group::Embeddings)
 }
 
 impl Decoder {
-    /// Reads a model folder's weights.
-    pub fn from_weights(config: LlamaConfig, weights: &Weights) -> Result<Self> {
+    /// Reads a model folder's weights. In class bf16 those of linear layers and embeddings are stored in bf16 unless their
+    /// group is in `learning`, the groups that are going to learn (a hint: see [`ParamStore::set_learning`]).
+    pub fn from_weights(
+        config: LlamaConfig,
+        weights: &Weights,
+        precision: Precision,
+        learning: &[Group],
+    ) -> Result<Self> {
         let mut params = ParamStore::new();
         for (name, shape) in config.tensors() {
-            params.insert(name.as_str(), Group::of_name(&name), weights.tensor_f32(&name, &shape)?)?;
+            let group = Group::of_name(&name);
+            if stored_narrow(group, precision) && !learning.contains(&group) {
+                params.insert_values(name.as_str(), group, weights.values::<bf16>(&name, &shape)?, &shape)?;
+            } else {
+                params.insert_values(name.as_str(), group, weights.values::<f32>(&name, &shape)?, &shape)?;
+            }
         }
-        Ok(Self { config, params, lora: None })
+        Ok(Self { config, params, lora: None, precision })
     }
 
     /// A model to pre-train: weights N(0, 0.02²), those that write to the residual stream divided by √(2·layers)
-    /// (Radford et al. 2019), gains 1.
-    pub fn random(config: LlamaConfig, seed: u64) -> Result<Self> {
+    /// (Radford et al. 2019), gains 1. Stored as [`Decoder::from_weights`] does.
+    pub fn random(config: LlamaConfig, seed: u64, precision: Precision, learning: &[Group]) -> Result<Self> {
+        fn values<S: Store>(len: usize, mut next: impl FnMut() -> f32) -> Vec<S> {
+            (0..len).map(|_| S::put(next())).collect()
+        }
         let mut params = ParamStore::new();
         let shrink = 1.0 / (2.0 * config.num_hidden_layers as f64).sqrt();
         for (name, shape) in config.tensors() {
@@ -87,12 +113,15 @@ impl Decoder {
             let group = Group::of_name(&name);
             let writes = name.ends_with("o_proj.weight") || name.ends_with("down_proj.weight");
             let std = 0.02 * if writes { shrink } else { 1.0 };
-            let values: Vec<f32> = (0..shape.iter().product())
-                .map(|_| if group == Group::Norms { 1.0 } else { (random.normal() * std) as f32 })
-                .collect();
-            params.insert(name, group, Tensor::from_vec(values, shape, &candle_core::Device::Cpu)?)?;
+            let next = || if group == Group::Norms { 1.0 } else { (random.normal() * std) as f32 };
+            let len = shape.iter().product();
+            if stored_narrow(group, precision) && !learning.contains(&group) {
+                params.insert_values(name, group, values::<bf16>(len, next), &shape)?;
+            } else {
+                params.insert_values(name, group, values::<f32>(len, next), &shape)?;
+            }
         }
-        Ok(Self { config, params, lora: None })
+        Ok(Self { config, params, lora: None, precision })
     }
 
     /// Attaches LoRA whose factors are already, or will be, parameters `<module>.lora_A.weight` and `lora_B`.
@@ -102,8 +131,8 @@ impl Decoder {
             for (module, out, inp) in lora.modules(&self.config) {
                 for (name, shape) in [("lora_A", [lora.r, inp]), ("lora_B", [out, lora.r])] {
                     let name = format!("{module}.{name}.weight");
-                    let found = self.params.get(&name).map(|t| t.dims().to_vec());
-                    if found.as_deref() != Some(&shape) {
+                    let found = self.params.shape(&name);
+                    if found != Some(&shape) {
                         return Err(BaseError::Parameter {
                             name,
                             message: format!("expected shape {shape:?}, got {found:?}"),
@@ -127,6 +156,11 @@ impl Decoder {
         &self.config
     }
 
+    /// Precision class.
+    pub fn precision(&self) -> Precision {
+        self.precision
+    }
+
     /// LoRA, if attached.
     pub fn lora(&self) -> Option<&LoraConfig> {
         self.lora.as_ref()
@@ -146,22 +180,29 @@ impl Decoder {
         if self.config.tie_word_embeddings { EMBED } else { HEAD }
     }
 
-    fn value(&self, name: &str) -> Result<Tensor> {
-        self.params.get(name).ok_or_else(|| BaseError::Parameter {
-            name: name.to_string(),
-            message: "no parameter of this name".to_string(),
-        })
-    }
-
-    /// Embeddings of tokens, [B, T, E], outside any graph.
-    pub fn embed(&self, tokens: &[u32], batch: usize) -> Result<Tensor> {
+    /// Length of rows of tokens.
+    fn length(tokens: &[u32], batch: usize) -> Result<usize> {
         if batch == 0 || !tokens.len().is_multiple_of(batch) {
             return Err(BaseError::Input {
                 message: format!("tokens: expected a multiple of the {batch} rows, got {}", tokens.len()),
             });
         }
-        let rows = embedding::gather(&self.value(EMBED)?, tokens)?;
-        Ok(rows.reshape((batch, tokens.len() / batch, self.config.hidden_size))?)
+        Ok(tokens.len() / batch)
+    }
+
+    /// Embeddings of tokens, row-major.
+    fn gather<S: Store>(&self, tokens: &[u32], out: &mut Vec<S>) -> Result<()> {
+        let width = self.config.hidden_size;
+        let out = sized(out, tokens.len() * width);
+        Ok(embedding::gather_into(self.params.values(EMBED)?.weight(), width, tokens, out)?)
+    }
+
+    /// Embeddings of tokens, [B, T, E], outside any graph.
+    pub fn embed(&self, tokens: &[u32], batch: usize) -> Result<Tensor> {
+        let length = Self::length(tokens, batch)?;
+        let mut rows = Vec::new();
+        self.gather::<f32>(tokens, &mut rows)?;
+        Ok(Tensor::from_vec(rows, (batch, length, self.config.hidden_size), &Device::Cpu)?)
     }
 
     fn prepare(&self, batch: usize, length: usize, with: &Forward) -> Result<Prepared> {
@@ -180,7 +221,7 @@ impl Decoder {
         }
         let sizes = [batch, length, c.num_attention_heads, c.num_key_value_heads, c.head_dim];
         let scale = 1.0 / (c.head_dim as f64).sqrt();
-        Ok(Prepared::new(sizes, scale, with.pattern, with.rows)?)
+        Ok(Prepared::new(sizes, scale, with.pattern, with.rows)?.with_products(self.precision.products()))
     }
 
     /// Batch and length of a residual stream.
@@ -193,28 +234,6 @@ impl Decoder {
         }
     }
 
-    fn final_norm(&self, x: &[f32]) -> Result<Vec<f32>> {
-        let gain = self.value(FINAL_NORM)?;
-        let mut out = vec![0f32; x.len()];
-        norm::rms_forward_into(x, &Values::of(&gain)?, self.config.rms_norm_eps as f32, &mut out);
-        Ok(out)
-    }
-
-    /// Residual stream after the last block and the final norm, [B, T, E]; builds no graph.
-    pub fn hidden(&self, x_bte: &Tensor, with: &Forward) -> Result<Tensor> {
-        let (batch, length) = self.stream(x_bte)?;
-        let attention = self.prepare(batch, length, with)?;
-        let (cos, sin) = (Values::of(&with.rope.cos_nd)?, Values::of(&with.rope.sin_nd)?);
-        let pass = self.pass(&attention, &cos, &sin, batch * length, None);
-        let mut x = Values::of(&x_bte.contiguous()?)?.to_vec();
-        let (mut y, mut saved, mut workspace) = (Vec::new(), Saved::default(), Workspace::default());
-        for layer in 0..self.config.num_hidden_layers {
-            Block::new(layer, &pass)?.forward(&x, &mut y, &mut saved, &mut workspace)?;
-            std::mem::swap(&mut x, &mut y);
-        }
-        Ok(Tensor::from_vec(self.final_norm(&x)?, x_bte.shape(), &Device::Cpu)?)
-    }
-
     fn pass<'a>(
         &'a self,
         attention: &'a Prepared,
@@ -223,25 +242,168 @@ impl Decoder {
         entries: usize,
         dropout_seed: Option<u64>,
     ) -> Pass<'a> {
-        let lora = self.lora.as_ref();
-        Pass { config: &self.config, params: &self.params, lora, attention, cos, sin, dropout_seed, entries }
+        Pass {
+            config: &self.config,
+            params: &self.params,
+            lora: self.lora.as_ref(),
+            attention,
+            cos,
+            sin,
+            dropout_seed,
+            products: self.precision.products(),
+            entries,
+        }
+    }
+
+    /// All blocks over the stream in `scratch.x`, which then holds the last one's output. The inputs of blocks from
+    /// `lowest` on are kept, and what they need for their backward pass (with `recompute`: the last one only).
+    fn blocks<S: Activation>(
+        &self,
+        pass: &Pass,
+        scratch: &mut Scratch<S>,
+        lowest: usize,
+        recompute: bool,
+    ) -> Result<()> {
+        let layers = self.config.num_hidden_layers;
+        scratch.prepare(layers, lowest, recompute);
+        let Scratch { inputs, saved, workspace, x, stream, .. } = scratch;
+        for layer in 0..layers {
+            let place = if recompute { 0 } else { layer.saturating_sub(lowest) };
+            Block::new(layer, pass)?.forward(x, stream, &mut saved[place], workspace)?;
+            if layer >= lowest {
+                // The input is kept, and its buffer of the step before carries the stream on.
+                std::mem::swap(&mut inputs[layer - lowest], x);
+            }
+            std::mem::swap(x, stream);
+        }
+        Ok(())
+    }
+
+    /// The final norm of the stream, in the buffer that blocks use for their normed input.
+    fn final_norm<'s, S: Activation>(&self, x: &[S], normed: &'s mut Vec<S>) -> Result<&'s [S]> {
+        let gain = self.params.values(FINAL_NORM)?;
+        let normed = sized(normed, x.len());
+        norm::rms_forward_into(x, gain.f32()?, self.config.rms_norm_eps as f32, normed);
+        Ok(normed)
+    }
+
+    /// The forward pass over the stream in `scratch.x`; the result is the final norm's.
+    fn forward<'s, S: Activation>(
+        &self,
+        batch: usize,
+        length: usize,
+        with: &Forward,
+        scratch: &'s mut Scratch<S>,
+    ) -> Result<&'s [S]> {
+        let attention = self.prepare(batch, length, with)?;
+        let (cos, sin) = (Values::of(&with.rope.cos_nd)?, Values::of(&with.rope.sin_nd)?);
+        let pass = self.pass(&attention, &cos, &sin, batch * length, None);
+        self.blocks(&pass, scratch, self.config.num_hidden_layers, true)?;
+        let Scratch { workspace, x, .. } = scratch;
+        self.final_norm(x, &mut workspace.normed)
+    }
+
+    /// As [`Decoder::forward`], of a stream given as a tensor.
+    fn forward_of<'s, S: Activation>(
+        &self,
+        x_bte: &Tensor,
+        with: &Forward,
+        scratch: &'s mut Scratch<S>,
+    ) -> Result<&'s [S]> {
+        let (batch, length) = self.stream(x_bte)?;
+        let given = x_bte.contiguous()?;
+        let given = Values::of(&given)?;
+        let x = sized(&mut scratch.x, given.len());
+        for (x, given) in x.iter_mut().zip(given.iter()) {
+            *x = S::put(*given);
+        }
+        self.forward(batch, length, with, scratch)
+    }
+
+    /// Residual stream after the last block and the final norm, [B, T, E]; builds no graph.
+    pub fn hidden(&self, x_bte: &Tensor, with: &Forward) -> Result<Tensor> {
+        let mut buffers = Buffers::default();
+        let values = if self.precision.stores_bf16() {
+            let hidden = self.forward_of(x_bte, with, bf16::scratch(&mut buffers))?;
+            hidden.iter().map(|v| v.get()).collect()
+        } else {
+            self.forward_of(x_bte, with, f32::scratch(&mut buffers))?.to_vec()
+        };
+        Ok(Tensor::from_vec(values, x_bte.shape(), &Device::Cpu)?)
+    }
+
+    fn logits_of<S: Store>(&self, hidden: &[S]) -> Result<Vec<f32>> {
+        let (vocab, width) = (self.config.vocab_size, self.config.hidden_size);
+        let head = self.params.values(self.head_name())?;
+        let products = self.precision.products();
+        let layer = Layer { weight: head.weight(), out: vocab, inp: width, lora: None, products };
+        let mut logits = vec![0f32; hidden.len() / width * vocab];
+        layer.forward(hidden, &mut logits, false, &mut LinearScratch::default());
+        Ok(logits)
     }
 
     /// Logits of every position, [B, T, V]; for short inputs, as they are held whole.
     pub fn logits(&self, x_bte: &Tensor, with: &Forward) -> Result<Tensor> {
-        Ok(linear(&self.hidden(x_bte, with)?, &self.value(self.head_name())?, None)?)
+        let (batch, length) = self.stream(x_bte)?;
+        let mut buffers = Buffers::default();
+        let logits = if self.precision.stores_bf16() {
+            self.logits_of(self.forward_of(x_bte, with, bf16::scratch(&mut buffers))?)?
+        } else {
+            self.logits_of(self.forward_of(x_bte, with, f32::scratch(&mut buffers))?)?
+        };
+        Ok(Tensor::from_vec(logits, (batch, length, self.config.vocab_size), &Device::Cpu)?)
+    }
+
+    /// Sizes of the output head's product for `entries` positions: [N, E, V].
+    fn head_sizes(&self, entries: usize) -> [usize; 3] {
+        [entries, self.config.hidden_size, self.config.vocab_size]
+    }
+
+    fn nll_of<S: Store>(&self, hidden: &[S], targets: &[u32]) -> Result<Vec<f32>> {
+        let head = self.params.values(self.head_name())?;
+        let sizes = self.head_sizes(targets.len());
+        let products = self.precision.products();
+        Ok(head_cross_entropy(hidden, head.weight(), sizes, targets, Gradient::Skip, products)?.nll)
     }
 
     /// NLL in nats of `targets` (row-major [B, T]; `IGNORE` gives 0) at every position; builds no graph.
     pub fn nll(&self, x_bte: &Tensor, targets: &[u32], with: &Forward) -> Result<Vec<f32>> {
-        let hidden = self.hidden(x_bte, with)?;
-        let head = self.value(self.head_name())?;
-        let sizes = [targets.len(), self.config.hidden_size, self.config.vocab_size];
-        let head = Values::of(&head)?;
-        let head = Weight::F32(&head);
-        let loss =
-            head_cross_entropy(&Values::of(&hidden)?, head, sizes, targets, Gradient::Skip, Products::F32)?;
-        Ok(loss.nll)
+        let mut buffers = Buffers::default();
+        if self.precision.stores_bf16() {
+            self.nll_of(self.forward_of(x_bte, with, bf16::scratch(&mut buffers))?, targets)
+        } else {
+            self.nll_of(self.forward_of(x_bte, with, f32::scratch(&mut buffers))?, targets)
+        }
+    }
+
+    /// As [`Decoder::nll`], of tokens [B, T], in buffers that the next call can use again.
+    pub fn score(
+        &self,
+        tokens: &[u32],
+        batch: usize,
+        targets: &[u32],
+        with: &Forward,
+        buffers: &mut Buffers,
+    ) -> Result<Vec<f32>> {
+        if self.precision.stores_bf16() {
+            self.score_in::<bf16>(tokens, batch, targets, with, buffers)
+        } else {
+            self.score_in::<f32>(tokens, batch, targets, with, buffers)
+        }
+    }
+
+    fn score_in<S: Activation>(
+        &self,
+        tokens: &[u32],
+        batch: usize,
+        targets: &[u32],
+        with: &Forward,
+        buffers: &mut Buffers,
+    ) -> Result<Vec<f32>> {
+        let length = Self::length(tokens, batch)?;
+        let scratch = S::scratch(buffers);
+        self.gather(tokens, &mut scratch.x)?;
+        self.nll_of(self.forward(batch, length, with, scratch)?, targets)
     }
 
     /// Does anything below block `layer` (or its own input) learn?
@@ -254,6 +416,12 @@ impl Decoder {
         self.params.learns(Group::Base)
             || self.params.learns(Group::Norms)
             || (lora && self.params.learns(Group::Lora))
+    }
+
+    /// The lowest block that is walked back: blocks below it and their inputs do not learn.
+    pub fn lowest_learning_block(&self) -> usize {
+        let layers = self.config.num_hidden_layers;
+        (0..layers).find(|l| self.learns_below(*l) || self.block_learns(*l)).unwrap_or(layers)
     }
 
     /// Forward and backward of one micro-batch of `batch` rows of tokens: adds the gradients of `scale`·Σ NLL to
@@ -273,44 +441,79 @@ impl Decoder {
         recompute: bool,
         gradients: &mut Gradients,
     ) -> Result<StepLoss> {
-        let c = &self.config;
-        let embedded = self.embed(tokens, batch)?;
-        let entries = tokens.len();
-        let attention = self.prepare(batch, entries / batch, with)?;
-        let (cos, sin) = (Values::of(&with.rope.cos_nd)?, Values::of(&with.rope.sin_nd)?);
-        let pass = self.pass(&attention, &cos, &sin, entries, with.dropout_seed);
-        let layers = c.num_hidden_layers;
-        let lowest = (0..layers).find(|l| self.learns_below(*l) || self.block_learns(*l)).unwrap_or(layers);
-        let mut scratch = gradients.take_scratch();
-        scratch.prepare(layers, lowest, recompute);
-
-        let Scratch { inputs, saved, workspace, stream } = &mut scratch;
-        let mut x = Values::of(&embedded)?.to_vec();
-        drop(embedded);
-        for layer in 0..layers {
-            let place = if recompute { 0 } else { layer.saturating_sub(lowest) };
-            Block::new(layer, &pass)?.forward(&x, stream, &mut saved[place], workspace)?;
-            if layer >= lowest {
-                // The input is kept, and its buffer of the step before carries the stream on.
-                std::mem::swap(&mut inputs[layer - lowest], &mut x);
-            }
-            std::mem::swap(&mut x, stream);
-        }
-
-        let hidden = self.final_norm(&x)?;
-        let head = self.value(self.head_name())?;
-        let scale = scale as f32;
-        let head_learns = self.params.group(self.head_name()).is_some_and(|g| self.params.learns(g));
-        let gradient = if head_learns {
-            let head = gradients.buffer(self.head_name(), head.elem_count());
-            Gradient::HiddenAndHead { scale, head }
+        let step = Step { tokens, batch, targets, with, scale: scale as f32, recompute };
+        let mut buffers = gradients.take_passes();
+        let loss = if self.precision.stores_bf16() {
+            self.accumulate(&step, bf16::scratch(&mut buffers), gradients)
         } else {
-            Gradient::Hidden { scale }
+            self.accumulate(&step, f32::scratch(&mut buffers), gradients)
         };
-        let sizes = [entries, c.hidden_size, c.vocab_size];
-        let head = Values::of(&head)?;
-        let loss = head_cross_entropy(&hidden, Weight::F32(&head), sizes, targets, gradient, Products::F32)?;
-        drop(hidden);
+        gradients.put_passes(buffers);
+        loss
+    }
+
+    fn accumulate<S: Activation>(
+        &self,
+        step: &Step,
+        scratch: &mut Scratch<S>,
+        gradients: &mut Gradients,
+    ) -> Result<StepLoss> {
+        let (c, with, tokens) = (&self.config, step.with, step.tokens);
+        let length = Self::length(tokens, step.batch)?;
+        let attention = self.prepare(step.batch, length, with)?;
+        let (cos, sin) = (Values::of(&with.rope.cos_nd)?, Values::of(&with.rope.sin_nd)?);
+        let pass = self.pass(&attention, &cos, &sin, tokens.len(), with.dropout_seed);
+        let layers = c.num_hidden_layers;
+        let lowest = self.lowest_learning_block();
+        self.gather(tokens, &mut scratch.x)?;
+        self.blocks(&pass, scratch, lowest, step.recompute)?;
+        let Scratch { inputs, saved, workspace, x, stream, d } = scratch;
+
+        let hidden = self.final_norm(x, &mut workspace.normed)?;
+        let (loss, d_hidden) = self.head_loss(hidden, step, gradients)?;
+        let gain = self.params.values(FINAL_NORM)?;
+        let gain = gain.f32()?;
+        let d = sized(d, tokens.len() * c.hidden_size);
+        d.fill(0.0);
+        let dw = self.params.learns(Group::Norms).then(|| &mut gradients.buffer(FINAL_NORM, gain.len())[..]);
+        norm::rms_backward_add(x, gain, &d_hidden, c.rms_norm_eps as f32, d, dw);
+        drop(d_hidden);
+        for layer in (lowest..layers).rev() {
+            let block = Block::new(layer, &pass)?;
+            let input = &inputs[layer - lowest];
+            let place = if step.recompute { 0 } else { layer - lowest };
+            if step.recompute && layer + 1 < layers {
+                block.forward(input, stream, &mut saved[place], workspace)?;
+            }
+            let wanted = self.learns_below(layer);
+            block.backward(input, d, &mut saved[place], workspace, gradients, wanted)?;
+        }
+        if self.params.learns(Group::Embeddings) {
+            let table = gradients.buffer(EMBED, c.vocab_size * c.hidden_size);
+            embedding::scatter_add(d, c.hidden_size, tokens, table)?;
+        }
+        Ok(loss)
+    }
+
+    /// The loss over the output head, and the gradient of the hidden states.
+    fn head_loss<S: Store>(
+        &self,
+        hidden: &[S],
+        step: &Step,
+        gradients: &mut Gradients,
+    ) -> Result<(StepLoss, Vec<f32>)> {
+        let name = self.head_name();
+        let head = self.params.values(name)?;
+        let learns = self.params.group(name).is_some_and(|g| self.params.learns(g));
+        let wanted = if learns {
+            let head = gradients.buffer(name, self.config.vocab_size * self.config.hidden_size);
+            Gradient::HiddenAndHead { scale: step.scale, head }
+        } else {
+            Gradient::Hidden { scale: step.scale }
+        };
+        let sizes = self.head_sizes(step.targets.len());
+        let products = self.precision.products();
+        let loss = head_cross_entropy(hidden, head.weight(), sizes, step.targets, wanted, products)?;
         let sum = loss.sum();
         if !sum.is_finite() {
             return Err(BaseError::NonFinite { what: "loss".to_string(), value: sum });
@@ -318,30 +521,16 @@ impl Decoder {
         let d_hidden = loss.d_hidden.ok_or_else(|| BaseError::Input {
             message: "scale: expected a gradient scale other than 0, got 0".to_string(),
         })?;
-
-        let gain = self.value(FINAL_NORM)?;
-        let gain = Values::of(&gain)?;
-        let norms_learn = self.params.learns(Group::Norms);
-        let mut d = vec![0f32; entries * c.hidden_size];
-        let dw = norms_learn.then(|| &mut gradients.buffer(FINAL_NORM, gain.len())[..]);
-        norm::rms_backward_add(&x, &gain, &d_hidden, c.rms_norm_eps as f32, &mut d, dw);
-        drop(d_hidden);
-        for layer in (lowest..layers).rev() {
-            let block = Block::new(layer, &pass)?;
-            let input = &inputs[layer - lowest];
-            let place = if recompute { 0 } else { layer - lowest };
-            if recompute && layer + 1 < layers {
-                block.forward(input, stream, &mut saved[place], workspace)?;
-            }
-            let wanted = self.learns_below(layer);
-            block.backward(input, &mut d, &mut saved[place], workspace, gradients, wanted)?;
-        }
-        gradients.put_scratch(scratch);
-
-        if self.params.learns(Group::Embeddings) {
-            let table = gradients.buffer(EMBED, c.vocab_size * c.hidden_size);
-            embedding::scatter_add(&d, c.hidden_size, tokens, table)?;
-        }
-        Ok(StepLoss { sum, count: loss.count })
+        Ok((StepLoss { sum, count: loss.count }, d_hidden))
     }
+}
+
+/// What [`Decoder::accumulate_gradients`] is given.
+struct Step<'a> {
+    tokens: &'a [u32],
+    batch: usize,
+    targets: &'a [u32],
+    with: &'a Forward<'a>,
+    scale: f32,
+    recompute: bool,
 }

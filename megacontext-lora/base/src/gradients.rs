@@ -7,13 +7,14 @@
 //! Source: AdamW (Loshchilov and Hutter 2019); clipping by global norm (Pascanu et al. 2013).
 //! Weight decay is left off for norms, embeddings and biases, as is usual.
 
+use std::borrow::Cow;
 use std::collections::BTreeMap;
 
-use candle_core::{Device, Tensor};
+use candle_core::Tensor;
 use megacontext_kernels::{adamw, cpu};
 use serde::{Deserialize, Serialize};
 
-use crate::block::{Saved, Workspace};
+use crate::buffers::Buffers;
 use crate::error::{BaseError, Result};
 use crate::params::{Group, ParamStore};
 
@@ -21,25 +22,7 @@ use crate::params::{Group, ParamStore};
 #[derive(Default)]
 pub struct Gradients {
     buffers: BTreeMap<String, Vec<f32>>,
-    scratch: Scratch,
-}
-
-/// Buffers of a step: each block's input, what blocks keep from forward to backward, and what they share.
-#[derive(Default)]
-pub(crate) struct Scratch {
-    pub inputs: Vec<Vec<f32>>,
-    pub saved: Vec<Saved>,
-    pub workspace: Workspace,
-    pub stream: Vec<f32>,
-}
-
-impl Scratch {
-    /// Room for a model of `layers` blocks of which those from `lowest` on are walked back.
-    pub fn prepare(&mut self, layers: usize, lowest: usize, recompute: bool) {
-        let walked = layers - lowest;
-        self.inputs.resize_with(walked, Vec::new);
-        self.saved.resize_with(if recompute { 1 } else { walked.max(1) }, Saved::default);
-    }
+    passes: Buffers,
 }
 
 impl Gradients {
@@ -48,13 +31,32 @@ impl Gradients {
         Self::default()
     }
 
-    /// The scratch memory, to be given back with [`Gradients::put_scratch`].
-    pub(crate) fn take_scratch(&mut self) -> Scratch {
-        std::mem::take(&mut self.scratch)
+    /// The memory of passes, to be given back with [`Gradients::put_passes`].
+    pub(crate) fn take_passes(&mut self) -> Buffers {
+        std::mem::take(&mut self.passes)
     }
 
-    pub(crate) fn put_scratch(&mut self, scratch: Scratch) {
-        self.scratch = scratch;
+    pub(crate) fn put_passes(&mut self, passes: Buffers) {
+        self.passes = passes;
+    }
+
+    /// The memory of passes, kept from step to step.
+    pub fn passes(&self) -> &Buffers {
+        &self.passes
+    }
+
+    /// Lets the memory of passes go; the gradients stay. The next step makes it anew.
+    pub fn release_passes(&mut self) {
+        self.passes = Buffers::default();
+    }
+
+    /// Takes the buffer of a parameter of `len` values out, zeroed when new; [`Gradients::put`] brings it back.
+    pub(crate) fn take(&mut self, name: &str, len: usize) -> Vec<f32> {
+        self.buffers.remove(name).unwrap_or_else(|| vec![0.0; len])
+    }
+
+    pub(crate) fn put(&mut self, name: String, buffer: Vec<f32>) {
+        self.buffers.insert(name, buffer);
     }
 
     /// The buffer of a parameter of `len` values, zeroed when new.
@@ -110,6 +112,7 @@ impl Default for AdamWConfig {
     }
 }
 
+#[derive(Clone)]
 struct Moments {
     step: u64,
     exp_avg: Vec<f32>,
@@ -117,6 +120,7 @@ struct Moments {
 }
 
 /// AdamW over a [`ParamStore`].
+#[derive(Clone)]
 pub struct Optimizer {
     config: AdamWConfig,
     state: BTreeMap<String, Moments>,
@@ -168,46 +172,47 @@ impl Optimizer {
         Ok(norm)
     }
 
-    /// Everything a checkpoint needs: moments as tensors (`exp_avg.<name>`, `exp_avg_sq.<name>`, `step.<name>`).
-    pub fn export(&self) -> Result<Vec<(String, Tensor)>> {
-        let mut tensors = Vec::new();
-        for (name, m) in &self.state {
-            let flat = |v: &[f32]| Tensor::from_slice(v, v.len(), &Device::Cpu);
-            tensors.push((format!("exp_avg.{name}"), flat(&m.exp_avg)?));
-            tensors.push((format!("exp_avg_sq.{name}"), flat(&m.exp_avg_sq)?));
-            // f32 like the rest of the file: exact up to 16.7 million steps.
-            tensors.push((format!("step.{name}"), Tensor::new(&[m.step as f32], &Device::Cpu)?));
-        }
-        Ok(tensors)
+    /// Everything a checkpoint needs: `exp_avg.<name>`, `exp_avg_sq.<name>`, `step.<name>`, borrowed.
+    pub fn moments(&self) -> impl Iterator<Item = (String, Cow<'_, [f32]>)> {
+        self.state.iter().flat_map(|(name, m)| {
+            [
+                (format!("exp_avg.{name}"), Cow::Borrowed(&m.exp_avg[..])),
+                (format!("exp_avg_sq.{name}"), Cow::Borrowed(&m.exp_avg_sq[..])),
+                // f32 like the rest of the file: exact up to 16.7 million steps.
+                (format!("step.{name}"), Cow::Owned(vec![m.step as f32])),
+            ]
+        })
     }
 
-    /// The reverse of [`Optimizer::export`], checked against the parameters.
-    pub fn import(&mut self, params: &ParamStore, tensors: &BTreeMap<String, Tensor>) -> Result<()> {
+    /// The reverse of [`Optimizer::moments`], checked against the parameters. On an error nothing has changed.
+    pub fn import(
+        &mut self,
+        params: &ParamStore,
+        moments: impl IntoIterator<Item = (String, Vec<f32>)>,
+    ) -> Result<()> {
+        let mut moments: BTreeMap<String, Vec<f32>> = moments.into_iter().collect();
+        let names: Vec<String> =
+            moments.keys().filter_map(|key| key.strip_prefix("step.")).map(str::to_string).collect();
         let mut state = BTreeMap::new();
-        for (key, step) in tensors.iter().filter(|(k, _)| k.starts_with("step.")) {
-            let name = &key["step.".len()..];
-            let bad = |message: String| BaseError::Parameter { name: name.to_string(), message };
-            let parameter = params.get(name).ok_or_else(|| bad("optimiser state for no parameter".into()))?;
-            let moment = |prefix: &str| -> Result<Vec<f32>> {
-                let tensor = tensors
-                    .get(&format!("{prefix}.{name}"))
+        for name in names {
+            let bad = |message: String| BaseError::Parameter { name: name.clone(), message };
+            let shape = params.shape(&name).ok_or_else(|| bad("optimiser state for no parameter".into()))?;
+            let mut take = |prefix: &str, len: usize| -> Result<Vec<f32>> {
+                let values = moments
+                    .remove(&format!("{prefix}.{name}"))
                     .ok_or_else(|| bad(format!("optimiser state has no {prefix}")))?;
-                let values = tensor.flatten_all()?.to_vec1::<f32>()?;
-                if values.len() != parameter.elem_count() {
-                    return Err(bad(format!(
-                        "{prefix}: expected {} values, got {}",
-                        parameter.elem_count(),
-                        values.len()
-                    )));
+                if values.len() != len {
+                    return Err(bad(format!("{prefix}: expected {len} values, got {}", values.len())));
                 }
                 Ok(values)
             };
-            let moments = Moments {
-                step: step.flatten_all()?.to_vec1::<f32>()?.first().copied().unwrap_or(0.0) as u64,
-                exp_avg: moment("exp_avg")?,
-                exp_avg_sq: moment("exp_avg_sq")?,
+            let len = shape.iter().product();
+            let read = Moments {
+                step: take("step", 1)?[0] as u64,
+                exp_avg: take("exp_avg", len)?,
+                exp_avg_sq: take("exp_avg_sq", len)?,
             };
-            state.insert(name.to_string(), moments);
+            state.insert(name.clone(), read);
         }
         self.state = state;
         Ok(())

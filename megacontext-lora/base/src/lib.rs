@@ -1,7 +1,7 @@
 //! The base model of the plugin: a trainable decoder and everything that belongs to it.
 //!
 //! [`decoder`] runs and trains a Llama-family model whose parameters live in a [`params::ParamStore`], each in one group;
-//! [`gradients`] holds their gradients and the optimiser; [`lora`] attaches low-rank updates; [`rope`] maps positions to
+//! [`gradients`] holds their gradients and the optimiser; [`buffers`] is the memory of a pass, and how much it is; [`lora`] attaches low-rank updates; [`rope`] maps positions to
 //! angles. [`config`], [`weights`] and [`tokenizer`] read a Hugging Face folder, [`hf_export`] writes one, [`adapter`]
 //! reads and writes PEFT folders, [`merge`] folds one into its base. [`atomic`] makes folders appear whole or not at all;
 //! [`random`] is the one source of random numbers.
@@ -12,6 +12,7 @@ pub mod adapter;
 mod adapter_config;
 pub mod atomic;
 mod block;
+pub mod buffers;
 pub mod config;
 pub mod decoder;
 pub mod error;

@@ -5,12 +5,20 @@
 //! parameters from [`ParamStore::read`], as leaves where they learn and detached where they do not. Nothing is copied when
 //! the set changes: both views share one storage.
 //!
+//! Storage: f32, or bf16 for a frozen weight. What learns is always f32, so a parameter stored in bf16 becomes f32 when its
+//! group begins to learn ([`ParamStore::set_learning`]): every bf16 is an f32, so no value changes, and it stays f32 when
+//! the group is frozen again, since rounding then would throw away what was learned. Its bytes differ, and with them the
+//! hash of its group.
+//!
 //! Shapes: as in the Hugging Face checkpoint the name comes from; a linear weight is [out, in].
 //! Errors: an unknown name, a shape that changes.
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use candle_core::{CpuStorage, Storage, Tensor, Var};
+use candle_core::op::BackpropOp;
+use candle_core::{CpuStorage, DType, Storage, StorageRef, Tensor, Var};
+use megacontext_kernels::linear::Weight;
+use megacontext_kernels::store::Store;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
@@ -95,6 +103,28 @@ impl ParamStore {
         Ok(())
     }
 
+    /// Adds or replaces a parameter of the given values, row-major, without copying them.
+    ///
+    /// # Errors
+    /// When their number is not the shape's.
+    pub fn insert_values<S: Store>(
+        &mut self,
+        name: impl Into<String>,
+        group: Group,
+        values: Vec<S>,
+        shape: &[usize],
+    ) -> Result<()> {
+        let name = name.into();
+        if values.len() != shape.iter().product::<usize>() {
+            let message = format!("expected {shape:?} values, got {}", values.len());
+            return Err(BaseError::Parameter { name, message });
+        }
+        let storage = Storage::Cpu(S::storage(values));
+        let leaf = Tensor::from_storage(storage, shape, BackpropOp::none(), true);
+        self.params.insert(name, Param { group, leaf: Var::from_tensor(&leaf)? });
+        Ok(())
+    }
+
     /// Removes a parameter; true if there was one.
     pub fn remove(&mut self, name: &str) -> bool {
         self.params.remove(name).is_some()
@@ -120,7 +150,21 @@ impl ParamStore {
         self.params.get(name).map(|p| p.leaf.as_detached_tensor())
     }
 
-    /// What a forward pass reads: a leaf if the parameter's group learns, detached otherwise.
+    /// The values of a parameter, borrowed as they are stored.
+    ///
+    /// # Errors
+    /// When there is none of this name.
+    pub fn values(&self, name: &str) -> Result<Held<'_>> {
+        let param = self.params.get(name).ok_or_else(|| unknown(name))?;
+        Held::of(name, &param.leaf)
+    }
+
+    /// Shape of a parameter.
+    pub fn shape(&self, name: &str) -> Option<&[usize]> {
+        self.params.get(name).map(|p| p.leaf.dims())
+    }
+
+    /// What a taped graph reads: a leaf if the parameter's group learns, detached otherwise.
     pub fn read(&self, name: &str) -> Result<Tensor> {
         let param = self.params.get(name).ok_or_else(|| unknown(name))?;
         Ok(if self.learning.contains(&param.group) {
@@ -143,9 +187,25 @@ impl ParamStore {
         Ok(())
     }
 
-    /// Names the groups that learn from here on; every other group is frozen.
-    pub fn set_learning(&mut self, groups: impl IntoIterator<Item = Group>) {
-        self.learning = groups.into_iter().collect();
+    /// Names the groups that learn from here on; every other group is frozen. Returns how many values stored in bf16
+    /// became f32 for it.
+    pub fn set_learning(&mut self, groups: impl IntoIterator<Item = Group>) -> Result<usize> {
+        let learning: BTreeSet<Group> = groups.into_iter().collect();
+        let mut widened = 0;
+        for param in self.params.values_mut() {
+            if learning.contains(&param.group) && param.leaf.dtype() != DType::F32 {
+                let values = param.leaf.as_detached_tensor().to_dtype(DType::F32)?;
+                param.leaf = Var::from_tensor(&values)?;
+                widened += param.leaf.elem_count();
+            }
+        }
+        self.learning = learning;
+        Ok(widened)
+    }
+
+    /// Nothing learns from here on.
+    pub fn freeze(&mut self) {
+        self.learning.clear();
     }
 
     /// The groups that learn.
@@ -181,19 +241,66 @@ impl ParamStore {
         let mut hash = Sha256::new();
         for (name, param) in self.params.iter().filter(|(_, p)| p.group == group) {
             hash.update(name.as_bytes());
-            let (storage, layout) = param.leaf.storage_and_layout();
-            let Storage::Cpu(CpuStorage::F32(data)) = &*storage else {
-                return Err(BaseError::Parameter {
-                    name: name.clone(),
-                    message: format!("expected f32 on the CPU, got {:?}", param.leaf.dtype()),
-                });
-            };
-            let start = layout.start_offset();
-            for value in &data[start..start + layout.shape().elem_count()] {
-                hash.update(value.to_le_bytes());
+            match Held::of(name, &param.leaf)?.weight() {
+                Weight::F32(values) => values.iter().for_each(|value| hash.update(value.to_le_bytes())),
+                Weight::Bf16(values) => values.iter().for_each(|value| hash.update(value.to_le_bytes())),
             }
         }
         Ok(hex(&hash.finalize()))
+    }
+}
+
+/// The values of a parameter, borrowed for as long as this lives.
+pub struct Held<'a> {
+    storage: StorageRef<'a>,
+    name: String,
+    start: usize,
+    len: usize,
+}
+
+impl<'a> Held<'a> {
+    fn of(name: &str, tensor: &'a Tensor) -> Result<Self> {
+        let (storage, layout) = tensor.storage_and_layout();
+        let stored = matches!(&*storage, Storage::Cpu(CpuStorage::F32(_) | CpuStorage::BF16(_)));
+        let Some((start, end)) = layout.contiguous_offsets().filter(|_| stored) else {
+            return Err(BaseError::Parameter {
+                name: name.to_string(),
+                message: format!("expected contiguous f32 or bf16 on the CPU, got {:?}", tensor.dtype()),
+            });
+        };
+        Ok(Self { storage, name: name.to_string(), start, len: end - start })
+    }
+
+    /// The values as they are stored, row-major.
+    pub fn weight(&self) -> Weight<'_> {
+        let range = self.start..self.start + self.len;
+        match &*self.storage {
+            Storage::Cpu(CpuStorage::BF16(values)) => Weight::Bf16(&values[range]),
+            Storage::Cpu(CpuStorage::F32(values)) => Weight::F32(&values[range]),
+            _ => Weight::F32(&[]),
+        }
+    }
+
+    /// A copy in f32.
+    pub fn to_f32(&self) -> Vec<f32> {
+        match self.weight() {
+            Weight::F32(values) => values.to_vec(),
+            Weight::Bf16(values) => values.iter().map(|v| v.get()).collect(),
+        }
+    }
+
+    /// The values of a parameter that is stored in f32.
+    ///
+    /// # Errors
+    /// When it is stored in bf16.
+    pub fn f32(&self) -> Result<&[f32]> {
+        match self.weight() {
+            Weight::F32(values) => Ok(values),
+            Weight::Bf16(_) => Err(BaseError::Parameter {
+                name: self.name.clone(),
+                message: "expected f32, got bf16".to_string(),
+            }),
+        }
     }
 }
 

@@ -3,7 +3,8 @@
 //! Source: the safetensors format and transformers' `model.safetensors.index.json` (`weight_map`: tensor → file).
 //! `model.safetensors` is taken where it exists, else the index.
 //!
-//! f32, f16 and bf16 are widened to f32, in parallel, straight from the mapping: the only copy is the result.
+//! f32, f16 and bf16 become f32 or bf16, as asked for, in parallel and straight from the mapping: the only copy is the
+//! result, and the mapping's pages are given back as soon as a tensor has been read.
 //! Errors: `BaseError::Weights`, naming file and tensor. All files are checked when the folder is opened; shapes when a
 //! tensor is read.
 //!
@@ -14,6 +15,7 @@ use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 
 use candle_core::{Device, Tensor};
+use megacontext_kernels::store::{Store, bf16};
 use memmap2::Mmap;
 use rayon::prelude::*;
 use safetensors::SafeTensors;
@@ -142,13 +144,28 @@ impl MappedFile {
         })
     }
 
+    /// A tensor's values in row-major order, whatever its shape.
+    fn read<S: Store>(&self, name: &str) -> Result<Vec<S>> {
+        let dtype = self.dtype(name)?;
+        let bytes = self.bytes(name).ok_or_else(|| BaseError::tensor(&self.path, name, "no such tensor"))?;
+        let values = convert(bytes, dtype);
+        self.release();
+        Ok(values)
+    }
+
     /// A tensor widened to f32, whatever its shape.
     pub(crate) fn read_f32(&self, name: &str) -> Result<Tensor> {
-        let dtype = self.dtype(name)?;
-        let absent = || BaseError::tensor(&self.path, name, "no such tensor");
-        let shape = self.shape(name).ok_or_else(absent)?;
-        let values = widen(self.bytes(name).ok_or_else(absent)?, dtype);
-        Ok(Tensor::from_vec(values, shape, &Device::Cpu)?)
+        let values = self.read::<f32>(name)?;
+        Ok(Tensor::from_vec(values, self.shape(name).unwrap_or(&[]), &Device::Cpu)?)
+    }
+
+    /// Gives the mapping's pages back to the system, which would count them as this process's memory: they are read
+    /// from the file again where they are needed again.
+    fn release(&self) {
+        #[cfg(unix)]
+        // SAFETY: the mapping is of a file, shared and never written to, so a page that is dropped comes back with the
+        // file's bytes; slices into the mapping stay valid. Advice that the system does not take changes nothing.
+        let _ = unsafe { self.map.unchecked_advise(memmap2::UncheckedAdvice::DontNeed) };
     }
 }
 
@@ -277,16 +294,21 @@ impl Weights {
         Ok(&self.files[*at])
     }
 
-    /// A tensor widened to f32 on the CPU; refused unless it has the given shape.
-    pub fn tensor_f32(&self, name: &str, shape: &[usize]) -> Result<Tensor> {
+    /// A tensor's values in row-major order, rounded to the type asked for; refused unless it has the given shape.
+    pub fn values<S: Store>(&self, name: &str, shape: &[usize]) -> Result<Vec<S>> {
         let file = self.file(name)?;
         match file.shape(name) {
-            Some(found) if found == shape => file.read_f32(name),
+            Some(found) if found == shape => file.read(name),
             found => {
                 let message = format!("expected shape {shape:?}, got {:?}", found.unwrap_or(&[]));
                 Err(BaseError::tensor(&file.path, name, message))
             }
         }
+    }
+
+    /// A tensor widened to f32 on the CPU; refused unless it has the given shape.
+    pub fn tensor_f32(&self, name: &str, shape: &[usize]) -> Result<Tensor> {
+        Ok(Tensor::from_vec(self.values::<f32>(name, shape)?, shape, &Device::Cpu)?)
     }
 
     /// Checks, without reading data, that all of the given tensors are there with these shapes and a readable dtype.
@@ -334,28 +356,29 @@ impl Weights {
             hash.update(&bytes[..sample]);
             hash.update(&bytes[bytes.len() - sample..]);
         }
+        self.files.iter().for_each(MappedFile::release);
         crate::params::hex(&hash.finalize())
     }
 }
 
-/// Bytes as stored, little-endian, to f32 values.
-fn widen(bytes: &[u8], dtype: Dtype) -> Vec<f32> {
+/// Bytes as stored, little-endian, to values.
+fn convert<S: Store>(bytes: &[u8], dtype: Dtype) -> Vec<S> {
     const CHUNK: usize = 1 << 16;
-    let mut values = vec![0f32; bytes.len() / dtype.size()];
-    let convert = |(out, bytes): (&mut [f32], &[u8])| match dtype {
+    let mut values = vec![S::default(); bytes.len() / dtype.size()];
+    let convert = |(out, bytes): (&mut [S], &[u8])| match dtype {
         Dtype::F32 => {
             for (o, b) in out.iter_mut().zip(bytes.as_chunks::<4>().0) {
-                *o = f32::from_le_bytes(*b);
+                *o = S::put(f32::from_le_bytes(*b));
             }
         }
         Dtype::F16 => {
             for (o, b) in out.iter_mut().zip(bytes.as_chunks::<2>().0) {
-                *o = half::f16::from_le_bytes(*b).to_f32();
+                *o = S::put(half::f16::from_le_bytes(*b).to_f32());
             }
         }
         Dtype::BF16 => {
             for (o, b) in out.iter_mut().zip(bytes.as_chunks::<2>().0) {
-                *o = half::bf16::from_le_bytes(*b).to_f32();
+                *o = S::put(bf16::from_le_bytes(*b).get());
             }
         }
     };

@@ -15,6 +15,7 @@ use megacontext_base::merge::merge;
 use megacontext_base::rope::{RopeScaling, RopeTables};
 use megacontext_base::weights::Weights;
 use megacontext_kernels::attention::{Pattern, Rows};
+use megacontext_kernels::precision::Precision;
 
 fn fixture(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../../integration-tests/fixtures/llama").join(name)
@@ -31,7 +32,13 @@ fn expected(dir: &Path) -> (Vec<Vec<u32>>, Tensor) {
 }
 
 fn load(dir: &Path) -> Decoder {
-    Decoder::from_weights(LlamaConfig::from_dir(dir).unwrap(), &Weights::open(dir).unwrap()).unwrap()
+    Decoder::from_weights(
+        LlamaConfig::from_dir(dir).unwrap(),
+        &Weights::open(dir).unwrap(),
+        Precision::F32,
+        &[],
+    )
+    .unwrap()
 }
 
 fn logits(model: &Decoder, scaling: &RopeScaling, rows: &[Vec<u32>]) -> Tensor {

@@ -21,6 +21,7 @@ use megacontext_kernels::attention::{Pattern, Rows, attention};
 use megacontext_kernels::gemm::Products;
 use megacontext_kernels::linear::{Lora, Weight, linear};
 use megacontext_kernels::loss::{Gradient, IGNORE, head_cross_entropy};
+use megacontext_kernels::precision::Precision;
 use megacontext_kernels::rope::rope;
 use megacontext_kernels::{mlp, norm, vjp};
 
@@ -33,7 +34,7 @@ fn folder(name: &str) -> PathBuf {
 
 fn open(name: &str) -> Result<Decoder> {
     let dir = folder(name);
-    Ok(Decoder::from_weights(LlamaConfig::from_dir(&dir)?, &Weights::open(&dir)?)?)
+    Ok(Decoder::from_weights(LlamaConfig::from_dir(&dir)?, &Weights::open(&dir)?, Precision::F32, &[])?)
 }
 
 struct Case {
@@ -82,7 +83,7 @@ fn logits_and_gradients_equal_transformers() -> Result<()> {
         let difference = largest_difference(&logits, &expected["logits"].to_dtype(DType::F32)?)?;
         assert!(difference < 1e-4, "{name}: logits differ by {difference}");
 
-        decoder.params_mut().set_learning([Group::Base, Group::Embeddings, Group::Norms]);
+        decoder.params_mut().set_learning([Group::Base, Group::Embeddings, Group::Norms])?;
         let targets = case.targets();
         let count = targets.iter().filter(|t| **t != IGNORE).count();
         let mut gradients = Gradients::new();
@@ -123,7 +124,7 @@ fn adapted(name: &str, dropout: f64) -> Result<Decoder> {
         let values: Vec<f32> = (0..shape.elem_count()).map(|j| ((i + j) % 5) as f32 * 0.02 - 0.04).collect();
         decoder.params().set(name, &Tensor::from_vec(values, shape, &Device::Cpu)?)?;
     }
-    decoder.params_mut().set_learning([Group::Lora, Group::Embeddings, Group::Norms]);
+    decoder.params_mut().set_learning([Group::Lora, Group::Embeddings, Group::Norms])?;
     Ok(decoder)
 }
 
@@ -210,7 +211,7 @@ fn blocks_equal_the_same_model_taped_by_candle() -> Result<()> {
         ("tied_f32", vec![Group::Norms]),
     ] {
         let mut decoder = adapted(name, 0.0)?;
-        decoder.params_mut().set_learning(groups);
+        decoder.params_mut().set_learning(groups)?;
         let (case, _) = case(&decoder, name)?;
         let ours = gradients_of(&decoder, &case, true, None)?;
         let tape = taped(&decoder, &case, Pattern::ShiftedSparse { group: 4 })?;
@@ -318,7 +319,7 @@ fn frozen_groups_get_no_gradient_and_keep_their_bytes() -> Result<()> {
         [&[Group::Lora], &[Group::Norms], &[Group::Embeddings], &[Group::Lora, Group::Norms]];
     let mut optimizer = Optimizer::new(AdamWConfig::default());
     for learning in phases {
-        decoder.params_mut().set_learning(learning.iter().copied());
+        decoder.params_mut().set_learning(learning.iter().copied())?;
         let before: Vec<String> =
             all.iter().map(|g| decoder.params().group_hash(*g)).collect::<Result<_, _>>()?;
         let gradients = gradients_of(&decoder, &case, true, None)?;
@@ -340,7 +341,7 @@ fn lora_on_the_last_block_walks_no_further_back() -> Result<()> {
     let mut decoder = open("tied_f32")?;
     let last = decoder.config().num_hidden_layers - 1;
     decoder.attach_lora(LoraConfig { layers: Some(vec![last]), ..LoraConfig::default() }, 1)?;
-    decoder.params_mut().set_learning([Group::Lora]);
+    decoder.params_mut().set_learning([Group::Lora])?;
     let (case, _) = case(&decoder, "tied_f32")?;
     let gradients = gradients_of(&decoder, &case, false, None)?;
     assert!(gradients.names().all(|n| n.starts_with(&format!("model.layers.{last}."))));

@@ -7,6 +7,7 @@ use std::path::PathBuf;
 
 use megacontext_base::rope::RopeScaling;
 use megacontext_kernels::attention::Pattern;
+use megacontext_kernels::precision::Precision;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
@@ -15,7 +16,8 @@ use crate::error::{PluginError, Result};
 use crate::host::HostApi;
 use crate::jobs::{ModelDir, parse, to_value, with_threads};
 use crate::train::config::{Attention, GroupSize, StageConfig, check_evaluation};
-use crate::train::eval::{Protocol, perplexity, select};
+use crate::train::eval::{Protocol, batch_rows, perplexity, select};
+use crate::train::plan::check_forward;
 
 /// What the job is told.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -39,6 +41,8 @@ pub struct EvalPpl {
     pub group: GroupSize,
     /// Interpolation factor instead of the adapter's or the model's own.
     pub factor: Option<f64>,
+    /// Precision class.
+    pub dtype: Precision,
     /// Threads; none means all.
     pub threads: Option<usize>,
 }
@@ -55,6 +59,7 @@ impl Default for EvalPpl {
             attention: Attention::Dense,
             group: GroupSize::Part(0.25),
             factor: None,
+            dtype: Precision::F32,
             threads: None,
         }
     }
@@ -70,9 +75,10 @@ fn evaluate(job: &EvalPpl, host: &dyn HostApi) -> Result<Value> {
     check_evaluation("", &job.contexts, job.stride, job.max_tokens)?;
     let longest = job.contexts.iter().copied().max().unwrap_or(0);
     let model = ModelDir::open(&job.base)?;
-    crate::train::plan::check_evaluation(&model.config, longest)?;
+    let entries = job.contexts.iter().map(|context| batch_rows(*context) * context).max().unwrap_or(0);
+    check_forward("the evaluation", &model.config, job.dtype, entries, 0)?;
     let documents = super::extend::load_data(&job.data, host)?;
-    let (decoder, mut scaling, _) = model.decoder_with(job.adapter.as_deref())?;
+    let (decoder, mut scaling, _) = model.decoder_with(job.adapter.as_deref(), job.dtype)?;
     if let Some(factor) = job.factor {
         scaling = RopeScaling::from_factor(factor).map_err(PluginError::usage)?;
     }
@@ -98,6 +104,7 @@ fn evaluate(job: &EvalPpl, host: &dyn HostApi) -> Result<Value> {
     to_value(json!({
         "base": job.base,
         "adapter": job.adapter,
+        "dtype": job.dtype,
         "rope": scaling.to_string(),
         "scoring": "strided, each token once, in the first window that reaches it",
         "results": results,

@@ -27,9 +27,9 @@ use crate::host::{Answer, HostApi};
 use crate::jobs::{ModelDir, model_error, parse, to_value, with_threads};
 use crate::report::{self, RunReport};
 use crate::run::Telemetry;
-use crate::run::checkpoint::{load_latest, save};
+use crate::run::checkpoint::load_latest;
 use crate::run::folder::{RunFolder, config_toml, expect_run};
-use crate::run::metrics::{EvaluationRecord, Keep, Record, StageRecord, TrainRecord, wall_time};
+use crate::run::metrics::{EvaluationRecord, Record, StageRecord, TrainRecord, wall_time};
 use crate::run::summary::{
     BaseSummary, ByContext, DataSummary, GroupSummary, Perplexity, SUMMARY, StageSummary, Summary,
 };
@@ -257,14 +257,14 @@ impl<'h> Run<'h> {
         let model = ModelDir::open(&config.base)?;
         let config = config.resolve(&model.config)?;
         let text = read_text(&config, &model, host)?;
-        let plan = plan::plan(&model.config, &config, text.stream.len())?;
+        let tokens = text.stream.len() + text.held_out.iter().map(Vec::len).sum::<usize>();
+        let program = plan::resident_bytes().unwrap_or(0).saturating_sub(4 * tokens as u64);
+        let plan = plan::plan_beside(&model.config, &config, tokens, program)?;
         host.event("plan", &plan_event(&plan)?);
 
-        let mut decoder = model.decoder()?;
+        let groups = config.groups();
+        let mut decoder = model.decoder(config.dtype, &groups)?;
         decoder.attach_lora(config.lora.clone(), config.seed).map_err(model_error)?;
-        let mut groups = vec![Group::Lora];
-        groups.extend(config.train_embeddings.then_some(Group::Embeddings));
-        groups.extend(config.train_norms.then_some(Group::Norms));
         let inputs = Inputs::of(&model, &text);
         let trainer = Trainer::new(
             decoder,
@@ -294,15 +294,13 @@ impl<'h> Run<'h> {
                 Run { host, config, model, data, held_out, plan, trainer, folder, telemetry, state, started }
             }
             Some(loaded) => {
-                let state: State = serde_json::from_value(loaded.state)
+                let state: State = serde_json::from_value(loaded.state.clone())
                     .map_err(|e| PluginError::data(format!("{}: state.json: {e}", loaded.path.display())))?;
                 warnings.extend(state.inputs.check(&inputs)?);
-                let keep = Keep::Lines(state.metric_lines);
-                let telemetry = Telemetry::resume(&folder, &toml, keep, &mut |w| warnings.push(w))?;
+                let telemetry =
+                    Telemetry::resume(&folder, &toml, state.metric_lines, &mut |w| warnings.push(w))?;
                 let mut trainer = trainer;
-                let (trained, optim) =
-                    (loaded.tensors.into_iter().collect(), loaded.optim.into_iter().collect());
-                trainer.restore(loaded.step as usize, &trained, &optim)?;
+                trainer.restore(loaded)?;
                 let (data, held_out) = (text.summary, text.held_out);
                 Run { host, config, model, data, held_out, plan, trainer, folder, telemetry, state, started }
             }
@@ -332,6 +330,7 @@ impl<'h> Run<'h> {
         scaling: &RopeScaling,
         sparse: Option<&StageConfig>,
     ) -> Result<ByContext> {
+        self.trainer.release_passes();
         let mut results = ByContext::new();
         for context in self.config.eval.contexts.clone() {
             let start = Instant::now();
@@ -369,10 +368,9 @@ impl<'h> Run<'h> {
         self.state.stage = self.trainer.position().map_or(self.config.stages.len(), |(stage, _)| stage);
         let mut state = self.state.clone();
         state.seconds = before + since(self.started);
-        let (trained, optim) = self.trainer.tensors()?;
         let step = self.trainer.step_count();
         let keep = self.config.checkpoint.keep;
-        let path = save(self.folder.path(), step as u64, &to_value(&state)?, &trained, &optim, keep)?;
+        let path = self.trainer.save(self.folder.path(), &to_value(&state)?, keep)?;
         self.host.event("checkpoint", &json!({ "path": path, "step": step }));
         Ok(())
     }
@@ -558,17 +556,7 @@ impl<'h> Run<'h> {
                 seconds: self.state.stage_seconds[index],
             });
         }
-        let memory = &self.plan.memory;
-        let planned = [
-            ("weights", memory.weights),
-            ("gradients", memory.gradients),
-            ("optimizer", memory.optimizer),
-            ("activations", memory.activations),
-            ("workspace", memory.workspace),
-            ("loss_chunk", memory.loss_chunk),
-            ("checkpoint", memory.checkpoint),
-            ("data", memory.data),
-        ];
+        let planned = self.plan.memory.kinds();
         let c = &self.model.config;
         let parameters: usize = c.tensors().iter().map(|(_, s)| s.iter().product::<usize>()).sum();
         Ok(Summary {

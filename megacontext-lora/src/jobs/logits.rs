@@ -6,16 +6,18 @@ use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
 use candle_core::{Device, Tensor};
+use megacontext_base::atomic::write_file;
 use megacontext_base::decoder::Forward;
 use megacontext_base::rope::RopeTables;
 use megacontext_kernels::attention::{Pattern, Rows};
+use megacontext_kernels::precision::Precision;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use crate::error::{IoResultExt, PluginError, Result};
 use crate::host::HostApi;
 use crate::jobs::{ModelDir, model_error, parse, to_value};
-use crate::run::folder::write_atomic;
+use crate::train::plan::check_forward;
 
 /// What the job is told.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
@@ -29,6 +31,8 @@ pub struct LogitsJob {
     pub tokens: PathBuf,
     /// The safetensors file to write.
     pub out: PathBuf,
+    /// Precision class.
+    pub dtype: Precision,
 }
 
 /// The rows of the tokens' file; an error says what was expected and what came instead.
@@ -58,7 +62,7 @@ fn write(out: &Path, bytes: &[u8]) -> Result<()> {
     if out.metadata().is_ok_and(|m| !m.is_file() && !m.is_dir()) {
         return std::fs::write(out, bytes).at(out);
     }
-    write_atomic(out, bytes)
+    write_file(out, bytes).map_err(model_error)
 }
 
 /// Runs the job.
@@ -77,7 +81,10 @@ pub fn run(params: Value, _: &dyn HostApi) -> Result<Value> {
     if let Some(id) = flat.iter().find(|id| **id as usize >= vocab) {
         return Err(bad(format!("expected token ids below {vocab}, got {id}")));
     }
-    let (decoder, scaling, _) = model.decoder_with(job.adapter.as_deref())?;
+    // The logits whole, twice: as they are and as the file's bytes.
+    let held = 2 * 4 * (flat.len() * vocab) as u64;
+    check_forward("the job", &model.config, job.dtype, flat.len(), held)?;
+    let (decoder, scaling, _) = model.decoder_with(job.adapter.as_deref(), job.dtype)?;
     let c = decoder.config();
     let rope = RopeTables::sequence(c.head_dim, c.rope_theta, &scaling, length)?;
     let all = Rows::default();
@@ -94,5 +101,6 @@ pub fn run(params: Value, _: &dyn HostApi) -> Result<Value> {
     write(&job.out, &bytes)?;
     to_value(json!({
         "out": job.out, "shape": [rows.len(), length, vocab], "rope": scaling.to_string(), "attention": "dense",
+        "dtype": job.dtype,
     }))
 }

@@ -16,9 +16,11 @@ use megacontext_base::adapter::{Adapter, read_adapter};
 use megacontext_base::config::LlamaConfig;
 use megacontext_base::decoder::Decoder;
 use megacontext_base::error::BaseError;
+use megacontext_base::params::Group;
 use megacontext_base::rope::RopeScaling;
 use megacontext_base::tokenizer::Tokenizer;
 use megacontext_base::weights::Weights;
+use megacontext_kernels::precision::Precision;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 
@@ -107,14 +109,18 @@ impl ModelDir {
         Ok(Self { config, weights, tokenizer })
     }
 
-    /// The decoder, in memory.
-    pub fn decoder(&self) -> Result<Decoder> {
-        Decoder::from_weights(self.config.clone(), &self.weights).map_err(model_error)
+    /// The decoder, in memory; `learning` are the groups that are going to learn.
+    pub fn decoder(&self, precision: Precision, learning: &[Group]) -> Result<Decoder> {
+        Decoder::from_weights(self.config.clone(), &self.weights, precision, learning).map_err(model_error)
     }
 
     /// The decoder with an adapter on it, and the scaling the adapter was trained with.
-    pub fn decoder_with(&self, adapter: Option<&Path>) -> Result<(Decoder, RopeScaling, Option<Adapter>)> {
-        let mut decoder = self.decoder()?;
+    pub fn decoder_with(
+        &self,
+        adapter: Option<&Path>,
+        precision: Precision,
+    ) -> Result<(Decoder, RopeScaling, Option<Adapter>)> {
+        let mut decoder = self.decoder(precision, &[])?;
         let Some(dir) = adapter else { return Ok((decoder, self.config.rope_scaling.clone(), None)) };
         let adapter = read_adapter(dir).map_err(model_error)?;
         adapter.check_against(&self.config, &self.weights.fingerprint()).map_err(model_error)?;

@@ -27,6 +27,7 @@ use megacontext_base::rope::RopeScaling;
 use megacontext_base::tokenizer::Tokenizer;
 use megacontext_base::weights::Dtype;
 use megacontext_kernels::attention::Pattern;
+use megacontext_kernels::precision::Precision;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
@@ -85,6 +86,8 @@ pub struct PretrainConfig {
     pub seconds: f64,
     /// Seed.
     pub seed: u64,
+    /// Precision class; everything learns, so all weights stay f32 and `bf16` is about activations alone.
+    pub dtype: Precision,
     /// Threads; none means all.
     pub threads: Option<usize>,
 }
@@ -107,6 +110,7 @@ impl Default for PretrainConfig {
             weight_decay: 0.1,
             seconds: 0.0,
             seed: 0,
+            dtype: Precision::F32,
             threads: None,
         }
     }
@@ -245,7 +249,8 @@ fn pretrain(c: &PretrainConfig, roots: &Roots, host: &dyn HostApi) -> Result<Val
     }
     drop(held_out);
 
-    let decoder = Decoder::random(model.clone(), c.seed).map_err(model_error)?;
+    let groups = [Group::Base, Group::Embeddings, Group::Norms];
+    let decoder = Decoder::random(model.clone(), c.seed, c.dtype, &groups).map_err(model_error)?;
     let stage = StageConfig {
         context: c.context,
         attention: crate::train::config::Attention::Dense,
@@ -255,16 +260,8 @@ fn pretrain(c: &PretrainConfig, roots: &Roots, host: &dyn HostApi) -> Result<Val
     };
     let batch =
         BatchConfig { tokens_per_step: c.tokens_per_step, micro_batch_tokens: c.tokens_per_step.min(8192) };
-    let mut trainer = Trainer::new(
-        decoder,
-        &[Group::Base, Group::Embeddings, Group::Norms],
-        c.optimizer(),
-        batch,
-        vec![stage],
-        stream,
-        c.seed,
-        false,
-    )?;
+    let mut trainer =
+        Trainer::new(decoder, &groups, c.optimizer(), batch, vec![stage], stream, c.seed, false)?;
     say(format!(
         "training {} steps; there are no checkpoints: interrupted before the last step, nothing is written",
         c.steps
@@ -435,7 +432,7 @@ mod tests {
         );
         let model = ModelDir::open(&config.out).unwrap();
         assert_eq!((model.config.vocab_size, model.tokenizer.vocab_size()), (280, 280));
-        model.decoder().unwrap();
+        model.decoder(Precision::F32, &[]).unwrap();
 
         let error = pretrain(&config, &roots, &host).unwrap_err();
         assert!(error.kind == Kind::Usage && error.message.contains("expected a new folder"), "{error}");

@@ -6,8 +6,7 @@
 //! - `state.json`: the trainer's own JSON (position in the data, random state, configuration hash, …), as given;
 //! - `manifest.json`: format version, step, stage, seed, size and SHA-256 of every other file, and its own digest.
 //!
-//! It is written into a hidden sibling; every file is synced, the manifest last, then the folder; a rename puts it in
-//! place and the parent is synced. So a folder with a step's name is whole or was damaged later, and damage shows: by a
+//! It is built as a hidden sibling and renamed ([`megacontext_base::atomic`]). So a folder with a step's name is whole or was damaged later, and damage shows: by a
 //! size, a digest, a file that is missing, a manifest that ends early. Resuming takes the newest whole one.
 //!
 //! The same tensors and state give the same bytes. Only one process may write a run ([`super::folder::RunFolder`] holds
@@ -16,17 +15,23 @@
 //! Errors: `Io` with the path when the system refuses: nothing half-written stays and older checkpoints are untouched;
 //! `Usage` when the configuration is not the one the run began with. Damage is no error but a warning.
 
+use std::borrow::Cow;
 use std::collections::BTreeMap;
-use std::fs::{self, File};
+use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
-use candle_core::Tensor;
+use megacontext_base::atomic::{AtomicDir, is_leftover, previous};
+use megacontext_base::error::BaseError;
+use megacontext_base::gradients::Optimizer;
+use megacontext_base::params::ParamStore;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use super::tensor_file::{Stamp, parse_tensors, read_stamped, write_bytes, write_tensors};
+pub use super::tensor_file::Named;
+use super::tensor_file::{Stamp, read_stamped, read_tensors, write_bytes, write_tensors};
 use crate::error::{IoResultExt, PluginError, Result};
+use crate::jobs::model_error;
 
 /// The layout described above.
 pub const FORMAT_VERSION: u32 = 1;
@@ -36,7 +41,6 @@ const MANIFEST: &str = "manifest.json";
 const TRAINABLE: &str = "trainable.safetensors";
 const OPTIMIZER: &str = "optimizer.safetensors";
 const STATE: &str = "state.json";
-const HIDDEN: &str = ".tmp-";
 
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -75,9 +79,9 @@ pub struct Loaded {
     /// The trainer's JSON, as given to [`save`].
     pub state: Value,
     /// What learns, in the order of the names.
-    pub tensors: Vec<(String, Tensor)>,
+    pub tensors: Vec<Named<'static>>,
     /// `exp_avg.<name>` and `exp_avg_sq.<name>`, in the order of the names.
-    pub optim: Vec<(String, Tensor)>,
+    pub optim: Vec<Named<'static>>,
 }
 
 /// Writes the checkpoint of `step` and keeps the `keep` newest (at least this one). Returns its folder.
@@ -89,20 +93,48 @@ pub fn save(
     run_dir: &Path,
     step: u64,
     state: &Value,
-    tensors: &[(String, Tensor)],
-    optim: &[(String, Tensor)],
+    tensors: &[Named],
+    optim: &[Named],
     keep: usize,
 ) -> Result<PathBuf> {
     write(run_dir, step, state, tensors, optim, keep)
         .map_err(|e| e.context(format!("writing the checkpoint of step {step}")))
 }
 
+/// [`save`] of the named parameters as they stand, and of an optimiser's moments, without copying either.
+///
+/// # Errors
+/// As [`save`], and when a parameter is not stored in f32: only those hold more than the base's folder does.
+pub fn save_parameters(
+    run_dir: &Path,
+    step: u64,
+    state: &Value,
+    params: &ParamStore,
+    names: &[&str],
+    optimizer: Option<&Optimizer>,
+    keep: usize,
+) -> Result<PathBuf> {
+    let held = names
+        .iter()
+        .map(|name| Ok((*name, params.shape(name).unwrap_or(&[]), params.values(name)?)))
+        .collect::<std::result::Result<Vec<_>, BaseError>>()
+        .map_err(model_error)?;
+    let mut tensors = Vec::with_capacity(held.len());
+    for (name, shape, values) in &held {
+        let values = Cow::Borrowed(values.f32().map_err(model_error)?);
+        tensors.push(Named { name: (*name).to_string(), shape: shape.to_vec(), values });
+    }
+    let optim: Vec<Named> =
+        optimizer.into_iter().flat_map(Optimizer::moments).map(|(name, v)| Named::flat(name, v)).collect();
+    save(run_dir, step, state, &tensors, &optim, keep)
+}
+
 fn write(
     run_dir: &Path,
     step: u64,
     state: &Value,
-    tensors: &[(String, Tensor)],
-    optim: &[(String, Tensor)],
+    tensors: &[Named],
+    optim: &[Named],
     keep: usize,
 ) -> Result<PathBuf> {
     if !state["config_hash"].is_string() {
@@ -110,13 +142,14 @@ fn write(
     }
     let parent = run_dir.join(FOLDER);
     fs::create_dir_all(&parent).at(&parent)?;
+    let target = parent.join(folder_name(step));
     // Dropped on every early return: removes what was written so far.
-    let hidden = hidden_folder(&parent, step)?;
+    let building = AtomicDir::new(&target).map_err(model_error)?;
     let mut files = BTreeMap::new();
-    files.insert(TRAINABLE.to_owned(), write_tensors(&hidden.path().join(TRAINABLE), tensors)?);
-    files.insert(OPTIMIZER.to_owned(), write_tensors(&hidden.path().join(OPTIMIZER), optim)?);
+    files.insert(TRAINABLE.to_owned(), write_tensors(&building.path().join(TRAINABLE), tensors)?);
+    files.insert(OPTIMIZER.to_owned(), write_tensors(&building.path().join(OPTIMIZER), optim)?);
     let text = serde_json::to_vec_pretty(state).map_err(|e| PluginError::internal(format!("state: {e}")))?;
-    files.insert(STATE.to_owned(), write_bytes(&hidden.path().join(STATE), &text)?);
+    files.insert(STATE.to_owned(), write_bytes(&building.path().join(STATE), &text)?);
     let manifest = Manifest {
         format_version: FORMAT_VERSION,
         step,
@@ -125,26 +158,8 @@ fn write(
         files,
         digest: String::new(),
     };
-    write_bytes(&hidden.path().join(MANIFEST), &manifest.sealed()?.json()?)?;
-    sync_folder(hidden.path())?;
-
-    let target = parent.join(folder_name(step));
-    let old = hidden_folder(&parent, step)?;
-    let replaced = target.symlink_metadata().is_ok();
-    if replaced {
-        fs::rename(&target, old.path().join("old")).at(&target)?;
-    }
-    if let Err(error) = fs::rename(hidden.path(), &target) {
-        if replaced {
-            // Best effort: the error below is the one to report.
-            fs::rename(old.path().join("old"), &target).ok();
-        }
-        return Err(PluginError::io(&target, error));
-    }
-    // The hidden name is gone: nothing is left for the guard to remove.
-    let _ = hidden.keep();
-    sync_folder(&parent)?;
-    drop(old);
+    write_bytes(&building.path().join(MANIFEST), &manifest.sealed()?.json()?)?;
+    building.commit().map_err(model_error)?;
     prune(&parent, step, keep)?;
     Ok(target)
 }
@@ -159,8 +174,8 @@ pub fn load_latest(
     warn: &mut dyn FnMut(String),
 ) -> Result<Option<Loaded>> {
     let parent = run_dir.join(FOLDER);
-    for hidden in list(&parent, |name| name.starts_with(HIDDEN).then_some(()))? {
-        remove(&hidden.1)?;
+    for (_, hidden) in list(&parent, |name| is_leftover(name).then_some(()))? {
+        remove(&hidden)?;
     }
     let mut steps = list(&parent, step_of)?;
     steps.sort_by_key(|(step, _)| std::cmp::Reverse(*step));
@@ -198,15 +213,15 @@ fn read(path: &Path, step: u64) -> std::result::Result<Loaded, String> {
     if manifest.step != step {
         return Err(format!("{MANIFEST}: expected step {step}, got {}", manifest.step));
     }
-    let file = |name: &str| {
-        let stamp = manifest.files.get(name).ok_or_else(|| format!("{MANIFEST}: does not list {name}"))?;
-        read_stamped(&path.join(name), stamp)
-    };
-    let tensors = |name: &str| parse_tensors(&file(name)?).map_err(|e| format!("{name}: {e}"));
+    let stamp =
+        |name: &str| manifest.files.get(name).ok_or_else(|| format!("{MANIFEST}: does not list {name}"));
+    let tensors =
+        |name: &str| read_tensors(&path.join(name), stamp(name)?).map_err(|e| format!("{name}: {e}"));
+    let bytes = read_stamped(&path.join(STATE), stamp(STATE)?).map_err(|e| format!("{STATE}: {e}"))?;
     Ok(Loaded {
         path: path.to_path_buf(),
         step,
-        state: serde_json::from_slice(&file(STATE)?).map_err(|e| format!("{STATE}: {e}"))?,
+        state: serde_json::from_slice(&bytes).map_err(|e| format!("{STATE}: {e}"))?,
         tensors: tensors(TRAINABLE)?,
         optim: tensors(OPTIMIZER)?,
     })
@@ -224,10 +239,12 @@ fn prune(parent: &Path, newest: u64, keep: usize) -> Result<()> {
 
 /// Removes a folder so that an interruption cannot leave a part of it under its own name.
 fn remove(path: &Path) -> Result<()> {
-    let name = path.file_name().unwrap_or_default().to_string_lossy();
     let mut target = path.to_path_buf();
-    if !name.starts_with(HIDDEN) {
-        target = path.with_file_name(format!("{HIDDEN}{name}.removed"));
+    if !path.file_name().is_some_and(|name| is_leftover(&name.to_string_lossy())) {
+        target = previous(path);
+        if target.exists() {
+            fs::remove_dir_all(&target).at(&target)?;
+        }
         fs::rename(path, &target).at(path)?;
     }
     if target.is_dir() {
@@ -235,18 +252,6 @@ fn remove(path: &Path) -> Result<()> {
     } else {
         fs::remove_file(&target).at(&target)
     }
-}
-
-fn hidden_folder(parent: &Path, step: u64) -> Result<tempfile::TempDir> {
-    let mut builder = tempfile::Builder::new();
-    let prefix = format!("{HIDDEN}{}.", folder_name(step));
-    builder.prefix(&prefix);
-    #[cfg(unix)]
-    {
-        use std::os::unix::fs::PermissionsExt;
-        builder.permissions(fs::Permissions::from_mode(0o777));
-    }
-    builder.tempdir_in(parent).at(parent)
 }
 
 fn folder_name(step: u64) -> String {
@@ -274,20 +279,18 @@ fn list<T>(parent: &Path, meaning: impl Fn(&str) -> Option<T>) -> Result<Vec<(T,
     Ok(found)
 }
 
-fn sync_folder(path: &Path) -> Result<()> {
-    File::open(path).and_then(|folder| folder.sync_all()).at(path)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::error::Kind;
-    use candle_core::{DType, Device};
     use serde_json::json;
 
-    fn tensors(value: f32) -> Vec<(String, Tensor)> {
-        let tensor = Tensor::full(value, (3, 2), &Device::Cpu).unwrap();
-        vec![("b".into(), tensor.clone()), ("a".into(), tensor)]
+    fn tensors(value: f32) -> [Named<'static>; 2] {
+        ["b", "a"].map(|name| Named {
+            name: name.into(),
+            shape: vec![3, 2],
+            values: Cow::Owned(vec![value; 6]),
+        })
     }
 
     fn state(step: u64) -> Value {
@@ -335,8 +338,8 @@ mod tests {
         let (loaded, warnings) = latest(dir.path());
         let loaded = loaded.unwrap();
         assert_eq!((loaded.path, loaded.step, loaded.state), (path, 20, state(20)));
-        assert_eq!(loaded.tensors.iter().map(|t| t.0.as_str()).collect::<Vec<_>>(), ["a", "b"]);
-        assert_eq!(loaded.optim[0].1.to_vec2::<f32>().unwrap(), vec![vec![-20.; 2]; 3]);
+        assert_eq!(loaded.tensors.iter().map(|t| t.name.as_str()).collect::<Vec<_>>(), ["a", "b"]);
+        assert_eq!((&loaded.optim[0].shape[..], &loaded.optim[0].values[..]), (&[3, 2][..], &[-20.; 6][..]));
         assert!(warnings.is_empty());
     }
 
@@ -364,7 +367,7 @@ mod tests {
     fn leftovers_of_a_killed_process_are_removed() {
         let dir = tempfile::tempdir().unwrap();
         let whole = put(dir.path(), 10, 5);
-        let partial = dir.path().join(FOLDER).join(".tmp-00000020.abc");
+        let partial = dir.path().join(FOLDER).join(".00000020.abc.tmp");
         fs::create_dir(&partial).unwrap();
         fs::copy(whole.join(TRAINABLE), partial.join(TRAINABLE)).unwrap();
         let (loaded, warnings) = latest(dir.path());
@@ -460,7 +463,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         put(dir.path(), 10, 1);
         // The second file cannot be written: the first one is there by then.
-        let wide = vec![("w".to_owned(), Tensor::zeros(2, DType::F64, &Device::Cpu).unwrap())];
+        let wide = [Named { name: "w".into(), shape: vec![2], values: Cow::Owned(vec![0.; 3]) }];
         let error = save(dir.path(), 20, &state(20), &tensors(1.), &wide, 1).unwrap_err();
         assert_eq!(error.context, "writing the checkpoint of step 20");
         assert_eq!(names(dir.path()), ["00000010"]);

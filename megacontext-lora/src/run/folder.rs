@@ -10,17 +10,18 @@
 //! Left out on purpose: locks across machines (network file systems give no promise), removing anyone's files.
 
 use std::fs::{self, File, OpenOptions, TryLockError};
-use std::io::{self, Write};
+use std::io;
 use std::path::{Path, PathBuf};
 
+use megacontext_base::atomic::{is_leftover, write_file};
 use serde::Serialize;
 use serde_json::Value;
 
 use super::tensor_file::Stamp;
 use crate::error::{IoResultExt, PluginError, Result};
+use crate::jobs::model_error;
 
 const LOCK: &str = ".lock";
-const TEMPORARY: &str = ".tmp";
 
 /// The run's settings as resolved, TOML.
 pub const CONFIG: &str = "config.toml";
@@ -56,7 +57,7 @@ impl RunFolder {
         let lock = lock(&path)?;
         for entry in fs::read_dir(&path).at(&path)? {
             let entry = entry.at(&path)?;
-            if !is_temporary(&entry.file_name().to_string_lossy()) {
+            if !is_leftover(&entry.file_name().to_string_lossy()) {
                 continue;
             }
             // A half-written adapter is a folder.
@@ -75,10 +76,10 @@ impl RunFolder {
         &self.path
     }
 
-    /// Writes a file of the folder with [`write_atomic`]; returns its path.
+    /// Writes a file of the folder, whole or not at all; returns its path.
     pub fn write(&self, name: &str, bytes: &[u8]) -> Result<PathBuf> {
         let path = self.path.join(name);
-        write_atomic(&path, bytes)?;
+        write_file(&path, bytes).map_err(model_error)?;
         Ok(path)
     }
 
@@ -133,36 +134,11 @@ fn strip_nulls(value: &mut Value) {
     }
 }
 
-/// Writes a whole file or none: a hidden sibling, synced, renamed over `path`, its folder synced.
-pub fn write_atomic(path: &Path, bytes: &[u8]) -> Result<()> {
-    let parent = match path.parent() {
-        Some(parent) if !parent.as_os_str().is_empty() => parent,
-        _ => Path::new("."),
-    };
-    let name = path.file_name().unwrap_or_default().to_string_lossy();
-    let mut builder = tempfile::Builder::new();
-    let prefix = format!(".{name}.");
-    builder.prefix(&prefix).suffix(TEMPORARY);
-    #[cfg(unix)]
-    {
-        use std::os::unix::fs::PermissionsExt;
-        builder.permissions(fs::Permissions::from_mode(0o666));
-    }
-    let mut file = builder.tempfile_in(parent).at(path)?;
-    file.write_all(bytes).and_then(|()| file.as_file().sync_all()).at(path)?;
-    file.persist(path).map_err(|e| PluginError::io(path, e.error))?;
-    File::open(parent).and_then(|folder| folder.sync_all()).at(parent)
-}
-
-fn is_temporary(name: &str) -> bool {
-    name.starts_with('.') && name.ends_with(TEMPORARY)
-}
-
 fn refuse_content(path: &Path) -> Result<()> {
     for entry in fs::read_dir(path).at(path)? {
         let name = entry.at(path)?.file_name();
         let name = name.to_string_lossy();
-        if name != LOCK && !is_temporary(&name) {
+        if name != LOCK && !is_leftover(&name) {
             return Err(PluginError::usage(format!(
                 "{}: expected an empty folder for a new run, got one that holds {name}; resume the run in it or choose \
                  another folder",
@@ -251,21 +227,6 @@ mod tests {
         drop(RunFolder::resume(dir.path()).unwrap());
         let names: Vec<_> = fs::read_dir(dir.path()).unwrap().map(|e| e.unwrap().file_name()).collect();
         assert_eq!(names, [LOCK]);
-    }
-
-    #[test]
-    fn atomic_write_replaces_and_leaves_no_trace() {
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("summary.json");
-        write_atomic(&path, b"one").unwrap();
-        write_atomic(&path, b"two").unwrap();
-        assert_eq!(fs::read(&path).unwrap(), b"two");
-        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
-        let error = write_atomic(&dir.path().join("none/x"), b"").unwrap_err();
-        assert_eq!(error.kind, Kind::Io);
-        fs::create_dir(dir.path().join("folder")).unwrap();
-        assert_eq!(write_atomic(&dir.path().join("folder"), b"").unwrap_err().kind, Kind::Io);
-        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 2);
     }
 
     #[test]

@@ -127,13 +127,6 @@ pub fn wall_time() -> f64 {
     SystemTime::now().duration_since(UNIX_EPOCH).map_or(0.0, |d| d.as_secs_f64())
 }
 
-/// What a resumed run keeps of the file.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Keep {
-    /// This many lines: exact, when the checkpoint stored [`MetricsLog::lines`].
-    Lines(u64),
-}
-
 /// The file, open at its end.
 #[derive(Debug)]
 pub struct MetricsLog {
@@ -150,12 +143,12 @@ impl MetricsLog {
         Ok(Self { path, file, lines: 0 })
     }
 
-    /// The file cut back to `keep`, and the records it holds. A missing file is an empty one.
+    /// The file cut back to its first `keep` lines, and the records they hold. A missing file is an empty one.
     ///
     /// `warn` is told when lines that should be there are missing or broken; the file then ends before them.
     pub fn resume(
         path: impl Into<PathBuf>,
-        keep: Keep,
+        keep: u64,
         warn: &mut dyn FnMut(String),
     ) -> Result<(Self, Vec<Record>)> {
         let path = path.into();
@@ -163,11 +156,10 @@ impl MetricsLog {
             Err(e) if e.kind() == io::ErrorKind::NotFound => Vec::new(),
             bytes => bytes.at(&path)?,
         };
-        let Keep::Lines(expected) = keep;
         let mut records = Vec::new();
         let mut end = 0;
         for line in whole_lines(&bytes) {
-            if records.len() as u64 >= expected {
+            if records.len() as u64 >= keep {
                 break;
             }
             let Ok(record) = serde_json::from_slice::<Record>(line) else {
@@ -179,8 +171,8 @@ impl MetricsLog {
             records.push(record);
         }
         let lines = records.len() as u64;
-        if lines < expected {
-            warn(format!("{}: expected at least {expected} lines, got {lines}", path.display()));
+        if lines < keep {
+            warn(format!("{}: expected at least {keep} lines, got {lines}", path.display()));
         }
         let mut options = OpenOptions::new();
         let file = options.append(true).create(true).open(&path).at(&path)?;
@@ -203,7 +195,7 @@ impl MetricsLog {
         self.file.sync_all().at(&self.path)
     }
 
-    /// Lines so far: store it in the checkpoint, for [`Keep::Lines`].
+    /// Lines so far: store it in the checkpoint, for [`MetricsLog::resume`].
     pub fn lines(&self) -> u64 {
         self.lines
     }
@@ -268,7 +260,7 @@ pub(super) mod tests {
         path
     }
 
-    fn resume(path: &Path, keep: Keep) -> (MetricsLog, Vec<Record>, Vec<String>) {
+    fn resume(path: &Path, keep: u64) -> (MetricsLog, Vec<Record>, Vec<String>) {
         let mut warnings = Vec::new();
         let (log, records) = MetricsLog::resume(path, keep, &mut |w| warnings.push(w)).unwrap();
         (log, records, warnings)
@@ -280,7 +272,7 @@ pub(super) mod tests {
         let all = [train(1), train(2), evaluation(2), train(3), train(4)];
         let path = written(dir.path(), &all);
         let whole = fs::read(&path).unwrap();
-        for (keep, from) in [(Keep::Lines(3), 3), (Keep::Lines(2), 2), (Keep::Lines(5), 5)] {
+        for (keep, from) in [(3, 3), (2, 2), (5, 5)] {
             let (mut log, records, warnings) = resume(&path, keep);
             assert_eq!((records.as_slice(), log.lines()), (&all[..from], from as u64));
             assert!(warnings.is_empty());
@@ -297,7 +289,7 @@ pub(super) mod tests {
         let whole = fs::read(&path).unwrap();
         fs::write(&path, &whole[..whole.len() - 1]).unwrap();
         assert_eq!(read(&path).unwrap(), [train(1)]);
-        let (mut log, records, _) = resume(&path, Keep::Lines(1));
+        let (mut log, records, _) = resume(&path, 1);
         assert_eq!(records, [train(1)]);
         log.append(&train(2)).unwrap();
         assert_eq!(fs::read(&path).unwrap(), whole);
@@ -313,7 +305,7 @@ pub(super) mod tests {
         let error = read(&path).unwrap_err();
         assert_eq!(error.kind, Kind::Data);
         assert!(error.message.contains("line 2"), "{error}");
-        let (_, records, warnings) = resume(&path, Keep::Lines(2));
+        let (_, records, warnings) = resume(&path, 2);
         assert_eq!((records.len(), warnings.len()), (1, 2));
         assert!(warnings[0].contains("line 2 is broken"), "{warnings:?}");
     }
@@ -321,7 +313,7 @@ pub(super) mod tests {
     #[test]
     fn missing_file_is_an_empty_one() {
         let dir = tempfile::tempdir().unwrap();
-        let (mut log, records, _) = resume(&dir.path().join("m"), Keep::Lines(0));
+        let (mut log, records, _) = resume(&dir.path().join("m"), 0);
         assert!(records.is_empty());
         log.append(&train(1)).unwrap();
         assert_eq!(read(&dir.path().join("m")).unwrap(), [train(1)]);

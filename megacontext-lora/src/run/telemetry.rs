@@ -6,7 +6,7 @@
 //! Errors: those of [`super::metrics`] and [`super::tensorboard`].
 
 use super::folder::RunFolder;
-use super::metrics::{Keep, METRICS, MetricsLog, Record, wall_time};
+use super::metrics::{METRICS, MetricsLog, Record, wall_time};
 use super::tensorboard::EventFile;
 use crate::error::Result;
 
@@ -26,12 +26,7 @@ impl Telemetry {
     }
 
     /// Takes both files up again where the checkpoint left them; see [`MetricsLog::resume`].
-    pub fn resume(
-        folder: &RunFolder,
-        config: &str,
-        keep: Keep,
-        warn: &mut dyn FnMut(String),
-    ) -> Result<Self> {
+    pub fn resume(folder: &RunFolder, config: &str, keep: u64, warn: &mut dyn FnMut(String)) -> Result<Self> {
         let (log, records) = MetricsLog::resume(folder.path().join(METRICS), keep, warn)?;
         Ok(Self { log, events: events(folder, config, &records)?, records })
     }
@@ -50,7 +45,7 @@ impl Telemetry {
         self.events.sync()
     }
 
-    /// Lines in the log: the checkpoint stores it for [`Keep::Lines`].
+    /// Lines in the log: the checkpoint stores it for [`Telemetry::resume`].
     pub fn lines(&self) -> u64 {
         self.log.lines()
     }
@@ -94,8 +89,7 @@ mod tests {
         }
         expected.record(evaluation(4)).unwrap();
         drop(first);
-        let mut resumed =
-            Telemetry::resume(&torn, "seed = 7", Keep::Lines(lines), &mut |w| panic!("{w}")).unwrap();
+        let mut resumed = Telemetry::resume(&torn, "seed = 7", lines, &mut |w| panic!("{w}")).unwrap();
         for record in [train(3), train(4), evaluation(4)] {
             resumed.record(record).unwrap();
         }

@@ -21,7 +21,7 @@ use serde_json::{Value, json};
 use super::Session;
 use crate::error::{IoResultExt, PluginError, Result};
 use crate::jobs::{model_error, to_value};
-use crate::run::checkpoint;
+use crate::run::checkpoint::{self, Named};
 use crate::run::folder::{CONFIG, expect_run};
 use crate::run::metrics::METRICS;
 
@@ -55,17 +55,12 @@ impl Session {
         refuse_runs(dir)?;
         refuse_others(dir, &identity, l.steps)?;
         let params = l.decoder.params();
-        let mut tensors: Vec<(String, Tensor)> = Vec::new();
+        let mut names = Vec::new();
         for name in params.names() {
-            let Some(tensor) = params.get(name) else { continue };
-            if params.learns(Group::of_name(name)) || l.differs(name, &tensor)? {
-                tensors.push((name.to_string(), tensor));
+            if params.learns(Group::of_name(name)) || l.differs(name)? {
+                names.push(name);
             }
         }
-        let optim = match &l.optimizer {
-            Some(optimizer) => optimizer.export().map_err(model_error)?,
-            None => Vec::new(),
-        };
         let state = json!({
             "config_hash": identity,
             "steps": l.steps,
@@ -73,7 +68,8 @@ impl Session {
             "groups": phase.groups,
             "seed": phase.seed,
         });
-        let path = checkpoint::save(dir, l.steps, &state, &tensors, &optim, 1)?;
+        let optimizer = l.optimizer.as_ref();
+        let path = checkpoint::save_parameters(dir, l.steps, &state, params, &names, optimizer, 1)?;
         Ok(json!({ "path": path, "step": l.steps }))
     }
 
@@ -109,19 +105,14 @@ impl Session {
         }
         let params = l.decoder.params();
         let mut values = loaded.tensors;
-        for (name, tensor) in &values {
-            let expected = params.get(name).ok_or_else(|| data(format!("the model has no {name}")))?;
-            if expected.dims() != tensor.dims() {
-                return Err(data(format!(
-                    "{name}: expected shape {:?}, got {:?}",
-                    expected.dims(),
-                    tensor.dims()
-                )));
+        for Named { name, shape, .. } in &values {
+            let expected = params.shape(name).ok_or_else(|| data(format!("the model has no {name}")))?;
+            if expected != shape {
+                return Err(data(format!("{name}: expected shape {expected:?}, got {shape:?}")));
             }
         }
         for name in params.names() {
-            let Some(now) = params.get(name) else { continue };
-            if values.iter().any(|(n, _)| n == name) {
+            if values.iter().any(|v| v.name == name) {
                 continue;
             }
             let group = Group::of_name(name);
@@ -129,13 +120,13 @@ impl Session {
                 return Err(data(format!("parameter {name} is not in it")));
             }
             // Saved by a session in which this was as in the base.
-            if l.differs(name, &now)? {
-                let base = l.model.weights.tensor_f32(name, now.dims()).map_err(model_error)?;
-                values.push((name.to_string(), base));
+            if l.differs(name)? {
+                let shape = params.shape(name).unwrap_or(&[]).to_vec();
+                values.push(Named { name: name.to_string(), shape, values: l.base_values(name)?.into() });
             }
         }
         let mut kept = Vec::new();
-        for (name, _) in &values {
+        for Named { name, .. } in &values {
             let known = phase.before.parameters.iter().any(|(n, _)| n == name);
             let fresh = phase.before.lora_attached && Group::of_name(name) == Group::Lora;
             if let Some(now) = params.get(name).filter(|_| !known && !fresh) {
@@ -145,12 +136,15 @@ impl Session {
 
         // The optimiser checks its part before it changes; the rest has been checked above.
         if let Some(optimizer) = &mut l.optimizer {
-            optimizer.import(l.decoder.params(), &loaded.optim.into_iter().collect()).map_err(model_error)?;
+            let moments = loaded.optim.into_iter().map(|m| (m.name, m.values.into_owned()));
+            optimizer.import(l.decoder.params(), moments).map_err(model_error)?;
         }
-        for (name, tensor) in &values {
-            l.decoder.params().set(name, tensor).map_err(model_error)?;
+        for Named { name, shape, values } in values {
+            let group = Group::of_name(&name);
+            let params = l.decoder.params_mut();
+            params.insert_values(name.as_str(), group, values.into_owned(), &shape).map_err(model_error)?;
+            l.changed.insert(name);
         }
-        l.changed.extend(values.into_iter().map(|(name, _)| name));
         l.steps = loaded.step;
         if let Some(phase) = &mut l.phase {
             phase.before.parameters.extend(kept);
@@ -175,7 +169,7 @@ impl Session {
         let mut tensors: Vec<(String, Tensor)> = Vec::new();
         for name in params.names() {
             let Some(tensor) = params.get(name) else { continue };
-            if !l.differs(name, &tensor)? {
+            if !l.differs(name)? {
                 continue;
             }
             if Group::of_name(name) == Group::Base && name != HEAD {

@@ -8,6 +8,7 @@
 //! the wrong time, `Cancelled` when the host does not want the phase.
 
 use candle_core::Tensor;
+use megacontext_base::buffers::Buffers;
 use megacontext_base::decoder::Forward;
 use megacontext_base::gradients::{AdamWConfig, Gradients, Optimizer};
 use megacontext_base::lora::LoraConfig;
@@ -175,9 +176,12 @@ impl Session {
         let rows = Rows::default();
         let pattern = batch.pattern(sequences.length)?;
         let with = Forward { pattern, rope: &rope, rows: &rows, dropout_seed: None };
-        let x = l.decoder.embed(&sequences.tokens, batch.tokens.len()).map_err(model_error)?;
         // What is not scored counts 0.
-        let nll = l.decoder.nll(&x, &sequences.targets, &with).map_err(model_error)?;
+        let mut buffers = Buffers::default();
+        let nll = l
+            .decoder
+            .score(&sequences.tokens, batch.tokens.len(), &sequences.targets, &with, &mut buffers)
+            .map_err(model_error)?;
         let mean = nll.iter().map(|v| f64::from(*v)).sum::<f64>() / sequences.scored as f64;
         Ok(json!({ "nll": mean, "perplexity": mean.exp(), "tokens": sequences.scored }))
     }
@@ -217,10 +221,7 @@ impl Loaded {
             context_length: self.context_length,
             lora_attached: false,
             parameters: self.copies(&enter.groups)?,
-            moments: match &self.optimizer {
-                Some(optimizer) => optimizer.export().map_err(model_error)?,
-                None => Vec::new(),
-            },
+            optimizer: self.optimizer.clone(),
         };
 
         if let Some(lora) = fresh {
@@ -235,7 +236,7 @@ impl Loaded {
         self.optimizer
             .get_or_insert_with(|| Optimizer::new(AdamWConfig::default()))
             .set_config(enter.optimizer.adamw());
-        self.decoder.params_mut().set_learning(enter.groups.iter().copied());
+        self.decoder.params_mut().set_learning(enter.groups.iter().copied()).map_err(model_error)?;
         let learning = self.decoder.params().trainable();
         self.changed.extend(learning.iter().map(|(name, _)| name.clone()));
         self.phase = Some(Phase {
@@ -261,7 +262,7 @@ impl Loaded {
 
     /// Nothing learns any more.
     fn freeze(&mut self) {
-        self.decoder.params_mut().set_learning([]);
+        self.decoder.params_mut().freeze();
         self.gradients = Gradients::new();
     }
 
@@ -281,13 +282,11 @@ impl Loaded {
         if before.lora_attached {
             self.detach_lora()?;
         }
-        for (name, value) in &before.parameters {
-            self.decoder.params().set(name, value).map_err(model_error)?;
+        for (name, value) in before.parameters {
+            let group = Group::of_name(&name);
+            self.decoder.params_mut().insert(name, group, value).map_err(model_error)?;
         }
-        if let Some(optimizer) = &mut self.optimizer {
-            let moments = before.moments.into_iter().collect();
-            optimizer.import(self.decoder.params(), &moments).map_err(model_error)?;
-        }
+        self.optimizer = before.optimizer;
         self.scaling = before.scaling;
         self.context_length = before.context_length;
         self.steps = before.steps;

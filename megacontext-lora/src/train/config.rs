@@ -12,8 +12,10 @@ use std::path::PathBuf;
 use megacontext_base::config::LlamaConfig;
 use megacontext_base::gradients::AdamWConfig;
 use megacontext_base::lora::LoraConfig;
+use megacontext_base::params::Group;
 use megacontext_base::rope::RopeScaling;
 use megacontext_kernels::attention::Pattern;
+use megacontext_kernels::precision::Precision;
 use serde::{Deserialize, Serialize};
 
 use crate::error::{PluginError, Result};
@@ -61,6 +63,8 @@ pub struct ExtendConfig {
     pub eval: EvalConfig,
     /// When to write checkpoints.
     pub checkpoint: CheckpointConfig,
+    /// Precision class.
+    pub dtype: Precision,
     /// Recompute blocks in the backward pass.
     pub activation_checkpointing: Recompute,
     /// Refuse to run beyond this many bytes; none means what the machine has free.
@@ -87,6 +91,7 @@ impl Default for ExtendConfig {
             steps: None,
             eval: EvalConfig::default(),
             checkpoint: CheckpointConfig::default(),
+            dtype: Precision::F32,
             activation_checkpointing: Recompute::Auto,
             memory_budget_bytes: None,
             threads: None,
@@ -365,6 +370,14 @@ pub fn check_evaluation(
 }
 
 impl ExtendConfig {
+    /// The groups that learn.
+    pub fn groups(&self) -> Vec<Group> {
+        let mut groups = vec![Group::Lora];
+        groups.extend(self.train_embeddings.then_some(Group::Embeddings));
+        groups.extend(self.train_norms.then_some(Group::Norms));
+        groups
+    }
+
     /// Reads a job's parameters.
     pub fn from_json(value: serde_json::Value) -> Result<Self> {
         crate::jobs::parse(value)

@@ -6,6 +6,7 @@
 //!
 //! Units: tokens, nats. Errors: documents too short to score anything.
 
+use megacontext_base::buffers::Buffers;
 use megacontext_base::decoder::{Decoder, Forward};
 use megacontext_base::random::Random;
 use megacontext_base::rope::{RopeScaling, RopeTables};
@@ -19,7 +20,12 @@ use crate::host::HostApi;
 use crate::jobs::model_error;
 
 /// Tokens evaluated in one forward pass, at least one window.
-pub const BATCH_TOKENS: usize = 8192;
+const BATCH_TOKENS: usize = 8192;
+
+/// Windows of `context` tokens evaluated in one forward pass.
+pub fn batch_rows(context: usize) -> usize {
+    (BATCH_TOKENS / context).max(1)
+}
 
 /// What was measured, and how.
 #[derive(Clone, Debug, PartialEq, Serialize)]
@@ -115,7 +121,8 @@ pub fn perplexity(
     let c = decoder.config();
     let mut sum = 0f64;
     let mut scored = 0usize;
-    for batch in windows.chunks((BATCH_TOKENS / context).max(1)) {
+    let mut buffers = Buffers::default();
+    for batch in windows.chunks(batch_rows(context)) {
         if host.cancelled() {
             return Err(PluginError::cancelled("the host asked to stop during evaluation"));
         }
@@ -134,8 +141,7 @@ pub fn perplexity(
         let rows =
             Rows { lengths: Some(batch.iter().map(|(_, w)| w.inputs().len()).collect()), segments: None };
         let with = Forward { pattern: protocol.pattern, rope: &rope, rows: &rows, dropout_seed: None };
-        let x = decoder.embed(&tokens, batch.len()).map_err(model_error)?;
-        let nll = decoder.nll(&x, &targets, &with).map_err(model_error)?;
+        let nll = decoder.score(&tokens, batch.len(), &targets, &with, &mut buffers).map_err(model_error)?;
         sum += nll.iter().map(|v| f64::from(*v)).sum::<f64>();
     }
     let nll = sum / scored as f64;

@@ -1,32 +1,43 @@
 //! What a run will cost, said before its first step: bytes by kind, and time.
 //!
-//! The model of memory (f32, CPU): weights and LoRA factors are resident; what learns also has a gradient and two
-//! moments of its size, and while a checkpoint is written copies of them. A step holds each block's input, what one block
-//! (every block without recomputation) keeps for its backward pass, buffers that all blocks share, and one chunk of
-//! logits; an evaluation holds one block's buffers for its own batch. The model of time counts multiply-adds and divides
-//! by the speed of a product measured on this machine now, with an allowance for everything that is no product.
+//! The model of memory: what the process holds when it plans (program, tokenizer, text) stays; the weights come on top, then
+//! what learns with a gradient and two moments of its size; then either the buffers of a step or those of an evaluation,
+//! which are let go before the other is made ([`megacontext_base::buffers`] counts them as they are allocated), and the
+//! packed operands of products. Checkpoints and adapters are written from where the values are, without copies. The model
+//! of time counts multiply-adds and divides by the speed of a product measured on this machine now, with an allowance for
+//! everything that is no product.
 //!
 //! Units: bytes, seconds. Errors: a plan beyond the budget, with the numbers and what would help.
 
 use std::time::Instant;
 
+use megacontext_base::buffers::{PassBytes, PassShape, evaluation_bytes, training_bytes};
 use megacontext_base::config::LlamaConfig;
+use megacontext_base::decoder::stored_narrow;
+use megacontext_base::lora::LoraConfig;
+use megacontext_base::params::Group;
 use megacontext_kernels::attention::Pattern;
 use megacontext_kernels::gemm::measured_flops;
-use megacontext_kernels::loss::chunk_rows;
+use megacontext_kernels::precision::Precision;
 use serde::Serialize;
 
 use crate::error::{PluginError, Result};
 use crate::train::config::{ExtendConfig, Recompute};
-use crate::train::eval::BATCH_TOKENS;
+use crate::train::eval::batch_rows;
 
 const F32: u64 = 4;
 
 /// Bytes by kind, of the most expensive stage.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct MemoryPlan {
-    /// Base weights and LoRA factors.
+    /// What the process held when it planned, the text apart.
+    pub program: u64,
+    /// Tokens of the text, and tables of positions.
+    pub data: u64,
+    /// Frozen weights.
     pub weights: u64,
+    /// Parameters that learn, f32.
+    pub trainables: u64,
     /// Gradients of what learns.
     pub gradients: u64,
     /// Moments of AdamW.
@@ -35,102 +46,170 @@ pub struct MemoryPlan {
     pub activations: u64,
     /// Buffers that all blocks share.
     pub workspace: u64,
-    /// A chunk of logits and the gradients around the head.
+    /// A chunk of logits and the gradient of the hidden states.
     pub loss_chunk: u64,
+    /// Packed operands of products and attention, all threads together.
+    pub packed: u64,
     /// A pass of the evaluation; not at the same time as a step.
     pub evaluation: u64,
-    /// Copies while a checkpoint is written.
-    pub checkpoint: u64,
-    /// Tokenised text.
-    pub data: u64,
     /// The most there is at one time.
     pub total: u64,
     /// Whether blocks are recomputed.
     pub recompute: bool,
+    /// Precision class.
+    pub dtype: Precision,
 }
 
-/// Sizes that decide the plan.
-struct Step {
-    tokens: u64,
-    context: u64,
-}
-
-fn memory(
-    model: &LlamaConfig,
-    config: &ExtendConfig,
-    step: &Step,
-    data_tokens: u64,
-    recompute: bool,
-) -> MemoryPlan {
-    let weights: u64 = model.tensors().iter().map(|(_, s)| s.iter().product::<usize>() as u64).sum();
-    let lora: u64 = config.lora.modules(model).iter().map(|(_, o, i)| (config.lora.r * (o + i)) as u64).sum();
-    let trained = trained(model, config, lora);
-    let (e, f) = (model.hidden_size as u64, model.intermediate_size as u64);
-    let q = (model.num_attention_heads * model.head_dim) as u64;
-    let kv = (model.num_key_value_heads * model.head_dim) as u64;
-    let heads = model.num_attention_heads as u64;
-    // Kept by a block: q, k, v, the mixed values and their log-sum-exp, the middle of the residual stream, gate and up.
-    let kept = 2 * q + 2 * kv + heads + e + 2 * f;
-    // Shared: the stream twice, its gradient, normed input and its gradient; the gated product and its gradient; the
-    // gradients of q, k, v; LoRA's low-rank values and theirs.
-    let shared = 5 * e + 2 * f.max(q) + q + 2 * kv + heads + 2 * config.lora.r as u64;
-    let layers = model.num_hidden_layers as u64;
-    let vocab = model.vocab_size as u64;
-    let chunk = chunk_rows(model.vocab_size).min(step.tokens as usize) as u64 * vocab;
-    let blocks = if recompute { 1 } else { layers };
-    let evaluated =
-        config.eval.contexts.iter().copied().map(|c| c.max(BATCH_TOKENS) as u64).max().unwrap_or(0);
-    let head_gradient = if config.train_embeddings && model.tie_word_embeddings { vocab * e } else { 0 };
-    let mut plan = MemoryPlan {
-        weights: (weights + lora) * F32,
-        gradients: trained * F32,
-        optimizer: 2 * trained * F32,
-        activations: step.tokens * (layers * e + blocks * kept) * F32,
-        workspace: step.tokens * shared * F32,
-        loss_chunk: (chunk + 2 * step.tokens * e + head_gradient) * F32,
-        evaluation: evaluation_bytes(model, evaluated),
-        checkpoint: 4 * trained * F32,
-        data: data_tokens * F32 + step.context * model.head_dim as u64 * F32,
-        total: 0,
-        recompute,
-    };
-    let step_bytes = plan.activations + plan.workspace + plan.loss_chunk;
-    let busy = (step_bytes + plan.checkpoint).max(plan.evaluation);
-    plan.total = plan.weights + plan.gradients + plan.optimizer + busy + plan.data;
-    plan
-}
-
-/// Bytes that a forward pass over `tokens` tokens holds besides the weights.
-pub fn evaluation_bytes(model: &LlamaConfig, tokens: u64) -> u64 {
-    let (e, f) = (model.hidden_size as u64, model.intermediate_size as u64);
-    let q = (model.num_attention_heads * model.head_dim) as u64;
-    let kv = (model.num_key_value_heads * model.head_dim) as u64;
-    let chunk = chunk_rows(model.vocab_size).min(tokens as usize) as u64 * model.vocab_size as u64;
-    (tokens * (2 * q + 2 * kv + 6 * e + 3 * f) + chunk) * F32
-}
-
-/// Refuses an evaluation at `context` tokens that does not fit beside the weights.
-pub fn check_evaluation(model: &LlamaConfig, context: usize) -> Result<()> {
-    let weights: u64 =
-        model.tensors().iter().map(|(_, s)| s.iter().product::<usize>() as u64).sum::<u64>() * F32;
-    let needed = weights + evaluation_bytes(model, context.max(BATCH_TOKENS) as u64);
-    match available_bytes() {
-        Some(free) if needed > free => Err(PluginError::memory(format!(
-            "the evaluation needs about {} at context {context} ({} of it weights), but {} are free. What would help: a \
-             smaller context",
-            bytes(needed),
-            bytes(weights),
-            bytes(free)
-        ))),
-        _ => Ok(()),
+impl MemoryPlan {
+    /// The kinds with their names: what the total is made of.
+    pub fn kinds(&self) -> [(&'static str, u64); 10] {
+        let step = self.activations + self.workspace + self.loss_chunk;
+        [
+            ("program", self.program),
+            ("data", self.data),
+            ("weights", self.weights),
+            ("trainables", self.trainables),
+            ("gradients", self.gradients),
+            ("optimizer", self.optimizer),
+            ("activations", self.activations),
+            ("workspace", self.workspace),
+            ("loss_chunk", self.loss_chunk),
+            ("packed", self.packed),
+        ]
+        .map(|(name, bytes)| {
+            // Where an evaluation is the larger of the two, what it takes beyond a step counts as workspace.
+            let beyond = if name == "workspace" { self.evaluation.saturating_sub(step) } else { 0 };
+            (name, bytes + beyond)
+        })
     }
 }
 
-fn trained(model: &LlamaConfig, config: &ExtendConfig, lora: u64) -> u64 {
-    let e = model.hidden_size as u64;
-    let embeddings = if config.train_embeddings { model.vocab_size as u64 * e } else { 0 };
-    let norms = if config.train_norms { (2 * model.num_hidden_layers as u64 + 1) * e } else { 0 };
-    lora + embeddings + norms
+/// What decides the memory of a run.
+pub(crate) struct Load<'a> {
+    pub model: &'a LlamaConfig,
+    pub lora: Option<&'a LoraConfig>,
+    pub learning: &'a [Group],
+    pub dtype: Precision,
+    /// Tokens of a micro-batch.
+    pub entries: usize,
+    /// Tokens of a sequence.
+    pub context: usize,
+    /// Tokens of the largest pass of an evaluation.
+    pub evaluated: usize,
+    pub data_tokens: usize,
+    /// What the process holds besides.
+    pub program: u64,
+}
+
+impl Load<'_> {
+    /// Values that stay frozen, in bytes, and number of values that learn.
+    fn parameters(&self) -> (u64, u64) {
+        let (mut frozen, mut learning) = (0, 0);
+        for (name, shape) in self.model.tensors() {
+            let group = Group::of_name(&name);
+            let values = shape.iter().product::<usize>() as u64;
+            if self.learning.contains(&group) {
+                learning += values;
+            } else {
+                frozen += values * if stored_narrow(group, self.dtype) { 2 } else { F32 };
+            }
+        }
+        let lora = self.lora.map_or(0, |lora| lora_values(self.model, lora));
+        if self.learning.contains(&Group::Lora) {
+            (frozen, learning + lora)
+        } else {
+            (frozen + lora * F32, learning)
+        }
+    }
+
+    /// Blocks that are walked back: all that lie above something that learns.
+    fn walked(&self) -> usize {
+        let layers = self.model.num_hidden_layers;
+        let lowest = match self.lora.and_then(|l| l.layers.as_ref()) {
+            Some(chosen) if self.learning == [Group::Lora] => chosen.iter().copied().min().unwrap_or(layers),
+            _ => 0,
+        };
+        layers - lowest.min(layers)
+    }
+
+    pub fn memory(&self, recompute: bool) -> MemoryPlan {
+        let (weights, learning) = self.parameters();
+        let pass = |entries| PassShape { entries, precision: self.dtype, lora: self.lora };
+        let step = training_bytes(self.model, pass(self.entries), self.walked(), recompute);
+        let evaluation = match self.evaluated {
+            0 => PassBytes::default(),
+            entries => evaluation_bytes(self.model, pass(entries)),
+        };
+        let mut plan = MemoryPlan {
+            program: self.program,
+            data: (self.data_tokens + self.context * self.model.head_dim) as u64 * F32,
+            weights,
+            trainables: learning * F32,
+            gradients: learning * F32,
+            optimizer: 2 * learning * F32,
+            activations: step.activations,
+            workspace: step.workspace,
+            loss_chunk: step.loss,
+            packed: packed_bytes(),
+            evaluation: evaluation.total(),
+            total: 0,
+            recompute,
+            dtype: self.dtype,
+        };
+        plan.total = plan.kinds().into_iter().map(|(_, bytes)| bytes).sum();
+        plan
+    }
+}
+
+/// Packed operands: of products a slab for all threads and a block for each, of attention a few tiles for each.
+fn packed_bytes() -> u64 {
+    const SLAB: u64 = 4 << 20;
+    const THREAD: u64 = 4 << 20;
+    SLAB + THREAD * rayon::current_num_threads() as u64
+}
+
+fn lora_values(model: &LlamaConfig, lora: &LoraConfig) -> u64 {
+    lora.modules(model).iter().map(|(_, o, i)| (lora.r * (o + i)) as u64).sum()
+}
+
+/// Refuses a job of forward passes over `entries` tokens that does not fit; `extra` bytes come on top of the passes.
+pub(crate) fn check_forward(
+    what: &str,
+    model: &LlamaConfig,
+    dtype: Precision,
+    entries: usize,
+    extra: u64,
+) -> Result<()> {
+    let program = resident_bytes().unwrap_or(0);
+    let load = Load {
+        model,
+        lora: None,
+        learning: &[],
+        dtype,
+        entries: 0,
+        context: entries,
+        evaluated: entries,
+        data_tokens: 0,
+        program: 0,
+    };
+    let plan = load.memory(true);
+    let needed = plan.total + extra;
+    match available_bytes() {
+        Some(free) if needed > free => {
+            let mut help = vec!["fewer tokens at a time".to_string()];
+            help.extend((!dtype.stores_bf16()).then(|| "--dtype bf16".to_string()));
+            Err(PluginError::memory(format!(
+                "{what} needs about {} for {entries} tokens at a time beside the {} there are ({} of it weights), but {} \
+                 are free. What would help: {}",
+                bytes(needed),
+                bytes(program),
+                bytes(plan.weights),
+                bytes(free),
+                help.join(", ")
+            )))
+        }
+        _ => Ok(()),
+    }
 }
 
 /// Multiply-adds of forward and backward of one sequence, times two: FLOPs.
@@ -166,51 +245,77 @@ pub struct Plan {
     pub parameters: u64,
 }
 
-/// Plans a run, choosing recomputation when told `auto`.
+/// Plans a run whose text is not read yet, choosing recomputation when told `auto`.
 ///
 /// # Errors
 /// When it cannot fit.
 pub fn plan(model: &LlamaConfig, config: &ExtendConfig, data_tokens: usize) -> Result<Plan> {
-    let widest = config
+    plan_beside(model, config, data_tokens, resident_bytes().unwrap_or(0))
+}
+
+/// [`plan`] beside `program` bytes that the process holds already, the tokens not among them.
+pub fn plan_beside(
+    model: &LlamaConfig,
+    config: &ExtendConfig,
+    data_tokens: usize,
+    program: u64,
+) -> Result<Plan> {
+    let (entries, context) = config
         .stages
         .iter()
-        .map(|s| {
-            let (rows, _) = config.batch.shape(s.context);
-            Step { tokens: (rows * s.context) as u64, context: s.context as u64 }
-        })
-        .max_by_key(|s| s.tokens)
+        .map(|s| (config.batch.shape(s.context).0 * s.context, s.context))
+        .max()
         .ok_or_else(|| PluginError::usage("stages: expected at least one, got none"))?;
-    let budget = match config.memory_budget_bytes {
-        Some(bytes) => bytes,
-        None => available_bytes().unwrap_or(u64::MAX),
+    let evaluated = config.eval.contexts.iter().map(|context| {
+        let stride = config.eval.stride.unwrap_or(context / 2).clamp(1, *context);
+        let windows = (config.eval.max_tokens / stride).max(1);
+        batch_rows(*context).min(windows) * context
+    });
+    let groups = config.groups();
+    let load = |dtype| Load {
+        model,
+        lora: Some(&config.lora),
+        learning: &groups,
+        dtype,
+        entries,
+        context,
+        evaluated: evaluated.clone().max().unwrap_or(0),
+        data_tokens,
+        program,
     };
-    let with = |recompute| memory(model, config, &widest, data_tokens as u64, recompute);
+    // What the process holds is no longer free, and is part of the plan.
+    let free = available_bytes().map(|free| free + resident_bytes().unwrap_or(0));
+    let budget = config.memory_budget_bytes.or(free).unwrap_or(u64::MAX);
+    let with = |recompute| load(config.dtype).memory(recompute);
     let memory = match config.activation_checkpointing {
         Recompute::On => with(true),
         Recompute::Off => with(false),
         Recompute::Auto => Some(with(false)).filter(|p| p.total <= budget / 2).unwrap_or_else(|| with(true)),
     };
     if memory.total > budget {
-        let mut help = vec!["a smaller --context"];
-        if config.batch.shape(widest.context as usize).0 > 1 {
-            help.push("a smaller batch.micro_batch_tokens");
+        let narrow = load(Precision::Bf16).memory(memory.recompute).total;
+        let mut help = vec!["a smaller --context".to_string()];
+        if config.batch.shape(context).0 > 1 {
+            help.push("a smaller batch.micro_batch_tokens".to_string());
         }
         if !memory.recompute {
-            help.push("activation_checkpointing = \"on\"");
+            help.push("activation_checkpointing = \"on\"".to_string());
+        }
+        if narrow < memory.total {
+            help.push(format!("--dtype bf16 (about {})", bytes(narrow)));
         }
         if config.train_embeddings {
-            help.push("train_embeddings = false");
+            help.push("train_embeddings = false".to_string());
         }
         return Err(PluginError::memory(format!(
-            "the run needs about {} at context {}, but may use {}: {}. What would help: {}",
+            "the run needs about {} at context {context}, but may use {}: {}. What would help: {}",
             bytes(memory.total),
-            widest.context,
             bytes(budget),
             by_kind(&memory),
             help.join(", ")
         )));
     }
-    let speed = measured_flops(megacontext_kernels::gemm::Products::F32);
+    let speed = measured_flops(config.dtype.products());
     let seconds = config
         .stages
         .iter()
@@ -222,9 +327,11 @@ pub fn plan(model: &LlamaConfig, config: &ExtendConfig, data_tokens: usize) -> R
         .sum::<f64>()
         / speed
         * ALLOWANCE;
-    let lora: u64 = config.lora.modules(model).iter().map(|(_, o, i)| (config.lora.r * (o + i)) as u64).sum();
-    let parameters = memory.weights / F32;
-    Ok(Plan { memory, budget, seconds, trained: trained(model, config, lora), parameters })
+    let values = |tensors: Vec<(String, Vec<usize>)>| -> u64 {
+        tensors.iter().map(|(_, s)| s.iter().product::<usize>() as u64).sum()
+    };
+    let parameters = values(model.tensors()) + lora_values(model, &config.lora);
+    Ok(Plan { trained: memory.trainables / F32, memory, budget, seconds, parameters })
 }
 
 /// Measured: a step takes about so many times as long as its products alone would.
@@ -246,20 +353,11 @@ impl Plan {
 }
 
 fn by_kind(p: &MemoryPlan) -> String {
-    format!(
-        "weights {}, gradients {}, optimizer {}, activations {}{}, workspace {}, loss chunk {}, checkpoint {}, data {}; \
-         an evaluation {}",
-        bytes(p.weights),
-        bytes(p.gradients),
-        bytes(p.optimizer),
-        bytes(p.activations),
-        if p.recompute { " with recomputation" } else { "" },
-        bytes(p.workspace),
-        bytes(p.loss_chunk),
-        bytes(p.checkpoint),
-        bytes(p.data),
-        bytes(p.evaluation)
-    )
+    let kinds = p.kinds().map(|(name, n)| {
+        let remark = if name == "activations" && p.recompute { " with recomputation" } else { "" };
+        format!("{} {}{remark}", name.replace('_', " "), bytes(n))
+    });
+    format!("{}; in {}", kinds.join(", "), p.dtype)
 }
 
 /// A number of bytes for people.
@@ -294,6 +392,11 @@ pub fn duration(seconds: f64) -> String {
 /// Memory that programs can still get, from `/proc/meminfo`; none where there is no such file.
 pub fn available_bytes() -> Option<u64> {
     proc_kilobytes("/proc/meminfo", "MemAvailable:")
+}
+
+/// What this process holds in memory now (VmRSS).
+pub fn resident_bytes() -> Option<u64> {
+    proc_kilobytes("/proc/self/status", "VmRSS:")
 }
 
 /// The largest resident size of this process so far (VmHWM).

@@ -7,8 +7,8 @@
 //! Units: loss in nats per token. Errors: a loss or gradient that is not finite, before anything has been changed.
 
 use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
 
-use candle_core::Tensor;
 use megacontext_base::decoder::{Decoder, Forward};
 use megacontext_base::error::BaseError;
 use megacontext_base::gradients::{Gradients, Optimizer};
@@ -17,10 +17,12 @@ use megacontext_base::random::mix;
 use megacontext_base::rope::{RopeScaling, RopeTables};
 use megacontext_kernels::attention::{Pattern, Rows};
 use serde::Serialize;
+use serde_json::Value;
 
 use crate::data::packing::Batches;
 use crate::error::{PluginError, Result};
 use crate::jobs::model_error;
+use crate::run::checkpoint::{self, Loaded, Named};
 use crate::train::config::{BatchConfig, OptimizerConfig, StageConfig};
 
 /// What one optimiser step did.
@@ -52,9 +54,6 @@ struct Stage {
     micro: usize,
 }
 
-/// Tensors by name.
-pub type NamedTensors = Vec<(String, Tensor)>;
-
 /// Trains a decoder through stages.
 pub struct Trainer {
     /// The model; parameters are changed in place.
@@ -84,7 +83,7 @@ impl Trainer {
         seed: u64,
         recompute: bool,
     ) -> Result<Self> {
-        decoder.params_mut().set_learning(groups.iter().copied());
+        decoder.params_mut().set_learning(groups.iter().copied()).map_err(model_error)?;
         if decoder.params().trainable().is_empty() {
             return Err(PluginError::usage("parameter groups: expected at least one that learns, got none"));
         }
@@ -239,36 +238,54 @@ impl Trainer {
         Ok(())
     }
 
-    /// What a checkpoint needs besides the step: parameters that learn, and optimiser state.
-    pub fn tensors(&self) -> Result<(NamedTensors, NamedTensors)> {
-        let trained = self
-            .decoder
-            .params()
-            .trainable()
-            .into_iter()
-            .map(|(name, tensor)| (name, tensor.detach()))
-            .collect();
-        Ok((trained, self.optimizer.export().map_err(model_error)?))
+    /// Writes a checkpoint of where the run stands; see [`checkpoint::save`].
+    pub fn save(&self, run_dir: &Path, state: &Value, keep: usize) -> Result<PathBuf> {
+        let params = self.decoder.params();
+        let learning: Vec<&str> =
+            params.names().filter(|name| params.group(name).is_some_and(|g| params.learns(g))).collect();
+        checkpoint::save_parameters(
+            run_dir,
+            self.step as u64,
+            state,
+            params,
+            &learning,
+            Some(&self.optimizer),
+            keep,
+        )
     }
 
     /// Goes on from a checkpoint.
     ///
     /// # Errors
     /// When a parameter is missing or has another shape.
-    pub fn restore(
-        &mut self,
-        step: usize,
-        trained: &BTreeMap<String, Tensor>,
-        optimizer: &BTreeMap<String, Tensor>,
-    ) -> Result<()> {
-        for (name, _) in self.decoder.params().trainable() {
-            let tensor = trained.get(&name).ok_or_else(|| {
+    pub fn restore(&mut self, loaded: Loaded) -> Result<()> {
+        let mut trained: BTreeMap<String, Named> =
+            loaded.tensors.into_iter().map(|tensor| (tensor.name.clone(), tensor)).collect();
+        let params = self.decoder.params_mut();
+        for (name, leaf) in params.trainable() {
+            let tensor = trained.remove(&name).ok_or_else(|| {
                 PluginError::data(format!("checkpoint: expected parameter {name}, which is not in it"))
             })?;
-            self.decoder.params().set(&name, tensor).map_err(model_error)?;
+            if tensor.shape != leaf.dims() {
+                return Err(PluginError::data(format!(
+                    "checkpoint: {name}: expected shape {:?}, got {:?}",
+                    leaf.dims(),
+                    tensor.shape
+                )));
+            }
+            let values = tensor.values.into_owned();
+            params
+                .insert_values(name.as_str(), Group::of_name(&name), values, &tensor.shape)
+                .map_err(model_error)?;
         }
-        self.optimizer.import(self.decoder.params(), optimizer).map_err(model_error)?;
-        self.step = step;
+        let moments = loaded.optim.into_iter().map(|m| (m.name, m.values.into_owned()));
+        self.optimizer.import(self.decoder.params(), moments).map_err(model_error)?;
+        self.step = loaded.step as usize;
         Ok(())
+    }
+
+    /// Lets the memory of a step's passes go, until the next step: for an evaluation.
+    pub fn release_passes(&mut self) {
+        self.gradients.release_passes();
     }
 }

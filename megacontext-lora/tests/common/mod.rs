@@ -19,6 +19,7 @@ use candle_core::{DType, Device, Tensor};
 use megacontext_base::config::LlamaConfig;
 use megacontext_base::decoder::Decoder;
 use megacontext_base::hf_export::{Dtype, write_model_dir};
+use megacontext_kernels::precision::Precision;
 use megacontext_lora::bpe;
 use megacontext_lora::data::documents::Document;
 use serde_json::{Value, json};
@@ -74,7 +75,7 @@ impl Fixture {
         let tokenizer = tempfile::tempdir().unwrap();
         let documents: Vec<Document> = (0..4).map(|n| Document::new(format!("{n}.txt"), text(n))).collect();
         bpe::train(&documents, VOCAB, 0, tokenizer.path()).unwrap();
-        let decoder = Decoder::random(config.clone(), seed).unwrap();
+        let decoder = Decoder::random(config.clone(), seed, Precision::F32, &[]).unwrap();
         let tensors = config.tensors().into_iter().map(|(name, _)| {
             let tensor = decoder.params().get(&name).unwrap();
             (name, tensor)

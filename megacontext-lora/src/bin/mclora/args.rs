@@ -90,6 +90,9 @@ pub struct Quickstart {
     /// Take up an interrupted run in that folder
     #[arg(long)]
     pub resume: bool,
+    /// Precision: f32, mixed (products in bf16) or bf16 (frozen weights and activations too) [default: f32]
+    #[arg(long, value_name = "NAME")]
+    pub dtype: Option<String>,
 }
 
 /// Extend the context of a model.
@@ -181,6 +184,10 @@ pub struct Extend {
     /// Tokens in memory at once [default: 8192]
     #[arg(long, value_name = "N", help_heading = "How")]
     pub micro_batch_tokens: Option<u64>,
+    /// Precision: f32; mixed, with products in bf16; bf16, with frozen weights and activations stored in it too. What
+    /// learns and all sums are f32 in each [default: f32]
+    #[arg(long, value_name = "NAME", help_heading = "How")]
+    pub dtype: Option<String>,
     /// Recompute blocks in the backward pass: auto, on, off [default: auto]
     #[arg(long, value_name = "WHEN", help_heading = "How")]
     pub activation_checkpointing: Option<String>,
@@ -241,6 +248,9 @@ pub struct EvalPpl {
     /// Interpolate positions by this factor [default: the adapter's, or the model's own]
     #[arg(long, value_name = "F")]
     pub factor: Option<f64>,
+    /// Precision: f32, mixed (products in bf16) or bf16 (storage too) [default: f32]
+    #[arg(long, value_name = "NAME")]
+    pub dtype: Option<String>,
 }
 
 /// Fold an adapter into its base.
@@ -280,6 +290,9 @@ pub struct Logits {
     /// The safetensors file to write: tokens [B, T] and logits [B, T, V]
     #[arg(long, value_name = "FILE")]
     pub out: PathBuf,
+    /// Precision: f32, mixed (products in bf16) or bf16 (storage too) [default: f32]
+    #[arg(long, value_name = "NAME")]
+    pub dtype: Option<String>,
 }
 
 /// Train a small model from nothing: tokenizer, Llama, comparison with n-gram models of the same tokens.
@@ -338,6 +351,9 @@ pub struct Pretrain {
     /// Seed [default: 0]
     #[arg(long, value_name = "N")]
     pub seed: Option<u64>,
+    /// Precision: f32, mixed (products in bf16) or bf16 (activations too; weights learn and stay f32) [default: f32]
+    #[arg(long, value_name = "NAME")]
+    pub dtype: Option<String>,
 }
 
 /// Check a plugin as loading does, and say what it is.

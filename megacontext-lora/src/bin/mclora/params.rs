@@ -131,6 +131,7 @@ pub fn extend(args: &Extend, global: &Global) -> Result<(Value, PathBuf)> {
     params.set_some("optimizer.clip", args.clip);
     params.set_some("batch.tokens_per_step", args.tokens_per_step);
     params.set_some("batch.micro_batch_tokens", args.micro_batch_tokens);
+    params.set_some("dtype", args.dtype.as_deref());
     params.set_some("activation_checkpointing", args.activation_checkpointing.as_deref());
     params.set_some("memory_budget_bytes", args.memory.as_deref().map(bytes).transpose()?);
     params.set_list("eval.contexts", &args.eval_contexts);
@@ -162,6 +163,7 @@ pub fn eval_ppl(args: &EvalPpl, global: &Global) -> Result<Value> {
     params.set_some("attention", args.attention.as_deref());
     params.set_some("group", args.group.as_deref().map(group).transpose()?);
     params.set_some("factor", args.factor);
+    params.set_some("dtype", args.dtype.as_deref());
     params.set_some("threads", global.threads);
     Ok(params.into_value())
 }
@@ -183,6 +185,7 @@ pub fn logits(args: &Logits) -> Result<Value> {
     params.set_path("adapter", args.adapter.as_ref())?;
     params.set_path("tokens", Some(&args.tokens))?;
     params.set_path("out", Some(&args.out))?;
+    params.set_some("dtype", args.dtype.as_deref());
     Ok(params.into_value())
 }
 
@@ -204,6 +207,7 @@ pub fn pretrain(args: &Pretrain, global: &Global) -> Result<Value> {
     params.set_some("weight_decay", args.weight_decay);
     params.set_some("seconds", args.seconds);
     params.set_some("seed", args.seed);
+    params.set_some("dtype", args.dtype.as_deref());
     params.set_some("threads", global.threads);
     Ok(params.into_value())
 }

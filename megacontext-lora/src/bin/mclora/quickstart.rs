@@ -73,6 +73,7 @@ pub fn run(args: &Quickstart, global: &Global) -> Result<Value> {
     let mut params = if resume { Params::from_toml(&written)? } else { parameters(&base, &run, args.smoke)? };
     params.set("resume", resume);
     params.set_some("threads", global.threads);
+    params.set_some("dtype", args.dtype.as_deref());
     write_base(&base)?;
     if !global.json && !resume {
         eprintln!(

@@ -1,0 +1,228 @@
+//! The memory of forward and backward passes, used again from block to block and step to step, and how much it is.
+//!
+//! Every buffer has exactly the length that the shapes ask for, so that what a pass will hold can be said before it runs:
+//! [`training_bytes`] and [`evaluation_bytes`] count what `sized` makes. The tests compare the two.
+//!
+//! Shapes: N = B·T entries; E model width, Q = H·D, KV = G·D, F feed-forward width, H heads, r rank, V vocabulary.
+//! S is the storage of activations: f32, or bf16 in the precision class of that name. Gradients are f32.
+
+use megacontext_kernels::attention::slices::{Gradients as AttentionGradients, Mixed};
+use megacontext_kernels::linear;
+use megacontext_kernels::loss::chunk_rows;
+use megacontext_kernels::precision::Precision;
+use megacontext_kernels::store::{Store, bf16};
+
+use crate::config::LlamaConfig;
+use crate::lora::LoraConfig;
+
+/// A buffer of exactly `len` values; what is in it is whatever was there. One that is too small is let go before its
+/// successor is made.
+pub(crate) fn sized<S: Store>(buffer: &mut Vec<S>, len: usize) -> &mut [S] {
+    if buffer.capacity() < len {
+        *buffer = Vec::new();
+        *buffer = vec![S::default(); len];
+    }
+    buffer.resize(len, S::default());
+    buffer
+}
+
+/// What the forward pass of a block leaves for its backward pass, besides the block's input.
+#[derive(Default)]
+pub(crate) struct Saved<S> {
+    pub q: Vec<S>,
+    pub k: Vec<S>,
+    pub v: Vec<S>,
+    pub mixed: Mixed<S>,
+    pub h: Vec<S>,
+    pub gate: Vec<S>,
+    pub up: Vec<S>,
+}
+
+/// Buffers that are free between blocks.
+#[derive(Default)]
+pub(crate) struct Workspace<S> {
+    pub normed: Vec<S>,
+    pub gated: Vec<S>,
+    pub d_normed: Vec<f32>,
+    pub d_wide: Vec<f32>,
+    pub attention: AttentionGradients,
+    pub linear: linear::Scratch,
+}
+
+/// All buffers of a pass whose activations are stored as S.
+#[derive(Default)]
+pub(crate) struct Scratch<S> {
+    /// The input of every block that is walked back.
+    pub inputs: Vec<Vec<S>>,
+    /// What blocks keep: one for all, or one each.
+    pub saved: Vec<Saved<S>>,
+    pub workspace: Workspace<S>,
+    /// The residual stream before and after a block.
+    pub x: Vec<S>,
+    pub stream: Vec<S>,
+    /// Gradient of the stream.
+    pub d: Vec<f32>,
+}
+
+impl<S: Store> Scratch<S> {
+    /// Room for a model of `layers` blocks of which those from `lowest` on are walked back.
+    pub fn prepare(&mut self, layers: usize, lowest: usize, recompute: bool) {
+        let walked = layers - lowest;
+        self.inputs.resize_with(walked, Vec::new);
+        self.saved.resize_with(if recompute { 1 } else { walked.max(1) }, Saved::default);
+    }
+
+    fn bytes(&self) -> u64 {
+        let of = |buffer: &Vec<S>| (buffer.capacity() * size_of::<S>()) as u64;
+        let wide = |buffer: &Vec<f32>| (buffer.capacity() * size_of::<f32>()) as u64;
+        let saved = |s: &Saved<S>| {
+            [&s.q, &s.k, &s.v, &s.mixed.out, &s.h, &s.gate, &s.up].into_iter().map(of).sum::<u64>()
+                + wide(&s.mixed.lse)
+        };
+        let w = &self.workspace;
+        self.inputs.iter().chain([&self.x, &self.stream, &w.normed, &w.gated]).map(of).sum::<u64>()
+            + self.saved.iter().map(saved).sum::<u64>()
+            + [&self.d, &w.d_normed, &w.d_wide, &w.attention.q, &w.attention.k, &w.attention.v]
+                .into_iter()
+                .map(wide)
+                .sum::<u64>()
+            + w.linear.bytes()
+    }
+}
+
+/// Memory that passes use again. Dropped, it goes back to the system; the next pass makes it anew.
+#[derive(Default)]
+pub struct Buffers {
+    f32: Scratch<f32>,
+    bf16: Scratch<bf16>,
+}
+
+impl Buffers {
+    /// Bytes held.
+    pub fn bytes(&self) -> u64 {
+        self.f32.bytes() + self.bf16.bytes()
+    }
+}
+
+/// A storage of activations.
+pub(crate) trait Activation: Store {
+    /// The buffers of this storage.
+    fn scratch(buffers: &mut Buffers) -> &mut Scratch<Self>;
+}
+
+impl Activation for f32 {
+    fn scratch(buffers: &mut Buffers) -> &mut Scratch<Self> {
+        &mut buffers.f32
+    }
+}
+
+impl Activation for bf16 {
+    fn scratch(buffers: &mut Buffers) -> &mut Scratch<Self> {
+        &mut buffers.bf16
+    }
+}
+
+/// Bytes of the buffers of a pass, by kind.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct PassBytes {
+    /// Inputs of blocks, and what blocks keep for their backward pass.
+    pub activations: u64,
+    /// What all blocks share, the streams and their gradients among it.
+    pub workspace: u64,
+    /// Logits alive at one time, NLL, and the gradient of the hidden states: made and let go by the loss.
+    pub loss: u64,
+}
+
+impl PassBytes {
+    /// Of all kinds.
+    pub fn total(self) -> u64 {
+        self.activations + self.workspace + self.loss
+    }
+}
+
+struct Sizes {
+    stored: u64,
+    n: u64,
+    e: u64,
+    q: u64,
+    kv: u64,
+    f: u64,
+    heads: u64,
+}
+
+impl Sizes {
+    fn of(config: &LlamaConfig, precision: Precision, entries: usize) -> Self {
+        Self {
+            stored: if precision.stores_bf16() { 2 } else { 4 },
+            n: entries as u64,
+            e: config.hidden_size as u64,
+            q: (config.num_attention_heads * config.head_dim) as u64,
+            kv: (config.num_key_value_heads * config.head_dim) as u64,
+            f: config.intermediate_size as u64,
+            heads: config.num_attention_heads as u64,
+        }
+    }
+
+    /// What one block keeps: q, mixed values; k, v; the middle of the stream; gate, up; log-sum-exps.
+    fn kept(&self) -> u64 {
+        self.n * (self.stored * (2 * self.q + 2 * self.kv + self.e + 2 * self.f) + 4 * self.heads)
+    }
+
+    /// The stream before and after a block, the normed input, the gated product.
+    fn forward(&self) -> u64 {
+        self.n * self.stored * (3 * self.e + self.f)
+    }
+
+    /// Logits and hidden states of a chunk, and every position's NLL and place; with gradients, those of the chunk's and
+    /// of all hidden states too.
+    fn loss(&self, vocab: usize, gradients: bool) -> u64 {
+        let chunk = (chunk_rows(vocab) as u64).min(self.n);
+        let forward = 4 * chunk * vocab as u64 + self.stored * chunk * self.e + 12 * self.n;
+        forward + if gradients { 4 * self.e * (chunk + self.n) } else { 0 }
+    }
+}
+
+/// What a pass is.
+#[derive(Clone, Copy, Debug)]
+pub struct PassShape<'a> {
+    /// Tokens in it.
+    pub entries: usize,
+    /// Class.
+    pub precision: Precision,
+    /// LoRA, where it is attached.
+    pub lora: Option<&'a LoraConfig>,
+}
+
+impl PassShape<'_> {
+    /// LoRA's low-rank values and, walking back, their gradients.
+    fn lora(&self, config: &LlamaConfig, backward: bool) -> u64 {
+        let Some(lora) = self.lora else { return 0 };
+        let widths: Vec<usize> = lora.modules(config).into_iter().map(|(_, out, _)| out).collect();
+        let both =
+            linear::Scratch::planned_bytes(self.entries, lora.r, &widths, self.precision.stores_bf16());
+        both - if backward { 0 } else { 4 * (self.entries * lora.r) as u64 }
+    }
+}
+
+/// What a step's buffers take: `walked` blocks are walked back.
+pub fn training_bytes(config: &LlamaConfig, pass: PassShape, walked: usize, recompute: bool) -> PassBytes {
+    let s = Sizes::of(config, pass.precision, pass.entries);
+    let blocks = if recompute { 1 } else { walked.max(1) } as u64;
+    // The stream's gradient and the normed input's; the gated product's or the mixed values'; those of q, k and v.
+    let backward = 4 * s.n * (2 * s.e + s.f.max(s.q) + s.q + 2 * s.kv);
+    PassBytes {
+        activations: s.n * s.stored * s.e * walked as u64 + blocks * s.kept(),
+        workspace: s.forward() + backward + pass.lora(config, true),
+        loss: s.loss(config.vocab_size, true),
+    }
+}
+
+/// What a forward pass alone takes.
+pub fn evaluation_bytes(config: &LlamaConfig, pass: PassShape) -> PassBytes {
+    let s = Sizes::of(config, pass.precision, pass.entries);
+    PassBytes {
+        activations: s.kept(),
+        workspace: s.forward() + pass.lora(config, false),
+        loss: s.loss(config.vocab_size, false),
+    }
+}
