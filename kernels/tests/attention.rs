@@ -9,7 +9,6 @@ use candle_core::{DType, Device, Tensor, Var};
 use megacontext_kernels::attention::{Pattern, Rows, attention};
 use support::{Case, SHIFTED, close, flat, random, wide};
 
-
 #[test]
 fn equals_the_reference_for_odd_lengths_and_heads() -> Result<()> {
     for [heads, kv_heads] in [[3, 1], [5, 5], [4, 2], [1, 1]] {

@@ -207,9 +207,7 @@ impl Queries {
         let Some(first) = rows.iter().position(|r| !r.is_empty()) else { return };
         let last = rows.iter().rposition(|r| !r.is_empty()).unwrap_or(first);
         let partial = |i: usize| self.panels[i].partial(&tile.range, &rows[i]);
-        if (first..=last).any(partial)
-            && !(self.finite && tile.finite(|| finite(keys.k) && finite(keys.v)))
-        {
+        if (first..=last).any(partial) && !(self.finite && tile.finite(|| finite(keys.k) && finite(keys.v))) {
             // 0·inf is NaN: with such values a query and a key may meet only where one sees the other.
             return self.meet_by_hand(spec, tile, keys, gradients);
         }
