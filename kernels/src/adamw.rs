@@ -3,14 +3,19 @@
 //! Source: Loshchilov and Hutter 2019, in PyTorch's order of operations: the weight decays by lr·λ first, then
 //!   m = β1·m + (1−β1)·g,  v = β2·v + (1−β2)·g²,  p −= lr·(m/(1−β1ᵗ)) / (√(v/(1−β2ᵗ)) + eps).
 //!
-//! The parameter is changed in place, so every view of it sees the new value.
+//! The parameter is changed in place, so every view of it sees the new value. Each value of parameter, gradient and moments
+//! is read once and written once, which is what memory allows.
+//!
+//! The gradient of an embedding table may come as the rows that were touched ([`step_rows`]). What happens to the others is
+//! the caller's to say: AdamW as it is defined moves them too, as their moments decay.
 
 use std::sync::Mutex;
 
 use candle_core::{CpuStorage, InplaceOp1, Layout, Tensor};
 use rayon::prelude::*;
 
-use crate::cpu::multiversion;
+use crate::cpu::{multiversion, rows_per_task};
+use crate::embedding::SparseRows;
 use crate::error::{KernelError, Result};
 
 const OP: &str = "adamw";
@@ -35,8 +40,22 @@ pub struct AdamW {
     pub step: u64,
 }
 
+/// What a step does to rows that have no gradient.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Untouched {
+    /// What AdamW does where the gradient is 0: the same bytes as [`step`] with the whole table's gradient.
+    Step,
+    /// Nothing: neither the parameter nor its moments change (PyTorch's SparseAdam).
+    Leave,
+}
+
+enum Gradient<'a> {
+    Dense(&'a [f32]),
+    Rows(&'a SparseRows, Untouched),
+}
+
 struct Update<'a> {
-    gradient: &'a [f32],
+    gradient: Gradient<'a>,
     moments: Mutex<(&'a mut [f32], &'a mut [f32])>,
     with: AdamW,
 }
@@ -87,20 +106,56 @@ impl InplaceOp1 for Update<'_> {
         };
         let mut moments = self.moments.lock().unwrap_or_else(|e| e.into_inner());
         let (m, v) = &mut *moments;
-        data[start..end]
-            .par_chunks_mut(CHUNK)
-            .zip(self.gradient.par_chunks(CHUNK))
-            .zip(m.par_chunks_mut(CHUNK))
-            .zip(v.par_chunks_mut(CHUNK))
-            .for_each(|(((p, g), m), v)| update(p, g, m, v, &constants));
+        let data = &mut data[start..end];
+        match self.gradient {
+            Gradient::Dense(gradient) => data
+                .par_chunks_mut(CHUNK)
+                .zip(gradient.par_chunks(CHUNK))
+                .zip(m.par_chunks_mut(CHUNK))
+                .zip(v.par_chunks_mut(CHUNK))
+                .for_each(|(((p, g), m), v)| update(p, g, m, v, &constants)),
+            Gradient::Rows(rows, untouched) => {
+                let width = rows.width();
+                let block = rows_per_task(width);
+                let zeros = vec![0f32; width];
+                data.par_chunks_mut(block * width)
+                    .zip(m.par_chunks_mut(block * width))
+                    .zip(v.par_chunks_mut(block * width))
+                    .enumerate()
+                    .for_each(|(task, ((p, m), v))| {
+                        let first = task * block;
+                        let (ids, values) = rows.within(first..first + p.len() / width);
+                        let mut touched = ids.iter().zip(values.chunks_exact(width)).peekable();
+                        let parts = p.chunks_exact_mut(width).zip(m.chunks_exact_mut(width));
+                        for (i, ((p, m), v)) in parts.zip(v.chunks_exact_mut(width)).enumerate() {
+                            match touched.next_if(|(id, _)| **id as usize == first + i) {
+                                Some((_, g)) => update(p, g, m, v, &constants),
+                                None if untouched == Untouched::Step => update(p, &zeros, m, v, &constants),
+                                None => {}
+                            }
+                        }
+                    });
+            }
+        }
         Ok(())
     }
+}
+
+fn check_moments(n: usize, exp_avg: &[f32], exp_avg_sq: &[f32]) -> Result<()> {
+    if exp_avg.len() != n || exp_avg_sq.len() != n {
+        return Err(KernelError::shape(
+            OP,
+            format!("moments of {n} values"),
+            format!("{} and {}", exp_avg.len(), exp_avg_sq.len()),
+        ));
+    }
+    Ok(())
 }
 
 /// One step on `parameter`; `exp_avg` and `exp_avg_sq` are its moments, `gradient` its gradient, all row-major.
 ///
 /// # Errors
-/// When sizes do not agree.
+/// When sizes do not agree, or the parameter is not contiguous f32.
 pub fn step(
     parameter: &Tensor,
     gradient: &[f32],
@@ -109,14 +164,44 @@ pub fn step(
     with: AdamW,
 ) -> Result<()> {
     let n = parameter.elem_count();
-    if gradient.len() != n || exp_avg.len() != n || exp_avg_sq.len() != n {
+    check_moments(n, exp_avg, exp_avg_sq)?;
+    if gradient.len() != n {
         return Err(KernelError::shape(
             OP,
-            format!("a gradient and moments of {n} values"),
-            format!("{}, {} and {}", gradient.len(), exp_avg.len(), exp_avg_sq.len()),
+            format!("a gradient of {n} values"),
+            format!("{}", gradient.len()),
         ));
     }
+    let gradient = Gradient::Dense(gradient);
     parameter.inplace_op1(&Update { gradient, moments: Mutex::new((exp_avg, exp_avg_sq)), with })?;
+    Ok(())
+}
+
+/// One step on a table [V, E] whose gradient is `rows`.
+///
+/// # Errors
+/// As [`step`], and when a row is not in the table.
+pub fn step_rows(
+    table: &Tensor,
+    rows: &SparseRows,
+    untouched: Untouched,
+    exp_avg: &mut [f32],
+    exp_avg_sq: &mut [f32],
+    with: AdamW,
+) -> Result<()> {
+    let (vocab, width) = table.dims2()?;
+    check_moments(vocab * width, exp_avg, exp_avg_sq)?;
+    if width != rows.width() || width == 0 {
+        let expected = format!("rows of the table's {width} values, at least one");
+        return Err(KernelError::shape(OP, expected, format!("{}", rows.width())));
+    }
+    if let Some(last) = rows.ids().last()
+        && *last as usize >= vocab
+    {
+        return Err(KernelError::argument(OP, format!("row: expected below {vocab}, got {last}")));
+    }
+    let gradient = Gradient::Rows(rows, untouched);
+    table.inplace_op1(&Update { gradient, moments: Mutex::new((exp_avg, exp_avg_sq)), with })?;
     Ok(())
 }
 

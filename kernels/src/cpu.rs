@@ -127,7 +127,7 @@ pub(crate) fn rows_per_task(width: usize) -> usize {
 }
 
 /// Runs `f(first_row, rows)` over blocks of rows of `out` in parallel.
-pub(crate) fn for_rows(out: &mut [f32], width: usize, f: impl Fn(usize, &mut [f32]) + Sync) {
+pub(crate) fn for_rows<S: Send>(out: &mut [S], width: usize, f: impl Fn(usize, &mut [S]) + Sync) {
     if width == 0 || out.is_empty() {
         return;
     }

@@ -1,13 +1,15 @@
 //! Differentiable operations for training a decoder on long contexts, on candle tensors.
 //!
 //! Two layers. Custom operations for candle's tape, each a named struct with its forward and backward side by side:
-//! [`attention::attention`], [`linear::linear`], [`norm::rms_norm`], [`rope::rope`], [`mlp::swiglu`]. Underneath, the same
-//! work on slices, for composites that walk their graph themselves: [`attention::slices`], [`gemm`], and the `forward_into`
-//! and `backward_*` functions beside each operation. The loss over the output head ([`loss`]), embeddings ([`embedding`])
-//! and the optimiser ([`adamw`]) exist on slices only.
+//! [`attention::attention`], [`linear::linear`], [`norm::rms_norm`], [`norm::layer_norm`], [`rope::rope`],
+//! [`mlp::swiglu`], [`mlp::relu2`]. Underneath, the same work on slices, for composites that walk their graph themselves:
+//! [`attention::slices`], [`gemm`], [`linear::Layer`], and the `*_into`, `*_add` and `*_in_place` functions beside each
+//! operation. The loss over the output head ([`loss`]), embeddings ([`embedding`]) and the optimiser ([`adamw`]) exist on
+//! slices only.
 //!
-//! Everything is f32 on the CPU, compiled for AVX-512, AVX2 with FMA and any machine, and chosen when the program runs
-//! ([`cpu::level`]). The same inputs and the same number of threads give the same bytes.
+//! Everything runs on the CPU. Tensors are f32; slices are stored in f32 or bf16 ([`store`]) and computed in f32, but for
+//! products, which [`precision`] may take in bf16. Code is compiled for AVX-512, AVX2 with FMA and any machine, and chosen
+//! when the program runs ([`cpu::level`]). The same inputs and the same number of threads give the same bytes.
 //!
 //! Errors are [`error::KernelError`]: operation, expectation, finding.
 
@@ -23,6 +25,8 @@ pub mod math;
 mod micro;
 pub mod mlp;
 pub mod norm;
+pub mod precision;
 pub mod rope;
+pub mod skinny;
 pub mod store;
 pub mod vjp;

@@ -1,4 +1,4 @@
-//! Scalar functions and sums the compiler can vectorise.
+//! Scalar functions, sums and conversions the compiler can vectorise.
 //!
 //! Source of the exponential: Cody–Waite reduction x = n·ln2 + r with ln2 split in two, then a polynomial for e^r on
 //! [−ln2/2, ln2/2] (coefficients as in Cephes `expf`, Moshier). No step can overflow an integer, so that checked builds
@@ -53,30 +53,35 @@ pub(crate) fn exp2(x: f32) -> f32 {
     if x < -126.0 { 0.0 } else { p * two_to_n }
 }
 
-/// Σ a·b.
-pub(crate) fn dot(a: &[f32], b: &[f32]) -> f32 {
-    dot_mixed(a, b)
-}
-
 multiversion! {
-    /// Σ a·b of values stored in two ways.
-    pub(crate) fn dot_mixed<S: Store>(a: &[S], b: &[f32]) -> f32 {
+    /// Σ a·b.
+    pub(crate) fn dot<A: Store, B: Store>(a: &[A], b: &[B]) -> f32 {
         let mut lanes = [0f32; 16];
         let whole = a.len().min(b.len()) / 16 * 16;
         for (x, y) in a[..whole].chunks_exact(16).zip(b[..whole].chunks_exact(16)) {
             for i in 0..16 {
-                lanes[i] += x[i].get() * y[i];
+                lanes[i] += x[i].get() * y[i].get();
             }
         }
-        lanes.iter().sum::<f32>() + a[whole..].iter().zip(&b[whole..]).map(|(x, y)| x.get() * y).sum::<f32>()
+        let rest = a[whole..].iter().zip(&b[whole..]).map(|(x, y)| x.get() * y.get()).sum::<f32>();
+        lanes.iter().sum::<f32>() + rest
+    }
+}
+
+multiversion! {
+    /// Values into another storage type.
+    pub(crate) fn convert<A: Store, B: Store>(values: &[A], out: &mut [B]) {
+        for (out, value) in out.iter_mut().zip(values) {
+            *out = B::put(value.get());
+        }
     }
 }
 
 multiversion! {
     /// out += values.
-    pub(crate) fn add_row(out: &mut [f32], values: &[f32]) {
+    pub(crate) fn add_row<S: Store>(out: &mut [S], values: &[f32]) {
         for (o, x) in out.iter_mut().zip(values) {
-            *o += x;
+            *o = S::put(o.get() + x);
         }
     }
 }

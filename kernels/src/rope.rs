@@ -5,11 +5,13 @@
 //! The tables may be damped (Gaussian positions); the transpose of the map is its backward either way.
 //!
 //! Shapes: x [B, T, H, D], cos and sin [T, D/2] shared by all rows of the batch, or [B·T, D/2]. Tables get no gradient.
+//! On slices x is stored in f32 or bf16; on candle tensors in f32.
 
 use candle_core::{CpuStorage, CustomOp1, Layout, Shape, Tensor};
 
 use crate::cpu::{contiguous, for_rows, multiversion, with_values};
 use crate::error::{KernelError, Result};
+use crate::store::Store;
 
 const OP: &str = "rope";
 
@@ -21,22 +23,22 @@ struct Rope {
 }
 
 multiversion! {
-    fn rotate_row(x: &mut [f32], cos: &[f32], sin: &[f32], direction: f32) {
+    fn rotate_row<S: Store>(x: &mut [S], cos: &[f32], sin: &[f32], direction: f32) {
         let half = cos.len();
         let (x1, x2) = x.split_at_mut(half);
         let (x1, x2, sin) = (&mut x1[..half], &mut x2[..half], &sin[..half]);
         for i in 0..half {
             let s = sin[i] * direction;
-            let (a, b) = (x1[i], x2[i]);
-            x1[i] = a * cos[i] - b * s;
-            x2[i] = b * cos[i] + a * s;
+            let (a, b) = (x1[i].get(), x2[i].get());
+            x1[i] = S::put(a * cos[i] - b * s);
+            x2[i] = S::put(b * cos[i] + a * s);
         }
     }
 }
 
 /// Rotates entries of `heads`·`width` values in place; `direction` is 1 forward and −1 for the transposed map. The
 /// tables hold one row of `width`/2 values per position and repeat when there are more entries than positions.
-pub fn rotate(x: &mut [f32], heads: usize, width: usize, cos: &[f32], sin: &[f32], direction: f32) {
+pub fn rotate<S: Store>(x: &mut [S], heads: usize, width: usize, cos: &[f32], sin: &[f32], direction: f32) {
     let half = width / 2;
     let positions = cos.len() / half;
     for_rows(x, heads * width, |first, entries| {

@@ -22,7 +22,7 @@ use super::pattern::Plan;
 use super::softmax::{PerLane, backward as softmax_backward, finish_scores};
 use super::view::{Output, View};
 use crate::gemm::Mat;
-use crate::math::{add_row, dot_mixed};
+use crate::math::{add_row, dot};
 use crate::micro::{Engine, LANES, ROWS, pack};
 use crate::store::Store;
 
@@ -105,7 +105,7 @@ pub(super) fn delta<S: Store>(out: &[S], d_out: &[f32], width: usize) -> Vec<f32
     out.par_chunks_exact(width)
         .with_min_len(256)
         .zip(d_out.par_chunks_exact(width))
-        .map(|(out, d_out)| dot_mixed(out, d_out))
+        .map(|(out, d_out)| dot(out, d_out))
         .collect()
 }
 

@@ -231,7 +231,7 @@ impl<'a> Block<'a> {
 
     fn norm(&self, which: usize, x: &[f32], out: &mut Vec<f32>) -> Result<()> {
         let gain = Values::of(&self.norms[which].1)?;
-        norm::forward_into(x, &gain, self.pass.config.rms_norm_eps as f32, sized(out, x.len()));
+        norm::rms_forward_into(x, &gain, self.pass.config.rms_norm_eps as f32, sized(out, x.len()));
         Ok(())
     }
 
@@ -246,7 +246,7 @@ impl<'a> Block<'a> {
         let (name, gain) = &self.norms[which];
         let gain = Values::of(gain)?;
         let dw = self.pass.params.learns(Group::Norms).then(|| gradients.buffer(name, gain.len()));
-        norm::backward_add(x, &gain, g, self.pass.config.rms_norm_eps as f32, dx, dw.map(|v| &mut v[..]));
+        norm::rms_backward_add(x, &gain, g, self.pass.config.rms_norm_eps as f32, dx, dw.map(|v| &mut v[..]));
         Ok(())
     }
 
@@ -280,7 +280,7 @@ impl<'a> Block<'a> {
         self.project(GATE, normed, &mut saved.gate, false, lanes)?;
         self.project(UP, normed, &mut saved.up, false, lanes)?;
         let width = saved.gate.len();
-        mlp::forward_into(&saved.gate, &saved.up, sized(gated, width));
+        mlp::swiglu_into(&saved.gate, &saved.up, sized(gated, width));
         y.clear();
         y.extend_from_slice(&saved.h);
         self.project(DOWN, gated, y, true, lanes)
@@ -303,10 +303,10 @@ impl<'a> Block<'a> {
         let lanes = &mut Lanes { low, low_gradient, dropped };
 
         let width = saved.gate.len();
-        mlp::forward_into(&saved.gate, &saved.up, sized(gated, width));
+        mlp::swiglu_into(&saved.gate, &saved.up, sized(gated, width));
         let d_gated = sized(wide, width);
         self.project_back(DOWN, gated, d, Some((d_gated, false)), lanes, gradients)?;
-        mlp::backward_in_place(&mut saved.gate, &mut saved.up, d_gated);
+        mlp::swiglu_backward_in_place(&mut saved.gate, &mut saved.up, d_gated);
         self.norm(1, &saved.h, normed)?;
         let d_normed = sized(narrow, n * c.hidden_size);
         self.project_back(GATE, normed, &saved.gate, Some((d_normed, false)), lanes, gradients)?;

@@ -19,7 +19,8 @@ use candle_core::{Device, Tensor};
 use megacontext_kernels::attention::slices::Prepared;
 use megacontext_kernels::attention::{Pattern, Rows};
 use megacontext_kernels::cpu::Values;
-use megacontext_kernels::linear::linear;
+use megacontext_kernels::gemm::Products;
+use megacontext_kernels::linear::{Weight, linear};
 use megacontext_kernels::loss::{Gradient, head_cross_entropy};
 use megacontext_kernels::{embedding, norm};
 
@@ -195,7 +196,7 @@ impl Decoder {
     fn final_norm(&self, x: &[f32]) -> Result<Vec<f32>> {
         let gain = self.value(FINAL_NORM)?;
         let mut out = vec![0f32; x.len()];
-        norm::forward_into(x, &Values::of(&gain)?, self.config.rms_norm_eps as f32, &mut out);
+        norm::rms_forward_into(x, &Values::of(&gain)?, self.config.rms_norm_eps as f32, &mut out);
         Ok(out)
     }
 
@@ -233,8 +234,14 @@ impl Decoder {
 
     /// NLL in nats of `targets` (row-major [B, T]; `IGNORE` gives 0) at every position; builds no graph.
     pub fn nll(&self, x_bte: &Tensor, targets: &[u32], with: &Forward) -> Result<Vec<f32>> {
-        let hidden = self.hidden(x_bte, with)?.reshape(((), self.config.hidden_size))?;
-        Ok(head_cross_entropy(&hidden, &self.value(self.head_name())?, targets, Gradient::Skip)?.nll)
+        let hidden = self.hidden(x_bte, with)?;
+        let head = self.value(self.head_name())?;
+        let sizes = [targets.len(), self.config.hidden_size, self.config.vocab_size];
+        let head = Values::of(&head)?;
+        let head = Weight::F32(&head);
+        let loss =
+            head_cross_entropy(&Values::of(&hidden)?, head, sizes, targets, Gradient::Skip, Products::F32)?;
+        Ok(loss.nll)
     }
 
     /// Does anything below block `layer` (or its own input) learn?
@@ -290,16 +297,19 @@ impl Decoder {
             std::mem::swap(&mut x, stream);
         }
 
-        let hidden = Tensor::from_vec(self.final_norm(&x)?, (entries, c.hidden_size), &Device::Cpu)?;
+        let hidden = self.final_norm(&x)?;
         let head = self.value(self.head_name())?;
         let scale = scale as f32;
         let head_learns = self.params.group(self.head_name()).is_some_and(|g| self.params.learns(g));
-        let mut head_gradient = head_learns.then(|| vec![0f32; head.elem_count()]);
-        let gradient = match &mut head_gradient {
-            Some(head) => Gradient::HiddenAndHead { scale, head },
-            None => Gradient::Hidden { scale },
+        let gradient = if head_learns {
+            let head = gradients.buffer(self.head_name(), head.elem_count());
+            Gradient::HiddenAndHead { scale, head }
+        } else {
+            Gradient::Hidden { scale }
         };
-        let loss = head_cross_entropy(&hidden, &head, targets, gradient)?;
+        let sizes = [entries, c.hidden_size, c.vocab_size];
+        let head = Values::of(&head)?;
+        let loss = head_cross_entropy(&hidden, Weight::F32(&head), sizes, targets, gradient, Products::F32)?;
         drop(hidden);
         let sum = loss.sum();
         if !sum.is_finite() {
@@ -308,19 +318,13 @@ impl Decoder {
         let d_hidden = loss.d_hidden.ok_or_else(|| BaseError::Input {
             message: "scale: expected a gradient scale other than 0, got 0".to_string(),
         })?;
-        if let Some(head_gradient) = head_gradient {
-            let buffer = gradients.buffer(self.head_name(), head_gradient.len());
-            for (sum, value) in buffer.iter_mut().zip(head_gradient) {
-                *sum += value;
-            }
-        }
 
         let gain = self.value(FINAL_NORM)?;
         let gain = Values::of(&gain)?;
         let norms_learn = self.params.learns(Group::Norms);
         let mut d = vec![0f32; entries * c.hidden_size];
         let dw = norms_learn.then(|| &mut gradients.buffer(FINAL_NORM, gain.len())[..]);
-        norm::backward_add(&x, &gain, &Values::of(&d_hidden)?, c.rms_norm_eps as f32, &mut d, dw);
+        norm::rms_backward_add(&x, &gain, &d_hidden, c.rms_norm_eps as f32, &mut d, dw);
         drop(d_hidden);
         for layer in (lowest..layers).rev() {
             let block = Block::new(layer, &pass)?;
@@ -335,8 +339,8 @@ impl Decoder {
         gradients.put_scratch(scratch);
 
         if self.params.learns(Group::Embeddings) {
-            let rows = Tensor::from_vec(d, (entries, c.hidden_size), &Device::Cpu)?;
-            embedding::scatter_add(&rows, tokens, gradients.buffer(EMBED, c.vocab_size * c.hidden_size))?;
+            let table = gradients.buffer(EMBED, c.vocab_size * c.hidden_size);
+            embedding::scatter_add(&d, c.hidden_size, tokens, table)?;
         }
         Ok(StepLoss { sum, count: loss.count })
     }

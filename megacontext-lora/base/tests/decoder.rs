@@ -18,7 +18,8 @@ use megacontext_base::params::Group;
 use megacontext_base::rope::RopeTables;
 use megacontext_base::weights::Weights;
 use megacontext_kernels::attention::{Pattern, Rows, attention};
-use megacontext_kernels::linear::{Lora, linear};
+use megacontext_kernels::gemm::Products;
+use megacontext_kernels::linear::{Lora, Weight, linear};
 use megacontext_kernels::loss::{Gradient, IGNORE, head_cross_entropy};
 use megacontext_kernels::rope::rope;
 use megacontext_kernels::{mlp, norm, vjp};
@@ -186,9 +187,11 @@ fn taped(decoder: &Decoder, case: &Case, pattern: Pattern) -> Result<Gradients> 
     let hidden = norm::rms_norm(&x, &params.read("model.norm.weight")?, c.rms_norm_eps)?;
     let head =
         params.get("lm_head.weight").or_else(|| params.get("model.embed_tokens.weight")).context("head")?;
-    let flat = hidden.detach().reshape((b * t, c.hidden_size))?;
-    let loss = head_cross_entropy(&flat, &head, &case.targets(), Gradient::Hidden { scale: 0.1 })?;
-    let d_hidden = loss.d_hidden.context("gradient")?.reshape(hidden.shape())?;
+    let values = |t: &Tensor| t.detach().flatten_all()?.to_vec1::<f32>();
+    let (flat, head, sizes) = (values(&hidden)?, values(&head)?, [b * t, c.hidden_size, c.vocab_size]);
+    let (targets, wanted) = (case.targets(), Gradient::Hidden { scale: 0.1 });
+    let loss = head_cross_entropy(&flat, Weight::F32(&head), sizes, &targets, wanted, Products::F32)?;
+    let d_hidden = Tensor::from_vec(loss.d_hidden.context("gradient")?, hidden.shape(), hidden.device())?;
     let grads = vjp::seed(&hidden, d_hidden)?.backward()?;
     let mut gradients = Gradients::new();
     for (name, leaf) in params.trainable() {
