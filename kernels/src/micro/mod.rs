@@ -98,9 +98,9 @@ impl Engine {
     /// C (+)= A·B for `rows` rows, `lanes` (16 or 32) columns and `words` words of depth; row strides in words.
     ///
     /// # Safety
-    /// For pairs with rows rounded up to [`ROWS`] and words to 16, for f32 as they are: A readable for rows × words at stride `lda`, B
-    /// for words × lanes at `ldb`, C writable (and initialised when `add`) for rows × lanes at `ldc`; C overlaps
-    /// neither; `enter`'s guard is alive on this thread.
+    /// For pairs with rows rounded up to [`ROWS`] and words to 16, for f32 as they are: A readable for rows × words at
+    /// stride `lda`, B for words × lanes at `ldb`, C writable (and initialised when `add`) for rows × lanes at `ldc`,
+    /// and nothing past the last of these; C overlaps neither; `enter`'s guard is alive on this thread.
     #[inline]
     pub unsafe fn block(self, block: Block) {
         debug_assert!(block.lanes == 16 || block.lanes == 32);
