@@ -15,7 +15,8 @@ fn main() -> anyhow::Result<()> {
         *size = argument.parse()?;
     }
     let [n, e, v] = sizes;
-    let numbers = |n: usize, by: usize| (0..n).map(|i| (i * by % 1009) as f32 / 5000.0 - 0.1).collect::<Vec<_>>();
+    let numbers =
+        |n: usize, by: usize| (0..n).map(|i| (i * by % 1009) as f32 / 5000.0 - 0.1).collect::<Vec<_>>();
     let (h, w) = (numbers(n * e, 37), numbers(v * e, 53));
     let hb: Vec<bf16> = h.iter().map(|x| bf16::put(*x)).collect();
     let wb: Vec<bf16> = w.iter().map(|x| bf16::put(*x)).collect();

@@ -94,6 +94,23 @@ impl<'a, S: Copy> Mat<'a, S> {
         self.data[row * self.row_stride + col * self.col_stride]
     }
 
+    /// The slice from the first value on.
+    pub(crate) fn values(&self) -> &'a [S] {
+        self.data
+    }
+
+    /// The same matrix over the same values in another type.
+    pub(crate) fn over<T>(self, data: &[T]) -> Mat<'_, T> {
+        assert_eq!(data.len(), self.data.len(), "the same values");
+        Mat {
+            data,
+            rows: self.rows,
+            cols: self.cols,
+            row_stride: self.row_stride,
+            col_stride: self.col_stride,
+        }
+    }
+
     /// A row whose values lie side by side.
     pub(crate) fn row(&self, row: usize) -> &'a [S] {
         debug_assert_eq!(self.col_stride, 1);
@@ -147,9 +164,7 @@ pub fn matmul_with<A: Store, B: Store, C: Store>(
         && let (Some(a_data), Some(b_data)) = (A::as_f32(a.data), B::as_f32(b.data))
         && let Some(out) = C::as_f32_mut(out)
     {
-        let a = Mat { data: a_data, rows: m, cols: k, row_stride: a.row_stride, col_stride: a.col_stride };
-        let b = Mat { data: b_data, rows: k, cols: n, row_stride: b.row_stride, col_stride: b.col_stride };
-        library(out, a, b, scale, accumulate);
+        library(out, a.over(a_data), b.over(b_data), scale, accumulate);
     } else {
         packed(engine, out, a, b, scale, accumulate);
     }

@@ -84,6 +84,10 @@ fn sliding_window() -> Result<()> {
 fn bidirectional() -> Result<()> {
     for_every_length(|entries| {
         case(entries, 6, Pattern::Bidirectional).check_stored::<f32>()?;
-        if entries % 3 == 2 { case(entries, 7, Pattern::Bidirectional).check_stored::<bf16>() } else { Ok(()) }
+        if entries % 3 == 2 {
+            case(entries, 7, Pattern::Bidirectional).check_stored::<bf16>()
+        } else {
+            Ok(())
+        }
     })
 }

@@ -61,8 +61,10 @@ fn check_bad_row<S: Store>(
     let reached = reached(case, which, at, head);
     for (i, ((got, clean), reached)) in all(&got).iter().zip(all(clean)).zip(&reached).enumerate() {
         let name = ["out", "dq", "dk", "dv"][i];
-        let what =
-            format!("{case:?} {products:?} {:?}: {value} in operand {which} at {at}, {head}: {name}", S::DTYPE);
+        let what = format!(
+            "{case:?} {products:?} {:?}: {value} in operand {which} at {at}, {head}: {name}",
+            S::DTYPE
+        );
         let (mut kept, mut want) = (Vec::new(), Vec::new());
         for (row, reached) in reached.iter().enumerate() {
             let row = row * width..(row + 1) * width;
@@ -250,8 +252,7 @@ fn large_scores() -> Result<()> {
             let got = case.outcome::<f32>(&case.operands(), Products::F32)?;
             let want = megacontext_kernels::attention::reference::forward(q, k, v, &case.problem());
             near("forward", &widened(&got.out), &want, 1e-3);
-            let want =
-                megacontext_kernels::attention::reference::backward(q, k, v, d_out, &case.problem());
+            let want = megacontext_kernels::attention::reference::backward(q, k, v, d_out, &case.problem());
             for (name, got, want) in [
                 ("dq", &got.gradients[0], &want.q),
                 ("dk", &got.gradients[1], &want.k),

@@ -73,7 +73,7 @@ impl Panel {
             hi: [0; LANES],
             positions: [0.0; LANES],
             slopes: [0.0; LANES],
-            keys: usize::MAX..0,
+            keys: Range { start: usize::MAX, end: 0 },
             common: 0..i32::MAX,
         };
         for (lane, query) in queries.take(LANES).enumerate() {

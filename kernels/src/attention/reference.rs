@@ -95,22 +95,25 @@ impl Problem<'_> {
         scores
     }
 
+    /// Every query as [row, head, entry], in the order of the result.
     fn queries(&self) -> impl Iterator<Item = [usize; 3]> + use<> {
         let Sizes { batch, entries, heads, .. } = self.sizes;
-        (0..batch).flat_map(move |b| (0..heads).flat_map(move |h| (0..entries).map(move |i| [b, h, i])))
+        (0..batch).flat_map(move |b| (0..entries).flat_map(move |i| (0..heads).map(move |h| [b, h, i])))
     }
 }
 
 /// The result [B, T, H, D].
 pub fn forward(q: &[f64], k: &[f64], v: &[f64], problem: &Problem<'_>) -> Vec<f64> {
+    problem.queries().flat_map(|query| forward_of(q, k, v, problem, query)).collect()
+}
+
+/// The result [D] of one query [row, head, entry].
+pub fn forward_of(q: &[f64], k: &[f64], v: &[f64], problem: &Problem<'_>, [b, h, i]: [usize; 3]) -> Vec<f64> {
     let sizes = &problem.sizes;
-    let mut out = vec![0f64; q.len()];
-    for [b, h, i] in problem.queries() {
-        let at = sizes.q(b, i, h);
-        for (j, p) in problem.probabilities(q, k, [b, h, i]) {
-            for d in 0..sizes.width {
-                out[at + d] += p * v[sizes.kv(b, j, h) + d];
-            }
+    let mut out = vec![0f64; sizes.width];
+    for (j, p) in problem.probabilities(q, k, [b, h, i]) {
+        for (out, v) in out.iter_mut().zip(&v[sizes.kv(b, j, h)..]) {
+            *out += p * v;
         }
     }
     out

@@ -19,10 +19,9 @@
 use megacontext_kernels::attention::slices::Prepared;
 use megacontext_kernels::gemm::Products;
 use megacontext_kernels::linear::{Dropout, Layer, LayerGradients, LoraSlices, Scratch};
-use megacontext_kernels::store::Store;
 use megacontext_kernels::{mlp, norm, rope};
 
-use crate::buffers::{Saved, Workspace, sized};
+use crate::buffers::{Activation, Buffer, Saved, Workspace, sized};
 use crate::config::LlamaConfig;
 use crate::error::{BaseError, Result};
 use crate::gradients::Gradients;
@@ -140,15 +139,21 @@ impl<'a> Block<'a> {
     }
 
     /// `y` = linear `which` of `x`.
-    fn project<S: Store>(&self, which: usize, x: &[S], y: &mut Vec<S>, scratch: &mut Scratch) -> Result<()> {
-        let y = sized(y, self.pass.entries * self.linears[which].out);
+    fn project<S: Activation>(
+        &self,
+        which: usize,
+        x: &[S],
+        y: &mut Buffer<S>,
+        scratch: &mut Scratch,
+    ) -> Result<()> {
+        let y = y.sized(self.pass.entries * self.linears[which].out)?;
         self.layer(which)?.forward(x, y, false, scratch);
         Ok(())
     }
 
     /// Gradients of linear `which`, whose input was `x` and whose result has the gradient `g`: of what learns, into
     /// `gradients`; of the input, added to or written over `dx` where it is wanted.
-    fn project_back<S: Store, G: Store>(
+    fn project_back<S: Activation, G: Activation>(
         &self,
         which: usize,
         x: &[S],
@@ -185,13 +190,13 @@ impl<'a> Block<'a> {
         Ok(())
     }
 
-    fn norm<S: Store>(&self, which: usize, x: &[S], out: &mut Vec<S>) -> Result<()> {
+    fn norm<S: Activation>(&self, which: usize, x: &[S], out: &mut Buffer<S>) -> Result<()> {
         let gain = self.norms[which].1.f32()?;
-        norm::rms_forward_into(x, gain, self.pass.config.rms_norm_eps as f32, sized(out, x.len()));
+        norm::rms_forward_into(x, gain, self.pass.config.rms_norm_eps as f32, out.sized(x.len())?);
         Ok(())
     }
 
-    fn norm_back<S: Store>(
+    fn norm_back<S: Activation>(
         &self,
         which: usize,
         x: &[S],
@@ -206,15 +211,15 @@ impl<'a> Block<'a> {
         Ok(())
     }
 
-    fn rotate<S: Store>(&self, x: &mut [S], heads: usize, direction: f32) {
+    fn rotate<S: Activation>(&self, x: &mut [S], heads: usize, direction: f32) {
         rope::rotate(x, heads, self.pass.config.head_dim, self.pass.cos, self.pass.sin, direction);
     }
 
     /// The block's output of `x` [N, E] into `y`; what backward needs into `saved`.
-    pub(crate) fn forward<S: Store>(
+    pub(crate) fn forward<S: Activation>(
         &self,
         x: &[S],
-        y: &mut Vec<S>,
+        y: &mut Buffer<S>,
         saved: &mut Saved<S>,
         ws: &mut Workspace<S>,
     ) -> Result<()> {
@@ -230,16 +235,16 @@ impl<'a> Block<'a> {
         sized(&mut saved.mixed.out, saved.q.len());
         sized(&mut saved.mixed.lse, n * c.num_attention_heads);
         self.pass.attention.forward_into(&saved.q, &saved.k, &saved.v, &mut saved.mixed);
-        let h = sized(&mut saved.h, x.len());
+        let h = saved.h.sized(x.len())?;
         h.copy_from_slice(x);
         self.layer(O)?.forward(&saved.mixed.out, h, true, linear);
 
         self.norm(1, &saved.h, normed)?;
         self.project(GATE, normed, &mut saved.gate, linear)?;
         self.project(UP, normed, &mut saved.up, linear)?;
-        let gated = sized(gated, saved.gate.len());
+        let gated = gated.sized(saved.gate.len())?;
         mlp::swiglu_into(&saved.gate, &saved.up, gated);
-        let y = sized(y, x.len());
+        let y = y.sized(x.len())?;
         y.copy_from_slice(&saved.h);
         self.layer(DOWN)?.forward(gated, y, true, linear);
         Ok(())
@@ -247,7 +252,7 @@ impl<'a> Block<'a> {
 
     /// Backward: `d` is the gradient of the output and becomes that of the input `x`, which is complete only when
     /// `input_wanted`; gradients of what learns are added to `gradients`. `saved` is used up.
-    pub(crate) fn backward<S: Store>(
+    pub(crate) fn backward<S: Activation>(
         &self,
         x: &[S],
         d: &mut [f32],
@@ -259,18 +264,18 @@ impl<'a> Block<'a> {
         let c = self.pass.config;
         let Workspace { normed, gated, d_normed, d_wide, attention, linear } = ws;
 
-        let gated = sized(gated, saved.gate.len());
+        let gated = gated.sized(saved.gate.len())?;
         mlp::swiglu_into(&saved.gate, &saved.up, gated);
-        let d_gated = sized(d_wide, saved.gate.len());
+        let d_gated = d_wide.sized(saved.gate.len())?;
         self.project_back(DOWN, gated, d, Some((&mut *d_gated, false)), linear, gradients)?;
         mlp::swiglu_backward_in_place(&mut saved.gate, &mut saved.up, d_gated);
         self.norm(1, &saved.h, normed)?;
-        let d_normed = sized(d_normed, x.len());
+        let d_normed = d_normed.sized(x.len())?;
         self.project_back(GATE, normed, &saved.gate, Some((&mut *d_normed, false)), linear, gradients)?;
         self.project_back(UP, normed, &saved.up, Some((&mut *d_normed, true)), linear, gradients)?;
         self.norm_back(1, &saved.h, d_normed, d, gradients)?;
 
-        let d_mixed = sized(d_wide, saved.mixed.out.len());
+        let d_mixed = d_wide.sized(saved.mixed.out.len())?;
         self.project_back(O, &saved.mixed.out, d, Some((&mut *d_mixed, false)), linear, gradients)?;
         sized(&mut attention.q, saved.q.len());
         sized(&mut attention.k, saved.k.len());

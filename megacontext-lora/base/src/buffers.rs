@@ -1,22 +1,79 @@
 //! The memory of forward and backward passes, used again from block to block and step to step, and how much it is.
 //!
-//! Every buffer has exactly the length that the shapes ask for, so that what a pass will hold can be said before it runs:
+//! Buffers are mapped from the system, not taken from the heap: a heap keeps blocks that were let go between others that
+//! were not, and then an evaluation comes on top of the step that went before it. Every buffer has exactly the length that the shapes ask for, so that what a pass will hold can be said before it runs:
 //! [`training_bytes`] and [`evaluation_bytes`] count what `sized` makes. The tests compare the two.
 //!
 //! Shapes: N = B·T entries; E model width, Q = H·D, KV = G·D, F feed-forward width, H heads, r rank, V vocabulary.
 //! S is the storage of activations: f32, or bf16 in the precision class of that name. Gradients are f32.
+
+use std::marker::PhantomData;
+use std::ops::{Deref, DerefMut};
 
 use megacontext_kernels::attention::slices::{Gradients as AttentionGradients, Mixed};
 use megacontext_kernels::linear;
 use megacontext_kernels::loss::chunk_rows;
 use megacontext_kernels::precision::Precision;
 use megacontext_kernels::store::{Store, bf16};
+use memmap2::MmapMut;
 
 use crate::config::LlamaConfig;
+use crate::error::{BaseError, Result};
 use crate::lora::LoraConfig;
 
-/// A buffer of exactly `len` values; what is in it is whatever was there. One that is too small is let go before its
-/// successor is made.
+/// Values in memory of their own, which goes back to the system with them.
+pub(crate) struct Buffer<S> {
+    map: Option<MmapMut>,
+    len: usize,
+    stored: PhantomData<S>,
+}
+
+impl<S> Default for Buffer<S> {
+    fn default() -> Self {
+        Self { map: None, len: 0, stored: PhantomData }
+    }
+}
+
+impl<S: Activation> Buffer<S> {
+    /// A buffer of exactly `len` values; what is in it is whatever was there. One that is too small is let go before its
+    /// successor is made.
+    ///
+    /// # Errors
+    /// When the system has no more memory.
+    pub fn sized(&mut self, len: usize) -> Result<&mut [S]> {
+        let bytes = len * size_of::<S>();
+        if self.map.as_ref().is_none_or(|map| map.len() < bytes) {
+            *self = Self::default();
+            // Nothing can be mapped in length 0.
+            let map = MmapMut::map_anon(bytes.max(1))
+                .map_err(|source| BaseError::OutOfMemory { bytes: bytes as u64, source })?;
+            self.map = Some(map);
+        }
+        self.len = len;
+        Ok(&mut *self)
+    }
+
+    fn bytes(&self) -> u64 {
+        self.map.as_ref().map_or(0, |map| map.len() as u64)
+    }
+}
+
+impl<S: Activation> Deref for Buffer<S> {
+    type Target = [S];
+
+    fn deref(&self) -> &[S] {
+        self.map.as_ref().map_or(&[], |map| bytemuck::cast_slice(&map[..self.len * size_of::<S>()]))
+    }
+}
+
+impl<S: Activation> DerefMut for Buffer<S> {
+    fn deref_mut(&mut self) -> &mut [S] {
+        let bytes = self.len * size_of::<S>();
+        self.map.as_mut().map_or(&mut [], |map| bytemuck::cast_slice_mut(&mut map[..bytes]))
+    }
+}
+
+/// As [`Buffer::sized`], of a vector that another crate fills.
 pub(crate) fn sized<S: Store>(buffer: &mut Vec<S>, len: usize) -> &mut [S] {
     if buffer.capacity() < len {
         *buffer = Vec::new();
@@ -29,22 +86,22 @@ pub(crate) fn sized<S: Store>(buffer: &mut Vec<S>, len: usize) -> &mut [S] {
 /// What the forward pass of a block leaves for its backward pass, besides the block's input.
 #[derive(Default)]
 pub(crate) struct Saved<S> {
-    pub q: Vec<S>,
-    pub k: Vec<S>,
-    pub v: Vec<S>,
+    pub q: Buffer<S>,
+    pub k: Buffer<S>,
+    pub v: Buffer<S>,
     pub mixed: Mixed<S>,
-    pub h: Vec<S>,
-    pub gate: Vec<S>,
-    pub up: Vec<S>,
+    pub h: Buffer<S>,
+    pub gate: Buffer<S>,
+    pub up: Buffer<S>,
 }
 
 /// Buffers that are free between blocks.
 #[derive(Default)]
 pub(crate) struct Workspace<S> {
-    pub normed: Vec<S>,
-    pub gated: Vec<S>,
-    pub d_normed: Vec<f32>,
-    pub d_wide: Vec<f32>,
+    pub normed: Buffer<S>,
+    pub gated: Buffer<S>,
+    pub d_normed: Buffer<f32>,
+    pub d_wide: Buffer<f32>,
     pub attention: AttentionGradients,
     pub linear: linear::Scratch,
 }
@@ -53,39 +110,39 @@ pub(crate) struct Workspace<S> {
 #[derive(Default)]
 pub(crate) struct Scratch<S> {
     /// The input of every block that is walked back.
-    pub inputs: Vec<Vec<S>>,
+    pub inputs: Vec<Buffer<S>>,
     /// What blocks keep: one for all, or one each.
     pub saved: Vec<Saved<S>>,
     pub workspace: Workspace<S>,
     /// The residual stream before and after a block.
-    pub x: Vec<S>,
-    pub stream: Vec<S>,
+    pub x: Buffer<S>,
+    pub stream: Buffer<S>,
     /// Gradient of the stream.
-    pub d: Vec<f32>,
+    pub d: Buffer<f32>,
 }
 
-impl<S: Store> Scratch<S> {
+impl<S: Activation> Scratch<S> {
     /// Room for a model of `layers` blocks of which those from `lowest` on are walked back.
     pub fn prepare(&mut self, layers: usize, lowest: usize, recompute: bool) {
         let walked = layers - lowest;
-        self.inputs.resize_with(walked, Vec::new);
+        self.inputs.resize_with(walked, Buffer::default);
         self.saved.resize_with(if recompute { 1 } else { walked.max(1) }, Saved::default);
     }
 
     fn bytes(&self) -> u64 {
-        let of = |buffer: &Vec<S>| (buffer.capacity() * size_of::<S>()) as u64;
-        let wide = |buffer: &Vec<f32>| (buffer.capacity() * size_of::<f32>()) as u64;
+        fn vector<S>(buffer: &Vec<S>) -> u64 {
+            (buffer.capacity() * size_of::<S>()) as u64
+        }
         let saved = |s: &Saved<S>| {
-            [&s.q, &s.k, &s.v, &s.mixed.out, &s.h, &s.gate, &s.up].into_iter().map(of).sum::<u64>()
-                + wide(&s.mixed.lse)
+            let own: u64 = [&s.q, &s.k, &s.v, &s.h, &s.gate, &s.up].into_iter().map(Buffer::bytes).sum();
+            own + vector(&s.mixed.out) + vector(&s.mixed.lse)
         };
         let w = &self.workspace;
-        self.inputs.iter().chain([&self.x, &self.stream, &w.normed, &w.gated]).map(of).sum::<u64>()
+        let shared = self.inputs.iter().chain([&self.x, &self.stream, &w.normed, &w.gated]);
+        shared.map(Buffer::bytes).sum::<u64>()
             + self.saved.iter().map(saved).sum::<u64>()
-            + [&self.d, &w.d_normed, &w.d_wide, &w.attention.q, &w.attention.k, &w.attention.v]
-                .into_iter()
-                .map(wide)
-                .sum::<u64>()
+            + [&self.d, &w.d_normed, &w.d_wide].into_iter().map(Buffer::bytes).sum::<u64>()
+            + [&w.attention.q, &w.attention.k, &w.attention.v].into_iter().map(vector).sum::<u64>()
             + w.linear.bytes()
     }
 }
@@ -105,7 +162,7 @@ impl Buffers {
 }
 
 /// A storage of activations.
-pub(crate) trait Activation: Store {
+pub(crate) trait Activation: Store + bytemuck::Pod {
     /// The buffers of this storage.
     fn scratch(buffers: &mut Buffers) -> &mut Scratch<Self>;
 }

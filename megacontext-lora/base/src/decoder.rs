@@ -30,7 +30,7 @@ use megacontext_kernels::store::{Store, bf16};
 use megacontext_kernels::{embedding, norm};
 
 use crate::block::{Block, Pass};
-use crate::buffers::{Activation, Buffers, Scratch, sized};
+use crate::buffers::{Activation, Buffer, Buffers, Scratch};
 use crate::config::LlamaConfig;
 use crate::error::{BaseError, Result};
 use crate::gradients::Gradients;
@@ -191,17 +191,16 @@ impl Decoder {
     }
 
     /// Embeddings of tokens, row-major.
-    fn gather<S: Store>(&self, tokens: &[u32], out: &mut Vec<S>) -> Result<()> {
+    fn gather<S: Store>(&self, tokens: &[u32], out: &mut [S]) -> Result<()> {
         let width = self.config.hidden_size;
-        let out = sized(out, tokens.len() * width);
         Ok(embedding::gather_into(self.params.values(EMBED)?.weight(), width, tokens, out)?)
     }
 
     /// Embeddings of tokens, [B, T, E], outside any graph.
     pub fn embed(&self, tokens: &[u32], batch: usize) -> Result<Tensor> {
         let length = Self::length(tokens, batch)?;
-        let mut rows = Vec::new();
-        self.gather::<f32>(tokens, &mut rows)?;
+        let mut rows = vec![0f32; tokens.len() * self.config.hidden_size];
+        self.gather(tokens, &mut rows)?;
         Ok(Tensor::from_vec(rows, (batch, length, self.config.hidden_size), &Device::Cpu)?)
     }
 
@@ -280,9 +279,9 @@ impl Decoder {
     }
 
     /// The final norm of the stream, in the buffer that blocks use for their normed input.
-    fn final_norm<'s, S: Activation>(&self, x: &[S], normed: &'s mut Vec<S>) -> Result<&'s [S]> {
+    fn final_norm<'s, S: Activation>(&self, x: &[S], normed: &'s mut Buffer<S>) -> Result<&'s [S]> {
         let gain = self.params.values(FINAL_NORM)?;
-        let normed = sized(normed, x.len());
+        let normed = normed.sized(x.len())?;
         norm::rms_forward_into(x, gain.f32()?, self.config.rms_norm_eps as f32, normed);
         Ok(normed)
     }
@@ -313,7 +312,7 @@ impl Decoder {
         let (batch, length) = self.stream(x_bte)?;
         let given = x_bte.contiguous()?;
         let given = Values::of(&given)?;
-        let x = sized(&mut scratch.x, given.len());
+        let x = scratch.x.sized(given.len())?;
         for (x, given) in x.iter_mut().zip(given.iter()) {
             *x = S::put(*given);
         }
@@ -402,7 +401,7 @@ impl Decoder {
     ) -> Result<Vec<f32>> {
         let length = Self::length(tokens, batch)?;
         let scratch = S::scratch(buffers);
-        self.gather(tokens, &mut scratch.x)?;
+        self.gather(tokens, scratch.x.sized(tokens.len() * self.config.hidden_size)?)?;
         self.nll_of(self.forward(batch, length, with, scratch)?, targets)
     }
 
@@ -465,7 +464,7 @@ impl Decoder {
         let pass = self.pass(&attention, &cos, &sin, tokens.len(), with.dropout_seed);
         let layers = c.num_hidden_layers;
         let lowest = self.lowest_learning_block();
-        self.gather(tokens, &mut scratch.x)?;
+        self.gather(tokens, scratch.x.sized(tokens.len() * self.config.hidden_size)?)?;
         self.blocks(&pass, scratch, lowest, step.recompute)?;
         let Scratch { inputs, saved, workspace, x, stream, d } = scratch;
 
@@ -473,7 +472,7 @@ impl Decoder {
         let (loss, d_hidden) = self.head_loss(hidden, step, gradients)?;
         let gain = self.params.values(FINAL_NORM)?;
         let gain = gain.f32()?;
-        let d = sized(d, tokens.len() * c.hidden_size);
+        let d = d.sized(tokens.len() * c.hidden_size)?;
         d.fill(0.0);
         let dw = self.params.learns(Group::Norms).then(|| &mut gradients.buffer(FINAL_NORM, gain.len())[..]);
         norm::rms_backward_add(x, gain, &d_hidden, c.rms_norm_eps as f32, d, dw);

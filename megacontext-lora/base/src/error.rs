@@ -66,6 +66,14 @@ pub enum BaseError {
         /// Expectation and finding.
         message: String,
     },
+    /// The system has no more memory.
+    #[error("expected {bytes} bytes of memory for a buffer, got none: {source}")]
+    OutOfMemory {
+        /// How much was asked for.
+        bytes: u64,
+        /// What the system said.
+        source: std::io::Error,
+    },
     /// A loss or gradient that is NaN or infinite.
     #[error("{what}: expected a finite number, got {value}")]
     NonFinite {

@@ -73,6 +73,7 @@ pub fn model_error(error: BaseError) -> PluginError {
         BaseError::Config { .. } | BaseError::Weights { .. } | BaseError::Tokenizer { .. } => Kind::Model,
         BaseError::Adapter { .. } => Kind::Adapter,
         BaseError::Io { .. } => Kind::Io,
+        BaseError::OutOfMemory { .. } => Kind::Memory,
         BaseError::Lora { .. } => Kind::Usage,
         // A loss that is not a number comes from the model and its settings, not from a defect here.
         BaseError::NonFinite { .. } => Kind::Model,

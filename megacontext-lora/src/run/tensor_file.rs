@@ -172,6 +172,14 @@ pub(super) fn read_stamped(path: &Path, stamp: &Stamp) -> std::result::Result<Ve
 /// reason in words.
 pub(super) fn read_tensors(path: &Path, stamp: &Stamp) -> std::result::Result<Vec<Named<'static>>, String> {
     let mut reader = Stamping::new(open_stamped(path, stamp)?);
+    let tensors = parse(&mut reader, stamp.size);
+    // Whatever is wrong with the content, that it is not what was written says more.
+    io::copy(&mut reader, &mut io::sink()).map_err(|e| e.to_string())?;
+    compare(stamp, &reader.stamp())?;
+    tensors
+}
+
+fn parse(reader: &mut impl Read, size: u64) -> std::result::Result<Vec<Named<'static>>, String> {
     let mut take = |len: usize| {
         let mut bytes = vec![0; len];
         reader.read_exact(&mut bytes).map_err(|e| e.to_string()).map(|()| bytes)
@@ -179,8 +187,8 @@ pub(super) fn read_tensors(path: &Path, stamp: &Stamp) -> std::result::Result<Ve
     let stated = take(8)?.try_into().map_or(0, u64::from_le_bytes);
     let header = usize::try_from(stated)
         .ok()
-        .filter(|_| stated <= stamp.size.saturating_sub(8))
-        .ok_or_else(|| format!("expected a header within {} bytes, got {stated}", stamp.size))?;
+        .filter(|_| stated <= size.saturating_sub(8))
+        .ok_or_else(|| format!("expected a header within {size} bytes, got {stated}"))?;
     let header: Metadata = serde_json::from_slice(&take(header)?).map_err(|e| format!("header: {e}"))?;
     let mut tensors = Vec::new();
     let mut buffer = vec![0; 1 << 16];
@@ -190,8 +198,9 @@ pub(super) fn read_tensors(path: &Path, stamp: &Stamp) -> std::result::Result<Ve
             return Err(format!("tensor {name}: expected F32"));
         };
         let (from, to) = info.data_offsets;
-        let mut values = Vec::with_capacity((to - from) / 4);
         let mut left = to - from;
+        // Made for what is there, whatever the header says.
+        let mut values = Vec::with_capacity(left.min(size as usize) / 4);
         while left > 0 {
             let part = &mut buffer[..left.min(1 << 16)];
             reader.read_exact(part).map_err(|e| e.to_string())?;
@@ -200,8 +209,6 @@ pub(super) fn read_tensors(path: &Path, stamp: &Stamp) -> std::result::Result<Ve
         }
         tensors.push(Named { name, shape: info.shape.clone(), values: Cow::Owned(values) });
     }
-    io::copy(&mut reader, &mut io::sink()).map_err(|e| e.to_string())?;
-    compare(stamp, &reader.stamp())?;
     tensors.sort_by(|a, b| a.name.cmp(&b.name));
     Ok(tensors)
 }

@@ -63,14 +63,22 @@ impl Fixture {
 
     /// Writes a micro model with random weights.
     pub fn model(&self, name: &str, seed: u64) {
+        self.model_of(name, seed, json!({}));
+    }
+
+    /// The same with some keys of its `config.json` set otherwise.
+    pub fn model_of(&self, name: &str, seed: u64, other: Value) {
         let dir = self.path(name);
-        let value = json!({
+        let mut value = json!({
             "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": VOCAB, "hidden_size": 32,
             "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
             "hidden_act": "silu", "max_position_embeddings": ORIGINAL, "rms_norm_eps": 1e-5, "rope_theta": 10000.0,
             "tie_word_embeddings": true, "attention_bias": false, "mlp_bias": false, "bos_token_id": 0,
             "eos_token_id": 0,
         });
+        for (key, other) in other.as_object().unwrap() {
+            value[key] = other.clone();
+        }
         let config = LlamaConfig::from_json(&value, &dir.join("config.json")).unwrap();
         let tokenizer = tempfile::tempdir().unwrap();
         let documents: Vec<Document> = (0..4).map(|n| Document::new(format!("{n}.txt"), text(n))).collect();

@@ -1,0 +1,86 @@
+//! The memory plan against the peak of the real program, at three sizes in the three precision classes.
+//!
+//! What is large differs from case to case: activations of all blocks; an evaluation beside a large vocabulary that
+//! learns; frozen weights. The peak is the system's VmHWM at the end of the run, as the summary has it.
+
+mod common;
+
+use common::{Fixture, mclora, with};
+use serde_json::{Value, json};
+
+/// The plan's total and the peak, bytes.
+fn planned_and_measured(name: &str, model: Value, flags: &[(&str, &str)]) -> (f64, f64) {
+    let fixture = Fixture::new();
+    fixture.model_of("model", 1, model);
+    let base = fixture.at("model");
+    let more = [
+        ("--lr", "1e-4"),
+        ("--checkpoint-every", "1"),
+        ("--eval-tokens", "16384"),
+        ("--holdout", "0.5"),
+        ("--base", &base),
+    ];
+    let args = with(fixture.extend("run"), &more);
+    let mut args = with(args, flags);
+    args.push("--json".to_owned());
+    let summary = mclora(&args).success().json();
+    let kinds = summary["planned_bytes"].as_object().unwrap();
+    let planned = kinds.values().map(|bytes| bytes.as_f64().unwrap()).sum();
+    let measured = summary["peak_bytes"].as_f64().unwrap();
+    println!("{name}: planned {:.0} MB, measured {:.0} MB: {kinds:?}", planned / 1e6, measured / 1e6);
+    (planned, measured)
+}
+
+#[track_caller]
+fn within_a_tenth((planned, measured): (f64, f64)) {
+    assert!((planned / measured - 1.0).abs() < 0.1, "planned {planned}, measured {measured}");
+}
+
+#[test]
+fn activations_of_all_blocks_in_f32() {
+    within_a_tenth(planned_and_measured(
+        "activations",
+        json!({ "vocab_size": 4096, "hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 6 }),
+        &[
+            ("--context", "1024"),
+            ("--stages", "1024:2"),
+            ("--eval-contexts", "256"),
+            ("--tokens-per-step", "4096"),
+            ("--activation-checkpointing", "off"),
+            ("--dtype", "f32"),
+        ],
+    ));
+}
+
+#[test]
+fn an_evaluation_beside_a_large_vocabulary_in_mixed() {
+    within_a_tenth(planned_and_measured(
+        "evaluation",
+        json!({ "vocab_size": 24_576, "hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 2 }),
+        &[
+            ("--context", "512"),
+            ("--stages", "512:3"),
+            ("--eval-contexts", "512"),
+            ("--tokens-per-step", "1024"),
+            ("--activation-checkpointing", "on"),
+            ("--dtype", "mixed"),
+        ],
+    ));
+}
+
+#[test]
+fn frozen_weights_in_bf16() {
+    within_a_tenth(planned_and_measured(
+        "weights",
+        json!({ "vocab_size": 8192, "hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 12 }),
+        &[
+            ("--context", "256"),
+            ("--stages", "256:2"),
+            ("--eval-contexts", "256"),
+            ("--eval-tokens", "1024"),
+            ("--tokens-per-step", "1024"),
+            ("--activation-checkpointing", "on"),
+            ("--dtype", "bf16"),
+        ],
+    ));
+}
