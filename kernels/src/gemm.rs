@@ -27,7 +27,8 @@ use crate::store::Store;
 
 /// Words of packed B alive at one time, about.
 const SLAB_WORDS: usize = 1 << 20;
-/// Words of depth that a task's rows of A are packed for at once; a longer sum is made in several passes over C.
+/// Words of depth that a task's rows of A are packed for at once; a longer sum is made in several passes over C, where C
+/// is f32.
 const DEPTH_WORDS: usize = 2048;
 /// Words of depth between two visits to the block of C: a panel of B of this depth stays in the first cache level.
 const STEP_WORDS: usize = 192;
@@ -240,7 +241,8 @@ fn packed<A: Store, B: Store, C: Store>(
     accumulate: bool,
 ) {
     let (m, n, k) = (a.rows, b.cols, a.cols);
-    let depth = DEPTH_WORDS * engine.values();
+    // A result that is rounded when it is written is summed over the whole depth first.
+    let depth = if C::EXACT { DEPTH_WORDS * engine.values() } else { k };
     for (pass, first) in (0..k).step_by(depth).enumerate() {
         let depth = first..k.min(first + depth);
         let words = engine.words(depth.len());
