@@ -345,7 +345,7 @@ impl Session {
         Ok((shape.to_vec(), params.values(name).map_err(model_error)?.to_f32()))
     }
 
-    /// Groups with their parameters.
+    /// Groups with their parameters: name, shape, and how values are stored now.
     pub fn parameter_groups(&self) -> Result<Value> {
         let l = self.read()?;
         let params = l.decoder.params();
@@ -355,9 +355,12 @@ impl Session {
             let entry = groups
                 .entry(group.name())
                 .or_insert_with(|| json!({ "learns": params.learns(group), "parameters": [] }));
-            let shape = params.shape(name);
+            let stored = match params.values(name).map_err(model_error)?.weight() {
+                Weight::F32(_) => "f32",
+                Weight::Bf16(_) => "bf16",
+            };
             if let Some(list) = entry["parameters"].as_array_mut() {
-                list.push(json!({ "name": name, "shape": shape }));
+                list.push(json!({ "name": name, "shape": params.shape(name), "stored": stored }));
             }
         }
         Ok(Value::Object(groups))

@@ -207,7 +207,7 @@ fn context_the_memory_cannot_hold() {
     fixture.refuses(
         &[("--memory", "1MB")],
         1,
-        &["needs about", "at context 128", "may use 1 MB", "activations"],
+        &["needs about", "at context 128", "may use 1 MB", "activations", "--dtype bf16 (about"],
     );
     let flags = [
         ("--context", "16777216"),
@@ -347,6 +347,7 @@ fn values_out_of_range() {
         ("--threads", "0", "threads: expected 1 to 1024"),
         ("--threads", "1000000", "threads: expected 1 to 1024"),
         ("--memory", "5 parsecs", "--memory"),
+        ("--dtype", "fp16", "dtype: unknown variant `fp16`, expected one of `f32`, `mixed`, `bf16`"),
     ];
     for (flag, value, fact) in cases {
         println!("{flag} {value}");

@@ -130,6 +130,72 @@ fn reading_calls_agree_with_each_other() {
     assert!(cos[0].hypot(sin[0]) < 0.2, "a spread of two tokens leaves e^-2 of the fastest band");
 }
 
+/// How the parameters of a group are stored.
+fn stored(session: &Session, group: &str) -> Vec<String> {
+    let groups = session.parameter_groups().unwrap();
+    let parameters = groups[group]["parameters"].as_array().unwrap().clone();
+    parameters.into_iter().map(|p| p["stored"].as_str().unwrap().to_string()).collect()
+}
+
+#[test]
+fn in_bf16_what_learns_becomes_f32_and_a_roll_back_undoes_it() {
+    let fixture = Fixture::new();
+    let config = json!({ "base": fixture.path("base"), "dtype": "bf16" });
+    let rolling_back = Session::open(config.clone(), Recorder::new(Answer::RollBack)).unwrap();
+    let keeping = Session::open(config, Recorder::new(Answer::Continue)).unwrap();
+    let name = "model.layers.0.mlp.up_proj.weight";
+    let values = |session: &Session| session.parameter(name).unwrap().1;
+    let before = values(&keeping);
+    for session in [&rolling_back, &keeping] {
+        assert!(stored(session, "base").iter().all(|s| s == "bf16"));
+        assert!(stored(session, "norms").iter().all(|s| s == "f32"));
+        session.enter_phase(json!({ "groups": ["base"] })).unwrap();
+        assert!(stored(session, "base").iter().all(|s| s == "f32"));
+        assert!(stored(session, "embeddings").iter().all(|s| s == "bf16"));
+        assert_eq!(values(session), before);
+        session.step(batch()).unwrap();
+        assert_ne!(values(session), before);
+        session.leave_phase().unwrap();
+    }
+    assert!(stored(&rolling_back, "base").iter().all(|s| s == "bf16"));
+    assert_eq!(values(&rolling_back), before);
+    assert!(stored(&keeping, "base").iter().all(|s| s == "f32"));
+    assert_ne!(values(&keeping), before);
+    // The next phase swaps what learns; what was learned stays to the bit.
+    let learned = values(&keeping);
+    keeping.enter_phase(json!({ "groups": ["embeddings", "norms"] })).unwrap();
+    keeping.step(batch()).unwrap();
+    assert_eq!(values(&keeping), learned);
+}
+
+#[test]
+fn in_bf16_a_checkpoint_brings_back_what_learned_in_f32() {
+    let fixture = Fixture::new();
+    let open = || {
+        let config = json!({ "base": fixture.path("base"), "dtype": "bf16" });
+        Session::open(config, Recorder::new(Answer::Continue)).unwrap()
+    };
+    let embedding = |session: &Session| session.parameter("model.embed_tokens.weight").unwrap().1;
+    let first = open();
+    first.enter_phase(json!({ "groups": ["embeddings"] })).unwrap();
+    first.step(batch()).unwrap();
+    first.leave_phase().unwrap();
+    first.enter_phase(json!({ "groups": ["lora"], "lora": { "r": 2 } })).unwrap();
+    first.step(batch()).unwrap();
+    let dir = fixture.path("saved");
+    first.save(&dir).unwrap();
+    let second = open();
+    second.enter_phase(json!({ "groups": ["lora"], "lora": { "r": 2 } })).unwrap();
+    second.resume(&dir).unwrap();
+    assert_eq!(embedding(&second), embedding(&first));
+    assert_eq!(second.step(batch()).unwrap(), first.step(batch()).unwrap());
+    // A session of another class is another configuration.
+    let other =
+        Session::open(json!({ "base": fixture.path("base") }), Recorder::new(Answer::Continue)).unwrap();
+    other.enter_phase(json!({ "groups": ["lora"], "lora": { "r": 2 } })).unwrap();
+    usage(other.resume(&dir), "another");
+}
+
 #[test]
 fn a_phase_learns_and_export_carries_it() {
     let fixture = Fixture::new();

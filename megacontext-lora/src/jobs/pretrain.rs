@@ -40,8 +40,8 @@ use crate::host::HostApi;
 use crate::jobs::{model_error, parse, to_value};
 use crate::ngram::{MAX_VOCABULARY, Ngram};
 use crate::train::config::{BatchConfig, LONGEST_CONTEXT, OptimizerConfig, Schedule, StageConfig};
-use crate::train::eval::{Protocol, perplexity, select};
-use crate::train::plan::since;
+use crate::train::eval::{Protocol, batch_rows, perplexity, select};
+use crate::train::plan::{Load, check_training, resident_bytes, since};
 use crate::train::trainer::Trainer;
 
 /// Most steps, and most tokens of a step: far beyond any run, and no product of sizes overflows.
@@ -250,6 +250,19 @@ fn pretrain(c: &PretrainConfig, roots: &Roots, host: &dyn HostApi) -> Result<Val
     drop(held_out);
 
     let groups = [Group::Base, Group::Embeddings, Group::Norms];
+    let batch =
+        BatchConfig { tokens_per_step: c.tokens_per_step, micro_batch_tokens: c.tokens_per_step.min(8192) };
+    check_training(&Load {
+        model: &model,
+        lora: None,
+        learning: &groups,
+        dtype: c.dtype,
+        entries: batch.shape(c.context).0 * c.context,
+        context: c.context,
+        evaluated: batch_rows(c.context) * c.context,
+        data_tokens: 0,
+        program: resident_bytes().unwrap_or(0),
+    })?;
     let decoder = Decoder::random(model.clone(), c.seed, c.dtype, &groups).map_err(model_error)?;
     let stage = StageConfig {
         context: c.context,
@@ -258,8 +271,6 @@ fn pretrain(c: &PretrainConfig, roots: &Roots, host: &dyn HostApi) -> Result<Val
         factor: None,
         steps: c.steps,
     };
-    let batch =
-        BatchConfig { tokens_per_step: c.tokens_per_step, micro_batch_tokens: c.tokens_per_step.min(8192) };
     let mut trainer =
         Trainer::new(decoder, &groups, c.optimizer(), batch, vec![stage], stream, c.seed, false)?;
     say(format!(
@@ -293,6 +304,7 @@ fn pretrain(c: &PretrainConfig, roots: &Roots, host: &dyn HostApi) -> Result<Val
     let steps = trainer.step_count();
     let seconds = since(start);
 
+    // The passes' memory goes with the trainer, before the evaluation makes its own.
     let (decoder, stream) = trainer.into_parts();
     let tensors =
         model.tensors().into_iter().filter_map(|(name, _)| decoder.params().get(&name).map(|t| (name, t)));

@@ -161,6 +161,22 @@ impl Load<'_> {
     }
 }
 
+/// Refuses to train without LoRA what does not fit; nothing is measured or planned for time.
+pub(crate) fn check_training(load: &Load) -> Result<()> {
+    let plan = load.memory(false);
+    match available_bytes().map(|free| free + resident_bytes().unwrap_or(0)) {
+        Some(budget) if plan.total > budget => Err(PluginError::memory(format!(
+            "the job needs about {} at context {}, but may use {}: {}. What would help: fewer tokens_per_step, a smaller \
+             model",
+            bytes(plan.total),
+            load.context,
+            bytes(budget),
+            by_kind(&plan)
+        ))),
+        _ => Ok(()),
+    }
+}
+
 /// Packed operands: of products a slab for all threads and a block for each, of attention a few tiles for each.
 fn packed_bytes() -> u64 {
     const SLAB: u64 = 4 << 20;

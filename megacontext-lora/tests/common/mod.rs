@@ -141,7 +141,7 @@ pub fn with(args: Vec<String>, flags: &[(&str, &str)]) -> Vec<String> {
 }
 
 /// About 1500 tokens of prose in which names, announced at the start, come back again and again.
-fn text(number: u64) -> String {
+pub fn text(number: u64) -> String {
     const NAMES: [&str; 8] = ["Anna", "Boris", "Clara", "Dmitri", "Elena", "Fedor", "Galina", "Hugo"];
     const VERBS: [&str; 6] = ["reads", "writes", "paints", "forgets", "finds", "hides"];
     const THINGS: [&str; 8] =
