@@ -244,12 +244,12 @@ fn detect() -> Level {
         Level::Portable
     } else if !(has!("avx512f") && has!("avx512vl") && has!("avx512bw") && has!("avx512dq")) {
         Level::Avx2
-    } else if crate::micro::amx::usable() {
-        Level::Amx
-    } else if has!("avx512bf16") {
+    } else if !has!("avx512bf16") {
+        Level::Avx512
+    } else if !crate::micro::amx::usable() {
         Level::Avx512Bf16
     } else {
-        Level::Avx512
+        Level::Amx
     }
 }
 

@@ -27,7 +27,8 @@ use crate::store::Store;
 
 /// Words of packed B alive at one time, about.
 const SLAB_WORDS: usize = 1 << 20;
-/// Words of depth that a task's rows of A are packed for at once; a longer sum is made in several passes over C.
+/// Words of depth that a task's rows of A are packed for at once; a longer sum is made in several passes over C, where C
+/// is f32.
 const DEPTH_WORDS: usize = 2048;
 /// Words of depth between two visits to the block of C: a panel of B of this depth stays in the first cache level.
 const STEP_WORDS: usize = 192;
@@ -94,6 +95,23 @@ impl<'a, S: Copy> Mat<'a, S> {
         self.data[row * self.row_stride + col * self.col_stride]
     }
 
+    /// The slice from the first value on.
+    pub(crate) fn values(&self) -> &'a [S] {
+        self.data
+    }
+
+    /// The same matrix over the same values in another type.
+    pub(crate) fn over<T>(self, data: &[T]) -> Mat<'_, T> {
+        assert_eq!(data.len(), self.data.len(), "the same values");
+        Mat {
+            data,
+            rows: self.rows,
+            cols: self.cols,
+            row_stride: self.row_stride,
+            col_stride: self.col_stride,
+        }
+    }
+
     /// A row whose values lie side by side.
     pub(crate) fn row(&self, row: usize) -> &'a [S] {
         debug_assert_eq!(self.col_stride, 1);
@@ -147,9 +165,7 @@ pub fn matmul_with<A: Store, B: Store, C: Store>(
         && let (Some(a_data), Some(b_data)) = (A::as_f32(a.data), B::as_f32(b.data))
         && let Some(out) = C::as_f32_mut(out)
     {
-        let a = Mat { data: a_data, rows: m, cols: k, row_stride: a.row_stride, col_stride: a.col_stride };
-        let b = Mat { data: b_data, rows: k, cols: n, row_stride: b.row_stride, col_stride: b.col_stride };
-        library(out, a, b, scale, accumulate);
+        library(out, a.over(a_data), b.over(b_data), scale, accumulate);
     } else {
         packed(engine, out, a, b, scale, accumulate);
     }
@@ -225,7 +241,8 @@ fn packed<A: Store, B: Store, C: Store>(
     accumulate: bool,
 ) {
     let (m, n, k) = (a.rows, b.cols, a.cols);
-    let depth = DEPTH_WORDS * engine.values();
+    // A result that is rounded when it is written is summed over the whole depth first.
+    let depth = if C::EXACT { DEPTH_WORDS * engine.values() } else { k };
     for (pass, first) in (0..k).step_by(depth).enumerate() {
         let depth = first..k.min(first + depth);
         let words = engine.words(depth.len());

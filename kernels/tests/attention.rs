@@ -1,14 +1,15 @@
 //! The attention op against the f64 reference, finite differences, and the golden shifted sparse case.
 
 #[path = "attention/support.rs"]
+#[allow(dead_code)]
 mod support;
 
 use anyhow::Result;
 use candle_core::{DType, Device, Tensor, Var};
-use megacontext_kernels::attention::{Pattern, Rows, attention};
-use support::{Case, close, flat, random, wide};
-
-const SHIFTED: fn(usize) -> Pattern = |group| Pattern::ShiftedSparse { group };
+use megacontext_kernels::attention::{Pattern, Rows, alibi_slopes, attention};
+use megacontext_kernels::gemm::Products;
+use megacontext_kernels::store::bf16;
+use support::{BOTH, Case, SHIFTED, WINDOW, close, flat, random, stored, wide, widened};
 
 #[test]
 fn equals_the_reference_for_odd_lengths_and_heads() -> Result<()> {
@@ -24,8 +25,11 @@ fn equals_the_reference_for_odd_lengths_and_heads() -> Result<()> {
 
 #[test]
 fn equals_the_reference_across_tiles_and_blocks() -> Result<()> {
-    for pattern in [Pattern::Dense, SHIFTED(200), SHIFTED(301), SHIFTED(16), Pattern::Bidirectional] {
+    let patterns =
+        [Pattern::Dense, SHIFTED(200), SHIFTED(301), SHIFTED(16), WINDOW(130), Pattern::Bidirectional];
+    for pattern in patterns {
         Case::new([1, 777, 3, 1, 8], pattern).check()?;
+        Case::new([1, 520, 4, 2, 12], pattern).check_stored::<bf16>()?;
     }
     Case::new([1, 1300, 2, 2, 4], Pattern::Dense).check()
 }
@@ -107,8 +111,11 @@ fn a_group_of_the_whole_row_is_dense() -> Result<()> {
 
 #[test]
 fn finite_differences() -> Result<()> {
-    for pattern in [Pattern::Dense, SHIFTED(6), Pattern::Bidirectional] {
-        let case = Case::new([2, 13, 3, 1, 4], pattern).lengths(&[13, 9]).segments(&[&[0, 4], &[0]]);
+    for pattern in [Pattern::Dense, SHIFTED(6), WINDOW(5), Pattern::Bidirectional] {
+        let case = Case::new([2, 13, 3, 1, 4], pattern)
+            .lengths(&[13, 9])
+            .segments(&[&[0, 4], &[0]])
+            .slopes(&[0.3, 0.0, 0.05]);
         let inputs = case.inputs()?;
         let probe = random(&case.q_dims(), 4)?;
         let gradients = case.gradients(&inputs, &probe)?;
@@ -210,70 +217,77 @@ fn a_constant_operand_gets_no_gradient() -> Result<()> {
 
 #[test]
 fn the_same_bytes_whatever_the_threads() -> Result<()> {
-    let case = Case::new([2, 700, 6, 2, 16], SHIFTED(256)).lengths(&[700, 650]);
-    let inputs = case.inputs()?;
-    let probe = random(&case.q_dims(), 4)?;
-    let run = || -> Result<Vec<Vec<f32>>> {
-        let mut all = vec![flat(&case.run(&inputs)?)?];
-        for gradient in case.gradients(&inputs, &probe)? {
-            all.push(flat(&gradient)?);
-        }
-        Ok(all)
-    };
-    let first = run()?;
-    for threads in [1, 2, 5] {
-        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build()?;
-        assert!(pool.install(run)? == first, "{threads} threads");
-    }
-    Ok(())
-}
-
-#[test]
-fn large_scores_do_not_overflow() -> Result<()> {
-    for factor in [100.0, -100.0] {
-        let case = Case::new([1, 600, 2, 1, 8], Pattern::Dense);
-        let [q, k, v] = case.inputs()?;
-        let out = case.run(&[(q * factor)?, k, v])?;
-        assert!(flat(&out)?.iter().all(|x| x.is_finite() && x.abs() <= 1.0001));
-    }
-    Ok(())
-}
-
-#[test]
-fn nan_reaches_what_sees_it_and_nothing_else() -> Result<()> {
-    let at = 30;
-    for which in 0..3 {
-        for value in [f32::NAN, f32::INFINITY] {
-            for pattern in [Pattern::Dense, SHIFTED(16)] {
-                let case = Case::new([1, 64, 2, 1, 4], pattern);
-                let mut inputs = case.inputs()?;
-                let clean = flat(&case.run(&inputs)?)?;
-                let (dims, mut values) = (inputs[which].dims().to_vec(), flat(&inputs[which])?);
-                let row: usize = dims[2] * 4;
-                values[at * row..(at + 1) * row].fill(value);
-                inputs[which] = Tensor::from_vec(values, dims, &Device::Cpu)?;
-                let got = flat(&case.run(&inputs)?)?;
-                let what = format!("{pattern:?} operand {which}: entries before");
-                let before = |out: &[f32]| out[..at * 8].iter().map(|x| f64::from(*x)).collect::<Vec<_>>();
-                close(&what, &before(&got), &before(&clean), 1e-6);
-                if value.is_nan() {
-                    assert!(
-                        got[at * 8..(at + 1) * 8].iter().all(|x| x.is_nan()),
-                        "{pattern:?} operand {which}"
-                    );
-                }
-                // Gradients of an output before the bad entry stay clean too.
-                let mut probe = vec![0f32; got.len()];
-                probe[(at - 1) * 8..at * 8].fill(1.0);
-                let probe = Tensor::from_vec(probe, &case.q_dims()[..], &Device::Cpu)?;
-                let [_, k, v] = case.gradients(&inputs, &probe)?;
-                if pattern == SHIFTED(16) && which != 0 {
-                    for gradient in [k, v] {
-                        let gradient = flat(&gradient)?;
-                        assert!(gradient[..16 * 4].iter().all(|x| x.is_finite()), "another group");
-                    }
-                }
+    let rows = |case: Case| case.lengths(&[700, 650]);
+    for pattern in [Pattern::Dense, SHIFTED(256), WINDOW(100), Pattern::Bidirectional] {
+        for products in BOTH {
+            let case = rows(Case::new([2, 700, 6, 2, 16], pattern));
+            let operands = case.operands();
+            let first = case.outcome::<f32>(&operands, products)?;
+            let first_bf16 = case.outcome::<bf16>(&operands, products)?;
+            for threads in [1, 2, 5] {
+                let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build()?;
+                let again = pool.install(|| case.outcome::<f32>(&operands, products))?;
+                assert!(again == first, "{pattern:?} {products:?}, {threads} threads");
+                let again = pool.install(|| case.outcome::<bf16>(&operands, products))?;
+                assert!(again == first_bf16, "{pattern:?} {products:?} bf16, {threads} threads");
             }
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn operands_of_bf16_give_a_result_and_gradients_of_bf16() -> Result<()> {
+    let case = Case::new([2, 45, 4, 2, 24], SHIFTED(10)).lengths(&[45, 19]);
+    let inputs = case.inputs()?.map(|x| x.to_dtype(DType::BF16));
+    let [q, k, v] = inputs;
+    let inputs = [q?, k?, v?];
+    let probe = random(&case.q_dims(), 4)?.to_dtype(DType::BF16)?.to_dtype(DType::F32)?;
+    let out = case.run(&inputs)?;
+    let gradients = case.gradients(&inputs, &probe)?;
+    // The same on slices, rounded once.
+    let mut operands = case.operands();
+    operands[3] = flat(&probe)?;
+    let want = case.outcome::<bf16>(&operands, Products::F32)?;
+    for (got, want) in std::iter::once((&out, widened(&want.out)))
+        .chain(gradients.iter().zip(want.gradients.iter().map(|g| widened(&stored::<bf16>(g)))))
+    {
+        assert_eq!(got.dtype(), DType::BF16);
+        assert_eq!(wide(&got.to_dtype(DType::F32)?)?, want);
+    }
+    Ok(())
+}
+
+#[test]
+fn slopes_are_those_of_the_paper() {
+    assert_eq!(alibi_slopes(8), [0.5, 0.25, 0.125, 0.0625, 0.03125, 0.015625, 0.0078125, 0.00390625]);
+    // The authors' code for 6 heads: those of 4, then the first and third of 8.
+    assert_eq!(alibi_slopes(6), [0.25, 0.0625, 0.015625, 0.00390625, 0.5, 0.125]);
+    assert_eq!(alibi_slopes(1), [0.00390625]);
+}
+
+#[test]
+fn slopes_lower_scores_by_distance() -> Result<()> {
+    for pattern in [Pattern::Dense, SHIFTED(90), WINDOW(70), Pattern::Bidirectional] {
+        Case::new([2, 333, 6, 2, 8], pattern).lengths(&[333, 100]).slopes(&alibi_slopes(6)).check()?;
+    }
+    // By hand: equal scores but for the distance, so probabilities are those of e^(−slope·distance).
+    let case = Case::new([1, 3, 1, 1, 1], Pattern::Dense).slopes(&[2f32.ln()]);
+    let got = case
+        .outcome::<f32>(&[vec![0.0; 3], vec![0.0; 3], vec![1.0, 10.0, 100.0], vec![0.0; 3]], Products::F32)?;
+    let want = [1.0, (1.0 * 0.5 + 10.0) / 1.5, (1.0 * 0.25 + 10.0 * 0.5 + 100.0) / 1.75];
+    close("by hand", &widened(&got.out), &want, 1e-4);
+    Ok(())
+}
+
+#[test]
+fn a_window_of_the_whole_row_is_dense() -> Result<()> {
+    for window in [37, 38, 1000] {
+        let case = Case::new([2, 37, 5, 5, 8], WINDOW(window)).lengths(&[37, 12]);
+        let dense = Case { pattern: Pattern::Dense, ..case.clone() };
+        for products in BOTH {
+            let operands = case.operands();
+            assert_eq!(case.outcome::<f32>(&operands, products)?, dense.outcome::<f32>(&operands, products)?);
         }
     }
     Ok(())

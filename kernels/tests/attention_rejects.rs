@@ -7,7 +7,9 @@
 mod support;
 
 use candle_core::{DType, Device, Tensor};
-use megacontext_kernels::attention::{Pattern, Rows, attention};
+use megacontext_kernels::attention::prefix::{Continuations, PrefixAttention};
+use megacontext_kernels::attention::{Options, Pattern, Rows, attention, attention_with};
+use megacontext_kernels::gemm::Products;
 use support::random;
 
 fn zeros(dims: &[usize]) -> Tensor {
@@ -24,6 +26,23 @@ fn shapes(q: &[usize], k: &[usize], v: &[usize]) -> String {
 fn with(pattern: Pattern, rows: Rows) -> String {
     let x = random(&[2, 8, 2, 4], 1).unwrap();
     attention(&x, &x, &x, 1.0, pattern, &rows).unwrap_err().to_string()
+}
+
+/// The message for slopes, with two query heads.
+fn slopes(slopes: &[f32]) -> String {
+    let x = random(&[2, 8, 2, 4], 1).unwrap();
+    let (pattern, rows) = (Pattern::Dense, Rows::default());
+    let options = Options { scale: 1.0, pattern, rows: &rows, slopes: Some(slopes), products: Products::F32 };
+    attention_with(&x, &x, &x, &options).unwrap_err().to_string()
+}
+
+/// The message for two rows of eight entries, two heads of width four, that continue a document of ten.
+fn continued(pattern: Pattern, rows: Continuations) -> String {
+    PrefixAttention::new([2, 8, 2, 1, 4], 10, 1.0, pattern, rows).unwrap_err().to_string()
+}
+
+fn prefixes(prefix: &[usize]) -> Continuations {
+    Continuations { prefix: prefix.to_vec(), ..Continuations::default() }
 }
 
 fn lengths(lengths: &[usize]) -> String {
@@ -173,4 +192,130 @@ fn segments_that_fall() {
 fn a_segment_beyond_t() {
     let got = segments(&[&[0, 8], &[0]]);
     assert_eq!(got, "attention: row 0: expected segment starts below T = 8, got 8");
+}
+
+#[test]
+fn a_window_of_zero() {
+    let got = with(Pattern::SlidingWindow { window: 0 }, Rows::default());
+    assert_eq!(got, "attention: expected a window of at least 1 entry, got 0");
+}
+
+#[test]
+fn k_of_f32_beside_q_of_bf16() {
+    let x = zeros(&[1, 2, 1, 4]);
+    let half = x.to_dtype(DType::BF16).unwrap();
+    let got = attention(&half, &x, &half, 1.0, Pattern::Dense, &Rows::default()).unwrap_err().to_string();
+    assert_eq!(got, "attention: expected k as bf16 on the CPU, got F32 on Cpu");
+}
+
+#[test]
+fn v_of_bf16_beside_q_of_f32() {
+    let x = zeros(&[1, 2, 1, 4]);
+    let half = x.to_dtype(DType::BF16).unwrap();
+    let got = attention(&x, &x, &half, 1.0, Pattern::Dense, &Rows::default()).unwrap_err().to_string();
+    assert_eq!(got, "attention: expected v as f32 on the CPU, got BF16 on Cpu");
+}
+
+#[test]
+fn too_few_slopes() {
+    assert_eq!(slopes(&[0.5]), "attention: expected 2 slopes, one per query head, got 1");
+}
+
+#[test]
+fn too_many_slopes() {
+    assert_eq!(slopes(&[0.5, 0.25, 0.1]), "attention: expected 2 slopes, one per query head, got 3");
+}
+
+#[test]
+fn a_slope_of_nan() {
+    assert_eq!(slopes(&[0.5, f32::NAN]), "attention: expected finite slopes, got [0.5, NaN]");
+}
+
+#[test]
+fn an_infinite_slope() {
+    assert_eq!(slopes(&[f32::INFINITY, 0.5]), "attention: expected finite slopes, got [inf, 0.5]");
+}
+
+#[test]
+fn too_few_prefixes() {
+    assert_eq!(continued(Pattern::Dense, prefixes(&[3])), "attention: expected 2 prefixes, got 1");
+}
+
+#[test]
+fn too_many_prefixes() {
+    assert_eq!(continued(Pattern::Dense, prefixes(&[3, 4, 5])), "attention: expected 2 prefixes, got 3");
+}
+
+#[test]
+fn a_prefix_beyond_the_document() {
+    assert_eq!(
+        continued(Pattern::Dense, prefixes(&[10, 11])),
+        "attention: row 1: expected a prefix of at most T = 10, got 11"
+    );
+}
+
+#[test]
+fn a_lower_bound_beyond_the_prefix() {
+    let rows = Continuations { lower: Some(vec![4, 0]), ..prefixes(&[3, 3]) };
+    assert_eq!(
+        continued(Pattern::Dense, rows),
+        "attention: row 0: expected a lower bound of at most its prefix 3, got 4"
+    );
+}
+
+#[test]
+fn too_few_lower_bounds() {
+    let rows = Continuations { lower: Some(vec![0]), ..prefixes(&[3, 3]) };
+    assert_eq!(continued(Pattern::Dense, rows), "attention: expected 2 lower bounds, got 1");
+}
+
+#[test]
+fn a_continuation_longer_than_its_row() {
+    let rows = Continuations { lengths: Some(vec![8, 9]), ..prefixes(&[3, 3]) };
+    assert_eq!(
+        continued(Pattern::Dense, rows),
+        "attention: row 1: expected a length of at most R = 8, got 9"
+    );
+}
+
+#[test]
+fn too_many_lengths_of_continuations() {
+    let rows = Continuations { lengths: Some(vec![8, 8, 8]), ..prefixes(&[3, 3]) };
+    assert_eq!(continued(Pattern::Dense, rows), "attention: expected 2 row lengths, got 3");
+}
+
+#[test]
+fn continuations_of_a_bidirectional_pattern() {
+    assert_eq!(
+        continued(Pattern::Bidirectional, prefixes(&[3, 3])),
+        "attention: expected a causal pattern for rows that continue a document, got bidirectional"
+    );
+}
+
+#[test]
+fn continuations_of_a_group_of_one() {
+    assert_eq!(
+        continued(Pattern::ShiftedSparse { group: 1 }, prefixes(&[3, 3])),
+        "attention: expected a group of at least 2 entries, got 1"
+    );
+}
+
+#[test]
+fn continuations_of_query_heads_that_do_not_divide() {
+    let got = PrefixAttention::new([1, 8, 3, 2, 4], 10, 1.0, Pattern::Dense, prefixes(&[3]));
+    let got = got.unwrap_err().to_string();
+    assert!(got.ends_with("got 3 query heads and 2 kv heads"), "{got}");
+}
+
+#[test]
+fn continuations_of_a_head_width_above_256() {
+    let got = PrefixAttention::new([1, 8, 1, 1, 257], 10, 1.0, Pattern::Dense, prefixes(&[3]));
+    assert_eq!(got.unwrap_err().to_string(), "attention: expected a head width of 1 to 256, got 257");
+}
+
+#[test]
+fn slopes_of_continuations_for_other_heads() {
+    let prepared = PrefixAttention::new([1, 8, 2, 1, 4], 10, 1.0, Pattern::Dense, prefixes(&[3])).unwrap();
+    let got = prepared.with_slopes(&[1.0]).unwrap_err().to_string();
+    assert_eq!(got, "attention: expected 2 slopes, one per query head, got 1");
 }

@@ -391,6 +391,10 @@ impl RawSession for SessionImpl {
     fn export(&self, path: RStr<'_>) -> RResult<RString, AbiError> {
         self.guard_json("export", |s| s.export(Path::new(path.as_str())))
     }
+
+    fn check(&self) -> RResult<(), AbiError> {
+        self.guard("check", |_| Ok(()))
+    }
 }
 
 #[cfg(test)]
@@ -420,6 +424,7 @@ mod tests {
     fn a_panic_is_an_error_once_and_poisons_every_entry_after_that() {
         let session = session();
         session.describe().into_result().unwrap();
+        session.check().into_result().unwrap();
         let panicked = session.guard::<()>("run", |_| panic!("injected {}", 1)).into_result().unwrap_err();
         assert_eq!(panicked.kind(), ErrorKind::Internal);
         assert!(panicked.message().contains("run panicked: injected 1"), "{panicked}");
@@ -451,8 +456,9 @@ mod tests {
             kind(boxed.save("x".into())),
             kind(boxed.resume("x".into())),
             kind(boxed.export("x".into())),
+            kind(boxed.check()),
         ];
-        assert_eq!(answers, [ErrorKind::Poisoned; 16]);
+        assert_eq!(answers, [ErrorKind::Poisoned; 17]);
     }
 
     #[test]

@@ -86,9 +86,25 @@ fn plugin() -> PathBuf {
 #[test]
 fn every_command_has_help() {
     let bench = Bench::new();
-    for command in
-        ["", "quickstart", "extend", "eval", "eval ppl", "merge", "logits", "pretrain", "plugin check"]
-    {
+    for command in [
+        "",
+        "quickstart",
+        "extend",
+        "eval",
+        "eval ppl",
+        "merge",
+        "logits",
+        "pretrain",
+        "plugin check",
+        "bench",
+        "bench attention",
+        "bench step",
+        "bench plan",
+        "bench loss",
+        "bench linear",
+        "bench gist",
+        "bench load",
+    ] {
         let (out, _) = bench.succeeds(&format!("{command} --help"));
         assert!(out.contains("Usage: mclora"), "{command}: {out}");
     }

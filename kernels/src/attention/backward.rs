@@ -16,14 +16,14 @@ use std::ops::Range;
 use rayon::prelude::*;
 
 use super::Dims;
-use super::forward::{bits, plan_panels, query_rows, tiles};
+use super::forward::{plan_panels, query_rows, tiles, turn};
 use super::panel::{KEYS, Keys, Panel, Spec, Tile, finite, product, wide_product};
 use super::pattern::Plan;
 use super::softmax::{PerLane, backward as softmax_backward, finish_scores};
 use super::view::{Output, View};
 use crate::gemm::Mat;
 use crate::math::{add_row, dot};
-use crate::micro::{Engine, LANES, ROWS, pack};
+use crate::micro::{Engine, LANES, ROWS, bits, pack};
 use crate::store::Store;
 
 /// Entries in a block: more of them share more packing, fewer give more tasks.
@@ -86,14 +86,7 @@ pub(super) struct Scratch {
     pub products: Products,
     pub dk: Vec<f32>,
     pub dv: Vec<f32>,
-}
-
-/// A tile, the buffers around it, and rows for dK and dV.
-pub(super) fn backward_scratch_parts(
-    scratch: &mut Scratch,
-) -> (&mut Tile, &mut Products, &mut Vec<f32>, &mut Vec<f32>) {
-    scratch.tiles.resize_with(scratch.tiles.len().max(1), Tile::default);
-    (&mut scratch.tiles[0], &mut scratch.products, &mut scratch.dk, &mut scratch.dv)
+    pub rows: Vec<f32>,
 }
 
 thread_local! {
@@ -179,15 +172,12 @@ impl Queries {
     ///
     /// # Safety
     /// No one else holds the rows of these queries.
-    pub unsafe fn finish(&self, spec: &Spec<'_>, b: usize, out: &Output<'_, f32>) {
-        let mut row = [0f32; 256];
-        let row = &mut row[..spec.width];
+    pub unsafe fn finish(&self, spec: &Spec<'_>, b: usize, out: &Output<'_, f32>, rows: &mut Vec<f32>) {
         for (panel, dq) in self.panels.iter().zip(self.dq.chunks_exact(spec.padded() * LANES)) {
+            turn(dq, rows);
             for lane in 0..panel.count {
                 let (entry, head) = panel.query[lane];
-                for (d, value) in row.iter_mut().enumerate() {
-                    *value = dq[d * LANES + lane];
-                }
+                let row = &rows[lane * spec.padded()..][..spec.width];
                 // SAFETY: the caller's promise.
                 add_row(unsafe { out.row(b, entry as usize, head as usize) }, row);
             }
@@ -206,12 +196,8 @@ impl Queries {
         let rows: Vec<Range<usize>> = self.panels.iter().map(|p| p.rows(&tile.range)).collect();
         let Some(first) = rows.iter().position(|r| !r.is_empty()) else { return };
         let last = rows.iter().rposition(|r| !r.is_empty()).unwrap_or(first);
-        let masked = |(panel, rows): (&Panel, &Range<usize>)| {
-            !rows.is_empty() && panel.mask(tile.range.start + rows.start, rows.len()).is_some()
-        };
-        if self.panels.iter().zip(&rows).any(masked)
-            && !(self.finite && tile.finite(|| finite(keys.k) && finite(keys.v)))
-        {
+        let partial = |i: usize| self.panels[i].partial(&tile.range, &rows[i]);
+        if (first..=last).any(partial) && !(self.finite && tile.finite(|| finite(keys.k) && finite(keys.v))) {
             // 0·inf is NaN: with such values a query and a key may meet only where one sees the other.
             return self.meet_by_hand(spec, tile, keys, gradients);
         }
@@ -315,6 +301,9 @@ impl Queries {
         mut gradients: Option<(&mut [f32], &mut [f32])>,
     ) {
         let (width, padded) = (spec.width, spec.padded());
+        // The probabilities of the forward pass are found again only from the values that it multiplied.
+        let engine = spec.engine;
+        let k = |at: usize, d: usize| engine.value(keys.k.at(at, d));
         for (i, panel) in self.panels.iter().enumerate() {
             for lane in 0..panel.count {
                 let row = (i * LANES + lane) * width;
@@ -325,14 +314,14 @@ impl Queries {
                     }
                     let (mut score, mut dp) = (0f32, 0f32);
                     for d in 0..width {
-                        score += q[d] * keys.k.at(at, d).get();
-                        dp += d_out[d] * keys.v.at(at, d).get();
+                        score += engine.value(q[d]) * k(at, d);
+                        dp += engine.value(d_out[d]) * engine.value(keys.v.at(at, d));
                     }
                     let score = score * spec.factor() + panel.bias_of(lane, tile.positions[at]);
                     let p = (score - self.lse[i][lane]).exp2();
                     let ds = p * (dp - self.delta[i][lane]) * spec.scale;
                     for d in 0..width {
-                        self.dq[(i * padded + d) * LANES + lane] += ds * keys.k.at(at, d).get();
+                        self.dq[(i * padded + d) * LANES + lane] += ds * k(at, d);
                         if let Some((dk, dv)) = &mut gradients {
                             dk[at * padded + d] += ds * q[d];
                             dv[at * padded + d] += p * d_out[d];
@@ -453,7 +442,7 @@ fn pair<S: Store>(
     scratch: &mut Scratch,
 ) {
     let (group, padded) = (dims.heads / dims.kv_heads, spec.padded());
-    let Scratch { tiles: packed, queries: block, products, dk, dv } = scratch;
+    let Scratch { tiles: packed, queries: block, products, dk, dv, rows } = scratch;
     for gradient in [&mut *dk, &mut *dv] {
         gradient.clear();
         gradient.resize((keys.len() + ROWS) * padded, 0.0);
@@ -476,7 +465,7 @@ fn pair<S: Store>(
                 block.meet(spec, tile, part, products, Some((&mut dk[at..], &mut dv[at..])));
             }
             // SAFETY: in this round only this task has queries of this block, row and kv head.
-            unsafe { block.finish(spec, b, &out[0]) };
+            unsafe { block.finish(spec, b, &out[0], rows) };
         }
     }
     for (row, t) in keys.clone().enumerate() {

@@ -16,7 +16,7 @@ use super::softmax::{PerLane, Running, finish_scores, online, scale_lanes};
 use super::view::{Output, View};
 use super::{Dims, forward_panels};
 use crate::gemm::Mat;
-use crate::micro::{Engine, LANES, pack};
+use crate::micro::{Engine, LANES, bits, bits_mut, pack, transpose};
 use crate::store::Store;
 
 /// One panel with what it has gathered.
@@ -52,8 +52,8 @@ impl Gathering {
     ) -> Self {
         let words = spec.engine.words(spec.width);
         let mut packed = vec![0u32; words * LANES];
-        scratch.rows.resize(LANES * spec.width, 0.0);
-        let rows = query_rows(spec, &panel, b, q, &mut scratch.rows);
+        scratch.rows.resize((LANES * spec.width).max(scratch.rows.len()), 0.0);
+        let rows = query_rows(spec, &panel, b, q, &mut scratch.rows[..LANES * spec.width]);
         pack::b_form(spec.engine, rows.t(), &mut packed, LANES, LANES);
         Self { panel, q: packed, running: Running::new(), out: vec![0f32; spec.padded() * LANES] }
     }
@@ -93,7 +93,7 @@ impl Gathering {
         if online(scores, factor, &mut self.running, &mut keep) {
             scale_lanes(&mut self.out, &keep);
         }
-        if mask.is_some() && !tile.finite(|| finite(v)) {
+        if self.panel.partial(&tile.range, &rows) && !tile.finite(|| finite(v)) {
             // 0·inf is NaN: with such values a query may touch only the keys that it sees.
             for (key, row) in rows.clone().zip(scores.chunks_exact(LANES)) {
                 for lane in (0..self.panel.count).filter(|l| self.panel.sees(*l, tile.range.start + key)) {
@@ -123,21 +123,29 @@ impl Gathering {
     }
 
     /// Hands out the result of each query, and its log-sum-exp.
-    pub fn finish<S: Store>(&mut self, b: usize, out: &Output<'_, S>, lse: &Output<'_, f32>) {
+    pub fn finish<S: Store>(
+        &mut self,
+        b: usize,
+        out: &Output<'_, S>,
+        lse: &Output<'_, f32>,
+        rows: &mut Vec<f32>,
+    ) {
         let mut inverse: PerLane = [0.0; LANES];
         for lane in 0..LANES {
             let total = self.running.total[lane];
             inverse[lane] = if total == 0.0 { 0.0 } else { 1.0 / total };
         }
         scale_lanes(&mut self.out, &inverse);
+        let padded = self.out.len() / LANES;
+        turn(&self.out, rows);
         for lane in 0..self.panel.count {
             let (entry, head) = self.panel.query[lane];
             // SAFETY: each query belongs to exactly one panel, and each panel to one task.
             let (row, lse) = unsafe {
                 (out.row(b, entry as usize, head as usize), lse.row(b, entry as usize, head as usize))
             };
-            for (d, value) in row.iter_mut().enumerate() {
-                *value = S::put(self.out[d * LANES + lane]);
+            for (value, x) in row.iter_mut().zip(&rows[lane * padded..]) {
+                *value = S::put(*x);
             }
             let (top, total) = (self.running.top[lane], self.running.total[lane]);
             lse[0] = (top + total.log2()) * std::f32::consts::LN_2;
@@ -145,10 +153,16 @@ impl Gathering {
     }
 }
 
-/// The same words, without moving anything.
-pub(super) fn bits(values: &[f32]) -> &[u32] {
-    // SAFETY: f32 and u32 have one size and alignment, and every bit pattern is a u32.
-    unsafe { std::slice::from_raw_parts(values.as_ptr().cast(), values.len()) }
+/// [D, 32] to [32, D]; D is a multiple of 16.
+pub(super) fn turn(columns: &[f32], rows: &mut Vec<f32>) {
+    let width = columns.len() / LANES;
+    rows.resize(columns.len().max(rows.len()), 0.0);
+    for d in (0..width).step_by(16) {
+        for lane in (0..LANES).step_by(16) {
+            let out = &mut bits_mut(rows)[lane * width + d..];
+            transpose(&bits(columns)[d * LANES + lane..], LANES, out, width, 16, 16);
+        }
+    }
 }
 
 /// A panel's queries (or anything of their shape) as rows [32, D] in f32, zero past the last one.
@@ -184,7 +198,7 @@ pub(super) fn run<'a, S: Store>(
             panels.into_iter().map(|panel| Gathering::new(spec, panel, b, q, scratch)).collect();
         scratch.scores.resize(KEYS * LANES, 0.0);
         scratch.p.resize(spec.engine.words(KEYS) * LANES, 0);
-        let Scratch { tile, scores, p, .. } = scratch;
+        let Scratch { tile, scores, p, rows } = scratch;
         for keys in keys {
             if gathering.iter().all(|g| g.panel.rows(&keys.range).is_empty()) {
                 continue;
@@ -195,7 +209,7 @@ pub(super) fn run<'a, S: Store>(
             }
         }
         for g in &mut gathering {
-            g.finish(b, out, lse);
+            g.finish(b, out, lse, rows);
         }
     });
 }

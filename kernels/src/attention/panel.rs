@@ -73,7 +73,7 @@ impl Panel {
             hi: [0; LANES],
             positions: [0.0; LANES],
             slopes: [0.0; LANES],
-            keys: usize::MAX..0,
+            keys: Range { start: usize::MAX, end: 0 },
             common: 0..i32::MAX,
         };
         for (lane, query) in queries.take(LANES).enumerate() {
@@ -117,6 +117,12 @@ impl Panel {
             lo: &self.lo,
             hi: &self.hi,
         })
+    }
+
+    /// Whether products over `rows` of a tile touch keys that some lane does not see: masked ones, and the
+    /// rest of a tile that the panel sees in part.
+    pub fn partial(&self, tile: &Range<usize>, rows: &Range<usize>) -> bool {
+        *rows != (0..tile.len()) || self.mask(tile.start, rows.len()).is_some()
     }
 
     /// The bias of keys at `positions`.
@@ -218,11 +224,11 @@ fn form<S: Store>(mut out: Vec<u32>, engine: Engine, mat: Mat<'_, S>, rows: usiz
     out
 }
 
-/// Whether every value is finite.
+/// Whether every value is finite, in bf16 too.
 pub(super) fn finite<S: Store>(mat: Mat<'_, S>) -> bool {
     (0..mat.rows()).all(|row| match mat.col_stride {
         1 => all_finite(mat.row(row)),
-        _ => (0..mat.cols()).all(|col| mat.at(row, col).get().is_finite()),
+        _ => (0..mat.cols()).all(|col| !infinite(mat.at(row, col))),
     })
 }
 
@@ -230,10 +236,16 @@ multiversion! {
     fn all_finite<S: Store>(values: &[S]) -> bool {
         let mut bad = 0u32;
         for x in values {
-            bad |= u32::from(x.get().to_bits() & 0x7f80_0000 == 0x7f80_0000);
+            bad |= u32::from(infinite(*x));
         }
         bad == 0
     }
+}
+
+/// NaN, infinity, and what rounds to infinity in bf16.
+#[inline(always)]
+fn infinite<S: Store>(x: S) -> bool {
+    x.get().to_bits() & 0x7fff_ffff >= 0x7f7f_8000
 }
 
 /// C [rows, lanes ≤ 32] (+)= A·B with `C`, `A`, `B` given from their first word on.

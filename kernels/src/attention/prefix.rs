@@ -15,8 +15,9 @@
 
 use rayon::prelude::*;
 
-use super::backward::{Operands, Queries, SCRATCH, backward_scratch_parts, delta};
+use super::backward::{Operands, Queries, SCRATCH, Scratch, delta};
 use super::forward::{run, tiles};
+use super::panel::Tile;
 use super::panel::{Keys, Panel, Query, Spec};
 use super::pattern::{OP, Pattern, lower, shifted};
 use super::slices::{Gradients, Mixed};
@@ -288,7 +289,9 @@ impl PrefixAttention {
                 blocks.push(block);
             }
             SCRATCH.with_borrow_mut(|scratch| {
-                let (tile, products, dk_rows, dv_rows) = backward_scratch_parts(scratch);
+                let Scratch { tiles, products, dk: dk_rows, dv: dv_rows, rows, .. } = scratch;
+                tiles.resize_with(tiles.len().max(1), Tile::default);
+                let tile = &mut tiles[0];
                 for gradient in [&mut *dk_rows, &mut *dv_rows] {
                     gradient.clear();
                     gradient.resize((length + ROWS) * padded, 0.0);
@@ -303,7 +306,7 @@ impl PrefixAttention {
                 }
                 for block in &blocks {
                     // SAFETY: this task alone has the queries of this row and kv head.
-                    unsafe { block.finish(&spec, row, &dq) };
+                    unsafe { block.finish(&spec, row, &dq, rows) };
                 }
                 for t in 0..length {
                     // SAFETY: this task alone has the keys of this row and kv head.

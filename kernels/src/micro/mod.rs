@@ -20,8 +20,12 @@ pub(crate) mod pack;
 mod pairs;
 mod tiles;
 mod vectors;
+mod words;
+
+pub(crate) use words::transpose;
 
 use crate::cpu::{self, Level};
+use crate::store::Store;
 
 /// Most lanes of a block: two vectors of AVX-512.
 pub(crate) const LANES: usize = 32;
@@ -64,6 +68,14 @@ impl Engine {
         }
     }
 
+    /// A value as products read it.
+    pub fn value<S: Store>(self, x: S) -> f32 {
+        match self {
+            Self::F32(_) => x.get(),
+            Self::Pairs(_) => f32::from_bits(u32::from(x.bits()) << 16),
+        }
+    }
+
     /// Words that hold `depth` values, padding included.
     pub fn words(self, depth: usize) -> usize {
         let words = depth.div_ceil(self.values());
@@ -86,9 +98,9 @@ impl Engine {
     /// C (+)= A·B for `rows` rows, `lanes` (16 or 32) columns and `words` words of depth; row strides in words.
     ///
     /// # Safety
-    /// For pairs with rows rounded up to [`ROWS`] and words to 16, for f32 as they are: A readable for rows × words at stride `lda`, B
-    /// for words × lanes at `ldb`, C writable (and initialised when `add`) for rows × lanes at `ldc`; C overlaps
-    /// neither; `enter`'s guard is alive on this thread.
+    /// For pairs with rows rounded up to [`ROWS`] and words to 16, for f32 as they are: A readable for rows × words at
+    /// stride `lda`, B for words × lanes at `ldb`, C writable (and initialised when `add`) for rows × lanes at `ldc`,
+    /// and nothing past the last of these; C overlaps neither; `enter`'s guard is alive on this thread.
     #[inline]
     pub unsafe fn block(self, block: Block) {
         debug_assert!(block.lanes == 16 || block.lanes == 32);
@@ -118,6 +130,18 @@ pub(crate) struct Block {
     pub c: *mut f32,
     pub ldc: usize,
     pub add: bool,
+}
+
+/// The same words, without moving anything.
+pub(crate) fn bits(values: &[f32]) -> &[u32] {
+    // SAFETY: f32 and u32 have one size and alignment, and every bit pattern is a u32.
+    unsafe { std::slice::from_raw_parts(values.as_ptr().cast(), values.len()) }
+}
+
+/// The same words, without moving anything.
+pub(crate) fn bits_mut(values: &mut [f32]) -> &mut [u32] {
+    // SAFETY: f32 and u32 have one size and alignment, and every bit pattern is a value of both.
+    unsafe { std::slice::from_raw_parts_mut(values.as_mut_ptr().cast(), values.len()) }
 }
 
 /// See [`Engine::enter`].

@@ -1,4 +1,5 @@
-//! Every engine this machine has against sums in f64, at odd sizes, with guard values around C.
+//! Every engine this machine has against sums in f64, at odd sizes, with guard values around C, and with pages without
+//! access around all three operands.
 
 use super::pack;
 use super::{Block, Engine, LANES, ROWS};
@@ -99,6 +100,74 @@ fn every_engine_equals_sums_in_f64() {
             for (depth, lanes) in [(1, 16), (2, 32), (7, 5), (33, 31), (64, 17), (130, 32)] {
                 check::<f32>(engine, rows, depth, lanes, rows % 2 == 0);
                 check::<bf16>(engine, rows, depth, lanes, rows % 2 == 1);
+            }
+        }
+    }
+}
+
+/// The values of a strided operand up to its last one: what [`Engine::block`] may touch and no more.
+fn extent(rows: usize, row: usize, ld: usize) -> usize {
+    (rows - 1) * ld + row
+}
+
+#[cfg(unix)]
+#[path = "../../tests/attention/pages.rs"]
+mod pages;
+
+#[cfg(unix)]
+#[test]
+fn no_engine_leaves_its_operands() {
+    use pages::{Guarded, SIDES};
+    for engine in engines() {
+        let _guard = engine.enter();
+        // Tiles are whole; vectors keep to the sizes they are given.
+        let whole = matches!(engine, Engine::Pairs(Level::SoftwareTiles | Level::Amx));
+        for rows in (1..=33usize).chain([47, 64]) {
+            for (words, lanes, slack) in
+                [(1usize, 16, 0), (2, 32, 1), (5, 32, 0), (16, 16, 16), (17, 32, 3), (48, 32, 0)]
+            {
+                let (words, padded) = match whole {
+                    true => (words.next_multiple_of(16), rows.next_multiple_of(ROWS)),
+                    false => (words, rows),
+                };
+                let (lda, ld) = (words + slack, lanes + slack);
+                for side in SIDES {
+                    let a = Guarded::new(&vec![0x3f80_3f80u32; extent(padded, words, lda)], side);
+                    let b = Guarded::new(&vec![0x3f80_3f80u32; extent(words, lanes, ld)], side);
+                    let mut c = Guarded::new(&vec![0.5f32; extent(padded, lanes, ld)], side);
+                    for add in [false, true] {
+                        // SAFETY: the operands hold what `block` says it touches, which is what this test is about.
+                        unsafe {
+                            engine.block(Block {
+                                rows,
+                                lanes,
+                                words,
+                                a: a.as_ptr(),
+                                lda,
+                                b: b.as_ptr(),
+                                ldb: ld,
+                                c: c.as_mut_ptr(),
+                                ldc: ld,
+                                add,
+                            });
+                        }
+                    }
+                    let one = f32::from_bits(0x3f80_3f80);
+                    let product = match engine {
+                        Engine::F32(_) => one * one * words as f32,
+                        Engine::Pairs(_) => 2.0 * words as f32,
+                    };
+                    for row in 0..rows {
+                        for lane in 0..ld.min(c.len() - row * ld) {
+                            let want = if lane < lanes { 2.0 * product } else { 0.5 };
+                            let got = c[row * ld + lane];
+                            assert!(
+                                (got - want).abs() <= 1e-5 * want,
+                                "{engine:?} {rows} {words} {lanes}: {got}, {want}"
+                            );
+                        }
+                    }
+                }
             }
         }
     }

@@ -82,13 +82,15 @@ mod x86 {
     pub unsafe fn avx512(block: Block) {
         macro_rules! rows {
             ($($n:literal)*) => {
-                match (block.rows, block.lanes) {
-                    $(($n, 32) => unsafe { wide::<$n, 2>(block) }, ($n, _) => unsafe { wide::<$n, 1>(block) },)*
-                    _ => {}
+                // SAFETY: the caller's promise.
+                unsafe {
+                    match (block.rows, block.lanes) {
+                        $(($n, 32) => wide::<$n, 2>(block), ($n, _) => wide::<$n, 1>(block),)*
+                        _ => {}
+                    }
                 }
             };
         }
-        // SAFETY: (all arms) the caller's promise.
         rows!(1 2 3 4 5 6 7 8 9 10 11 12);
     }
 

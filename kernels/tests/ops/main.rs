@@ -4,6 +4,7 @@
 #![allow(clippy::unwrap_used)]
 
 mod embedding;
+mod gemm;
 mod linear;
 mod loss;
 mod mlp;

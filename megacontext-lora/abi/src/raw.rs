@@ -52,7 +52,7 @@ pub type HostBox = RawHost_TO<RBox<()>>;
 /// One opened model with its jobs. See [`crate::Session`] for what each means.
 #[sabi_trait]
 pub trait RawSession: Send + Sync + 'static {
-    /// Runs a whole job: `extend`, `pretrain`, `eval_ppl`, `merge`, `logits`.
+    /// Runs a whole job: `extend`, `pretrain`, `eval_ppl`, `merge`, `logits`, `bench`.
     fn run(&self, kind: RStr<'_>, params_json: RStr<'_>) -> RResult<RString, AbiError>;
     /// Sizes and state, JSON.
     fn describe(&self) -> RResult<RString, AbiError>;
@@ -91,6 +91,10 @@ pub trait RawSession: Send + Sync + 'static {
     /// Writes the adapter folder.
     #[sabi(last_prefix_field)]
     fn export(&self, path: RStr<'_>) -> RResult<RString, AbiError>;
+    /// Does nothing but what every call does: answers `Poisoned` after a panic. A plugin without it says nothing.
+    fn check(&self) -> RResult<(), AbiError> {
+        RResult::ROk(())
+    }
 }
 
 /// A session, owned by the host.

@@ -41,10 +41,16 @@ impl Session {
         Self { raw }
     }
 
-    /// Runs a whole job (`extend`, `pretrain`, `eval_ppl`, `merge`, `logits`) and returns its result. Events go to the
+    /// Runs a whole job (`extend`, `pretrain`, `eval_ppl`, `merge`, `logits`, `bench`) and returns its result. Events go to the
     /// session's host meanwhile, and the job stops with [`ErrorKind::Cancelled`] when the host says so.
     pub fn run(&self, kind: &str, params: &Value) -> Result<Value> {
         json(self.raw.run(kind.into(), params.to_string().as_str().into()))
+    }
+
+    /// Whether the session still answers: [`ErrorKind::Poisoned`] after a panic, at the price of a call that does nothing. A
+    /// plugin of an earlier build answers that all is well; its next other call tells.
+    pub fn check(&self) -> Result<()> {
+        self.raw.check().into_result()
     }
 
     /// Sizes and state: `vocab_size`, `hidden_size`, `head_dim`, `layers`, `heads`, `kv_heads`, `original_context`,

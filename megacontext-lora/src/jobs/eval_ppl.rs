@@ -6,7 +6,6 @@
 use std::path::PathBuf;
 
 use megacontext_base::rope::RopeScaling;
-use megacontext_kernels::attention::Pattern;
 use megacontext_kernels::precision::Precision;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
@@ -15,7 +14,7 @@ use crate::data::documents::tokenize;
 use crate::error::{PluginError, Result};
 use crate::host::HostApi;
 use crate::jobs::{ModelDir, parse, to_value, with_threads};
-use crate::train::config::{Attention, GroupSize, StageConfig, check_evaluation};
+use crate::train::config::{Attention, GroupSize, check_evaluation, pattern};
 use crate::train::eval::{Protocol, batch_rows, perplexity, select};
 use crate::train::plan::check_forward;
 
@@ -84,14 +83,7 @@ fn evaluate(job: &EvalPpl, host: &dyn HostApi) -> Result<Value> {
     }
     let mut protocols = Vec::new();
     for &context in &job.contexts {
-        let stage =
-            StageConfig { context, attention: job.attention, group: job.group, factor: None, steps: 1 };
-        let pattern = stage.pattern();
-        if let Pattern::ShiftedSparse { group } = pattern
-            && group < 2
-        {
-            return Err(PluginError::usage(format!("group: expected at least 2 tokens, got {group}")));
-        }
+        let pattern = pattern(job.attention, job.group, context)?;
         protocols.push(Protocol { context, stride: job.stride, pattern, scaling: scaling.clone() });
     }
     let tokens = select(&tokenize(&documents, &model.encoder())?, longest, job.max_tokens);

@@ -7,6 +7,7 @@
 //! | `eval_ppl` | [`eval_ppl::EvalPpl`] | a list of perplexities |
 //! | `merge` | [`merge::Merge`] | what was merged and where it is |
 //! | `logits` | [`logits::LogitsJob`] | where the logits are |
+//! | `bench` | [`bench`] | one measurement |
 //!
 //! Errors: an unknown kind, naming the ones there are; a parameter that does not exist, by name.
 
@@ -27,6 +28,7 @@ use serde_json::Value;
 use crate::error::{Kind, PluginError, Result};
 use crate::host::HostApi;
 
+pub mod bench;
 pub mod eval_ppl;
 pub mod extend;
 pub mod logits;
@@ -34,7 +36,7 @@ pub mod merge;
 pub mod pretrain;
 
 /// Names of all jobs.
-pub const KINDS: [&str; 5] = ["extend", "pretrain", "eval_ppl", "merge", "logits"];
+pub const KINDS: [&str; 6] = ["extend", "pretrain", "eval_ppl", "merge", "logits", "bench"];
 
 /// Runs a job to its end.
 ///
@@ -47,6 +49,7 @@ pub fn run(kind: &str, params: Value, host: &dyn HostApi) -> Result<Value> {
         "eval_ppl" => eval_ppl::run(params, host),
         "merge" => merge::run(params, host),
         "logits" => logits::run(params, host),
+        "bench" => bench::run(params, host),
         other => Err(PluginError::usage(format!("job: expected one of {KINDS:?}, got \"{other}\""))),
     }
 }

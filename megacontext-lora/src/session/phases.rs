@@ -24,7 +24,7 @@ use super::{Before, Loaded, Phase, Session};
 use crate::error::{PluginError, Result};
 use crate::host::Answer;
 use crate::jobs::{model_error, parse};
-use crate::train::config::{Attention, GroupSize, LONGEST_CONTEXT, OptimizerConfig, Schedule, StageConfig};
+use crate::train::config::{Attention, GroupSize, LONGEST_CONTEXT, OptimizerConfig, Schedule, pattern};
 
 /// What a phase is entered with.
 #[derive(Deserialize)]
@@ -347,12 +347,6 @@ impl Batch {
     fn pattern(&self, context: usize) -> Result<Pattern> {
         let attention = self.attention.unwrap_or(Attention::Dense);
         let group = self.group.unwrap_or(GroupSize::Part(0.25));
-        let pattern = StageConfig { context, attention, group, factor: None, steps: 1 }.pattern();
-        match pattern {
-            Pattern::ShiftedSparse { group } if group < 2 => {
-                Err(PluginError::usage(format!("group: expected at least 2 tokens, got {group}")))
-            }
-            _ => Ok(pattern),
-        }
+        pattern(attention, group, context)
     }
 }

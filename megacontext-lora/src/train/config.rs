@@ -256,6 +256,37 @@ pub struct StageConfig {
     pub steps: usize,
 }
 
+impl GroupSize {
+    /// Tokens of a group at a context length.
+    pub fn tokens(self, context: usize) -> usize {
+        match self {
+            Self::Tokens(tokens) => tokens as usize,
+            Self::Part(part) => (context as f64 * part).round() as usize,
+        }
+    }
+}
+
+/// The attention pattern at a context length.
+///
+/// # Errors
+/// When the group is no part of the context, or below 2 tokens.
+pub fn pattern(attention: Attention, group: GroupSize, context: usize) -> Result<Pattern> {
+    if let GroupSize::Part(part) = group
+        && !(part > 0.0 && part <= 1.0)
+    {
+        return Err(PluginError::usage(format!(
+            "group: expected a part of the context, 0 < group <= 1, got {part}"
+        )));
+    }
+    match (attention, group.tokens(context)) {
+        (Attention::Dense, _) => Ok(Pattern::Dense),
+        (Attention::S2, group @ 0..2) => {
+            Err(PluginError::usage(format!("group: expected at least 2 tokens, got {group}")))
+        }
+        (Attention::S2, group) => Ok(Pattern::ShiftedSparse { group }),
+    }
+}
+
 fn s2() -> Attention {
     Attention::S2
 }
@@ -267,12 +298,9 @@ fn quarter() -> GroupSize {
 impl StageConfig {
     /// The attention pattern, with the group in tokens.
     pub fn pattern(&self) -> Pattern {
-        match (self.attention, self.group) {
-            (Attention::Dense, _) => Pattern::Dense,
-            (Attention::S2, GroupSize::Tokens(group)) => Pattern::ShiftedSparse { group: group as usize },
-            (Attention::S2, GroupSize::Part(part)) => {
-                Pattern::ShiftedSparse { group: (self.context as f64 * part).round() as usize }
-            }
+        match self.attention {
+            Attention::Dense => Pattern::Dense,
+            Attention::S2 => Pattern::ShiftedSparse { group: self.group.tokens(self.context) },
         }
     }
 
@@ -416,18 +444,8 @@ impl ExtendConfig {
             if !(1..=MOST).contains(&stage.steps) {
                 return usage(format!("{at}.steps: expected 1 to {MOST}, got {}", stage.steps));
             }
-            if let GroupSize::Part(part) = stage.group
-                && !(part > 0.0 && part <= 1.0)
-            {
-                return usage(format!(
-                    "{at}.group: expected a part of the context, 0 < group <= 1, got {part}"
-                ));
-            }
-            if let Pattern::ShiftedSparse { group } = stage.pattern()
-                && group < 2
-            {
-                return usage(format!("{at}.group: expected at least 2 tokens, got {group}"));
-            }
+            pattern(stage.attention, stage.group, stage.context)
+                .map_err(|e| PluginError::usage(format!("{at}.{e}")))?;
             if let Some(factor) = stage.factor {
                 RopeScaling::from_factor(factor)
                     .map_err(|e| PluginError::usage(format!("{at}.factor: {e}")))?;

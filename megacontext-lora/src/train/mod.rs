@@ -3,3 +3,4 @@ pub mod config;
 pub mod eval;
 pub mod plan;
 pub mod trainer;
+pub mod work;

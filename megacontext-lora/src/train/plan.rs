@@ -16,7 +16,6 @@ use megacontext_base::config::LlamaConfig;
 use megacontext_base::decoder::stored_narrow;
 use megacontext_base::lora::LoraConfig;
 use megacontext_base::params::Group;
-use megacontext_kernels::attention::Pattern;
 use megacontext_kernels::gemm::measured_flops;
 use megacontext_kernels::precision::Precision;
 use serde::Serialize;
@@ -24,6 +23,7 @@ use serde::Serialize;
 use crate::error::{PluginError, Result};
 use crate::train::config::{ExtendConfig, Recompute};
 use crate::train::eval::batch_rows;
+use crate::train::work;
 
 const F32: u64 = 4;
 
@@ -228,24 +228,6 @@ pub(crate) fn check_forward(
     }
 }
 
-/// Multiply-adds of forward and backward of one sequence, times two: FLOPs.
-fn flops(model: &LlamaConfig, context: u64, pattern: Pattern, recompute: bool) -> f64 {
-    let (e, f) = (model.hidden_size as f64, model.intermediate_size as f64);
-    let q = (model.num_attention_heads * model.head_dim) as f64;
-    let kv = (model.num_key_value_heads * model.head_dim) as f64;
-    let linear = 2.0 * (e * (2.0 * q + 2.0 * kv) + 3.0 * e * f);
-    let keys = match pattern {
-        Pattern::ShiftedSparse { group } => (group as f64).min(context as f64) / 2.0,
-        _ => context as f64 / 2.0,
-    };
-    let attention = 4.0 * keys * q;
-    let head = 2.0 * e * model.vocab_size as f64;
-    let layers = model.num_hidden_layers as f64;
-    let again = if recompute { 1.0 } else { 0.0 };
-    // Frozen weights: forward and the input's gradient; attention's backward is two and a half forwards.
-    context as f64 * (layers * (linear * (2.0 + again) + attention * (3.5 + again)) + head * 3.0)
-}
-
 /// What a run will cost.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Plan {
@@ -332,13 +314,16 @@ pub fn plan_beside(
         )));
     }
     let speed = measured_flops(config.dtype.products());
+    let head_learns = config.train_embeddings && model.tie_word_embeddings;
     let seconds = config
         .stages
         .iter()
         .map(|stage| {
             let (rows, micro) = config.batch.shape(stage.context);
             let sequences = (rows * micro * stage.steps) as f64;
-            sequences * flops(model, stage.context as u64, stage.pattern(), memory.recompute)
+            let (recompute, pattern) = (memory.recompute, stage.pattern());
+            sequences
+                * work::step(model, &config.lora, stage.context, pattern, recompute, head_learns).total()
         })
         .sum::<f64>()
         / speed

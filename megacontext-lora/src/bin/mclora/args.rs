@@ -1,6 +1,7 @@
 //! The command line. What a setting means and which values it takes is decided by the plugin; here are only their names,
 //! so a flag that was not given is absent, and the default shown in its help is the plugin's.
 
+use crate::bench::BenchCommand;
 use clap::{Args, Parser, Subcommand};
 use std::path::PathBuf;
 
@@ -18,6 +19,7 @@ use std::path::PathBuf;
   mclora extend --base DIR --data docs/ --context 8192 --out runs/mine
   mclora eval ppl --base DIR --adapter runs/mine/adapter --data held-out.txt --contexts 2048,8192
   mclora merge --base DIR --adapter runs/mine/adapter --out merged/
+  mclora bench attention --n 2048,8192 --threads 2
 
 Exit codes: 0 done, 2 a wrong flag or setting, 130 interrupted, 1 anything else."
 )]
@@ -37,7 +39,7 @@ pub struct Global {
     /// Print the result as one JSON object on stdout, and events as JSON lines on stderr
     #[arg(long, global = true)]
     pub json: bool,
-    /// Worker threads of quickstart, extend, pretrain and eval. Default: all cores
+    /// Worker threads of quickstart, extend, pretrain, eval and bench. Default: all cores
     #[arg(long, global = true, value_name = "N")]
     pub threads: Option<u64>,
 }
@@ -57,6 +59,9 @@ pub enum Command {
     Logits(Logits),
     /// Train a small model from nothing, on the Rust sources and documentation of this machine
     Pretrain(Pretrain),
+    /// Measure this machine: kernels, training steps, loading; one JSON line each
+    #[command(subcommand)]
+    Bench(BenchCommand),
     /// Look at a plugin
     #[command(subcommand)]
     Plugin(PluginCommand),

@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 use std::path::{Path, PathBuf};
 
 /// The plugin that `--plugin` names, or the one beside this program.
-fn plugin_path(global: &Global) -> Result<PathBuf> {
+pub fn plugin_path(global: &Global) -> Result<PathBuf> {
     global.plugin.clone().or_else(loader::find_beside_executable).ok_or_else(|| {
         let place = std::env::current_exe().ok().and_then(|e| e.parent().map(|p| p.display().to_string()));
         Failure::new(

@@ -26,6 +26,11 @@ impl Failure {
         Self::new(ErrorKind::Usage, message)
     }
 
+    /// A defect of this program.
+    pub fn internal(message: impl Into<String>) -> Self {
+        Self::new(ErrorKind::Internal, message)
+    }
+
     /// The file system refused.
     pub fn io(path: &Path, error: &std::io::Error) -> Self {
         Self::new(ErrorKind::Io, format!("{}: {error}", path.display()))
@@ -50,6 +55,13 @@ impl Failure {
 
     pub fn to_json(&self) -> Value {
         json!({ "kind": self.kind.name(), "message": self.message, "hint": self.hint })
+    }
+
+    /// The failure that another run of this program told of with `--json`; none where `error` is no object.
+    pub fn from_json(error: &Value) -> Option<Self> {
+        let kind = ErrorKind::ALL.into_iter().find(|kind| error["kind"] == kind.name());
+        let message = error["message"].as_str()?;
+        Some(Self::new(kind.unwrap_or(ErrorKind::Internal), message))
     }
 }
 
@@ -87,6 +99,14 @@ mod tests {
         {
             assert_eq!(Failure::new(kind, "x").exit_code(), 1);
         }
+    }
+
+    #[test]
+    fn a_failure_survives_json() {
+        let told = Failure::usage("n: expected 1, got 0").to_json();
+        let failure = Failure::from_json(&told).unwrap();
+        assert_eq!((failure.exit_code(), failure.to_string()), (2, "n: expected 1, got 0".into()));
+        assert!(Failure::from_json(&Value::Null).is_none());
     }
 
     #[test]

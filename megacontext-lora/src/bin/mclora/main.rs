@@ -7,6 +7,7 @@
 //! Exit codes: 0 done; 2 the command or a setting is wrong; 130 interrupted; 1 anything else. One message on stderr.
 
 mod args;
+mod bench;
 mod commands;
 mod failure;
 mod params;
@@ -49,6 +50,7 @@ fn run(cli: Cli) -> Result<Value> {
         Command::Merge(args) => commands::merge(&args, &global),
         Command::Logits(args) => commands::logits(&args, &global),
         Command::Pretrain(args) => commands::pretrain(&args, &global),
+        Command::Bench(command) => bench::run(&command, &global),
         Command::Plugin(PluginCommand::Check(args)) => commands::plugin_check(&args, &global),
     }
 }

@@ -59,7 +59,7 @@ impl Params {
     }
 
     /// Sets it if the list is not empty.
-    fn set_list<T: Into<Value> + Clone>(&mut self, path: &str, values: &[T]) {
+    pub fn set_list<T: Into<Value> + Clone>(&mut self, path: &str, values: &[T]) {
         if !values.is_empty() {
             self.set(path, values.to_vec());
         }
@@ -240,7 +240,7 @@ fn stages(text: &str) -> Result<Value> {
 }
 
 /// A group of S²-Attn: a whole number is tokens, one with a point a part of the context.
-fn group(text: &str) -> Result<Value> {
+pub fn group(text: &str) -> Result<Value> {
     if let Ok(tokens) = text.parse::<u64>() {
         return Ok(json!(tokens));
     }

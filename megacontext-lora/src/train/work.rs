@@ -1,0 +1,133 @@
+//! How much a training step computes: floating-point operations by part, for plans and measurements.
+//!
+//! A multiply-add counts two. Attention counts the pairs of a query and a key that the pattern lets see each other, as
+//! length²/2 of each group; its backward pass is two and a half forward passes. A frozen weight takes a forward pass and
+//! the input's gradient, what learns takes its own gradient too, recomputation one more forward pass. Everything that is
+//! no product (norms, rotations, softmax, optimiser) counts nothing.
+//!
+//! Units: FLOPs. T entries, G group, D head width, E model width, F feed-forward width, V vocabulary.
+
+use megacontext_base::config::LlamaConfig;
+use megacontext_base::lora::LoraConfig;
+use megacontext_kernels::attention::Pattern;
+
+/// FLOPs of one sequence, forward and backward.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Work {
+    /// Projections and MLP.
+    pub linear: f64,
+    /// LoRA's two factors.
+    pub lora: f64,
+    /// The output head.
+    pub lm_head: f64,
+    /// Attention.
+    pub attn: f64,
+}
+
+impl Work {
+    /// Of everything.
+    pub fn total(&self) -> f64 {
+        self.linear + self.lora + self.lm_head + self.attn
+    }
+
+    /// `times` as much.
+    #[must_use]
+    pub fn times(self, times: f64) -> Self {
+        Self {
+            linear: self.linear * times,
+            lora: self.lora * times,
+            lm_head: self.lm_head * times,
+            attn: self.attn * times,
+        }
+    }
+}
+
+/// Backward of attention in forward passes.
+pub const ATTENTION_BACKWARD: f64 = 2.5;
+
+/// FLOPs of attention's forward pass over one row of `entries`.
+pub fn attention_forward(pattern: Pattern, entries: usize, heads: usize, width: usize) -> f64 {
+    // Two products of D multiply-adds for each pair, and length²/2 pairs.
+    let causal = |length: usize| 2.0 * width as f64 * (length as f64).powi(2);
+    // Lengths of the groups: one of `first`, then whole ones, then what is left.
+    let grouped = |first: usize, group: usize| {
+        let first = first.min(entries);
+        let whole = (entries - first) / group;
+        causal(first) + whole as f64 * causal(group) + causal((entries - first) % group)
+    };
+    match pattern {
+        Pattern::ShiftedSparse { group } if group < entries => {
+            let plain = heads.div_ceil(2);
+            plain as f64 * grouped(0, group) + (heads - plain) as f64 * grouped(group / 2, group)
+        }
+        Pattern::Bidirectional => heads as f64 * 2.0 * causal(entries),
+        _ => heads as f64 * causal(entries),
+    }
+}
+
+/// FLOPs of a training step over one sequence of `entries`; `head_learns` where the output head gets a gradient.
+pub fn step(
+    model: &LlamaConfig,
+    lora: &LoraConfig,
+    entries: usize,
+    pattern: Pattern,
+    recompute: bool,
+    head_learns: bool,
+) -> Work {
+    let (e, f) = (model.hidden_size as f64, model.intermediate_size as f64);
+    let q = (model.num_attention_heads * model.head_dim) as f64;
+    let kv = (model.num_key_value_heads * model.head_dim) as f64;
+    let layers = model.num_hidden_layers as f64;
+    let n = entries as f64;
+    let again = if recompute { 1.0 } else { 0.0 };
+    let factors: usize = lora.modules(model).iter().map(|(_, out, inp)| lora.r * (out + inp)).sum();
+    let forward = attention_forward(pattern, entries, model.num_attention_heads, model.head_dim);
+    Work {
+        linear: layers * 2.0 * (e * (2.0 * q + 2.0 * kv) + 3.0 * e * f) * n * (2.0 + again),
+        lora: 2.0 * factors as f64 * n * (3.0 + again),
+        lm_head: 2.0 * e * model.vocab_size as f64 * n * if head_learns { 3.0 } else { 2.0 },
+        attn: layers * forward * (1.0 + again + ATTENTION_BACKWARD),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pairs_are_counted_group_by_group() {
+        let of = |pattern, entries| attention_forward(pattern, entries, 2, 1) / 2.0;
+        assert_eq!(of(Pattern::Dense, 10), 200.0);
+        assert_eq!(of(Pattern::Bidirectional, 10), 400.0);
+        // Head 0: 4, 4, 2; head 1: 2, 4, 4.
+        assert_eq!(of(Pattern::ShiftedSparse { group: 4 }, 10), 36.0 + 36.0);
+        // Head 0: 4, 4; head 1: 2, 4, 2.
+        assert_eq!(of(Pattern::ShiftedSparse { group: 4 }, 8), 32.0 + 24.0);
+        assert_eq!(of(Pattern::ShiftedSparse { group: 16 }, 10), 200.0);
+    }
+
+    #[test]
+    fn a_step_counts_every_part() {
+        let model = LlamaConfig::from_json(
+            &serde_json::json!({
+                "model_type": "llama", "vocab_size": 10, "hidden_size": 4, "intermediate_size": 6,
+                "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "rms_norm_eps": 1e-5,
+                "max_position_embeddings": 8, "rope_theta": 10000.0, "tie_word_embeddings": true,
+            }),
+            std::path::Path::new("test"),
+        )
+        .unwrap();
+        let lora = LoraConfig { r: 1, ..LoraConfig::default() };
+        let work = step(&model, &lora, 8, Pattern::Dense, true, true);
+        // q and o 4×4, k and v 4×2, three of 4×6: 120 weights a layer.
+        assert_eq!(work.linear, 2.0 * 2.0 * 120.0 * 8.0 * 3.0);
+        assert_eq!(work.lora, 2.0 * 2.0 * (8.0 + 6.0 + 6.0 + 8.0) * 8.0 * 4.0);
+        assert_eq!(work.lm_head, 2.0 * 40.0 * 8.0 * 3.0);
+        assert_eq!(work.attn, 2.0 * (2.0 * 2.0 * 2.0 * 64.0) * 4.5);
+        assert_eq!(work.total(), work.linear + work.lora + work.lm_head + work.attn);
+        assert_eq!(work.times(2.0).total(), 2.0 * work.total());
+        let plain = step(&model, &lora, 8, Pattern::Dense, false, false);
+        assert_eq!(plain.linear, work.linear / 3.0 * 2.0);
+        assert_eq!(plain.lm_head, work.lm_head / 3.0 * 2.0);
+    }
+}

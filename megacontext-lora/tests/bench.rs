@@ -1,0 +1,350 @@
+//! `mclora bench`: the lines it prints, and one test for each thing refused.
+//!
+//! Sizes are tiny and nothing is held against a time: what is tested is that every field is there, that what can be counted
+//! is right and that what is measured is possible.
+#![allow(clippy::unwrap_used)]
+
+mod common;
+
+use common::mclora;
+use serde_json::{Value, json};
+
+/// Runs `mclora bench LINE`: the lines on stdout.
+fn bench(line: &str) -> Vec<Value> {
+    let args: Vec<&str> = ["bench"].into_iter().chain(line.split_whitespace()).collect();
+    let stdout = mclora(&args).success().stdout;
+    stdout.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
+}
+
+/// The same of a command that measures once.
+fn one(line: &str) -> Value {
+    let lines = bench(line);
+    assert_eq!(lines.len(), 1, "{lines:?}");
+    lines[0].clone()
+}
+
+/// `mclora bench LINE` is refused as a wrong flag.
+#[track_caller]
+fn refused(line: &str, facts: &[&str]) {
+    let args: Vec<&str> = ["bench"].into_iter().chain(line.split_whitespace()).collect();
+    mclora(&args).refused(2, facts);
+}
+
+/// These fields hold positive numbers.
+#[track_caller]
+fn positive(line: &Value, fields: &[&str]) {
+    for field in fields {
+        let value = line[field].as_f64();
+        assert!(value.is_some_and(|v| v > 0.0 && v.is_finite()), "{field} in {line}");
+    }
+}
+
+/// These fields are positive where the system tells of memory.
+#[track_caller]
+fn memory(line: &Value, fields: &[&str]) {
+    if cfg!(target_os = "linux") {
+        positive(line, fields);
+    }
+}
+
+/// Every line says what it is and how clean it is.
+#[track_caller]
+fn common_fields(line: &Value, what: &str) {
+    assert_eq!((&line["lib"], &line["what"]), (&json!("megacontext"), &json!(what)), "{line}");
+    assert_eq!((&line["threads"], &line["dtype"]), (&json!(2), &json!("f32")), "{line}");
+    assert!(line["cpu"].is_string() && line["profile"].is_string() && line["n_clean"].is_u64(), "{line}");
+}
+
+#[test]
+fn attention_tells_sizes_times_memory_and_work() {
+    let line = one("attention --n 256 --heads 4,2 --head-dim 16 --group 0.25 --reps 1 --threads 2");
+    common_fields(&line, "attention");
+    let sizes = json!([line["kind"], line["B"], line["H"], line["Hkv"], line["d"], line["n"], line["G"]]);
+    assert_eq!(sizes, json!(["s2", 1, 4, 2, 16, 256, 64]));
+    positive(&line, &["fb_ms", "best_ms", "fwd_ms", "gflops"]);
+    memory(&line, &["peak_extra_MB"]);
+    assert!(line["best_ms"].as_f64() <= line["fb_ms"].as_f64(), "{line}");
+    // Two heads of 4 groups of 64; two of 32, three of 64, 32; 2·d for a pair of products; 3.5 forward passes.
+    let pairs = 2.0 * 4.0 * 64.0 * 64.0 + 2.0 * (3.0 * 64.0 * 64.0 + 2.0 * 32.0 * 32.0);
+    let gigaflops = 3.5 * 2.0 * 16.0 * pairs / 1e9;
+    assert!((line["gflop_total"].as_f64().unwrap() - gigaflops).abs() < 1e-3, "{line}");
+}
+
+#[test]
+fn there_are_three_precision_classes() {
+    for dtype in ["f32", "mixed", "bf16"] {
+        for what in [
+            "attention --n 64 --heads 2,1 --head-dim 8 --reps 1",
+            "linear --n 64 --in 32 --out 16 --reps 1",
+            "loss --n 64 --width 16 --vocab 32 --reps 1",
+            "step --n 64 --shape 32,2,4,2,64,128 --steps 1",
+        ] {
+            let line = one(&format!("{what} --dtype {dtype}"));
+            assert_eq!(line["dtype"], json!(dtype), "{line}");
+            positive(&line, &[if what.starts_with("step") { "step_s" } else { "fb_ms" }]);
+        }
+    }
+}
+
+#[test]
+fn several_lengths_are_several_lines() {
+    let lines =
+        bench("attention --pattern dense --n 64,96 --heads 2,2 --head-dim 8 --reps 1 --batch 2 --threads 2");
+    let sizes: Vec<_> = lines.iter().map(|l| json!([l["kind"], l["B"], l["n"], l["G"]])).collect();
+    assert_eq!(sizes, [json!(["dense", 2, 64, 64]), json!(["dense", 2, 96, 96])]);
+}
+
+#[test]
+fn with_json_all_measurements_are_one_object() {
+    let args = "bench attention --json --n 32,64 --heads 2,1 --head-dim 8 --reps 1";
+    let told = mclora(&args.split(' ').collect::<Vec<_>>()).success().json();
+    let lengths: Vec<_> = told["measurements"].as_array().unwrap().iter().map(|m| &m["n"]).collect();
+    assert_eq!(lengths, [&json!(32), &json!(64)]);
+}
+
+#[test]
+fn a_step_tells_speed_memory_work_and_loss() {
+    let line = one("step --shape 32,2,4,2,64,128 --n 64 --attn s2 --group 16 --rank 4 --steps 1 --threads 2");
+    common_fields(&line, "lora_step");
+    let sizes =
+        json!([line["shape"], line["attn"], line["B"], line["n"], line["G"], line["r"], line["ckpt"]]);
+    assert_eq!(sizes, json!(["32,2,4,2,64,128", "s2", 1, 64, 16, 4, true]));
+    positive(&line, &["step_s", "best_s", "tok_s", "gflops", "tflop"]);
+    memory(&line, &["peak_rss_MB", "idle_rss_MB"]);
+    // Random weights know nothing: ln V.
+    let loss = line["loss"].as_f64().unwrap();
+    assert!((loss - 128f64.ln()).abs() < 0.5, "{line}");
+    let parts = line["tflop_parts"].as_object().unwrap();
+    let sum: f64 = parts.values().map(|v| v.as_f64().unwrap()).sum();
+    assert!((sum - line["tflop"].as_f64().unwrap()).abs() < 3e-6, "{line}");
+}
+
+#[test]
+fn a_step_without_checkpointing_says_so_and_computes_less() {
+    let flags = "--shape 32,2,4,2,64,128 --n 64 --attn dense --batch 2 --steps 1";
+    let (with, without) = (one(&format!("step {flags}")), one(&format!("step {flags} --no-checkpointing")));
+    assert_eq!((&with["ckpt"], &without["ckpt"]), (&json!(true), &json!(false)));
+    assert!(without["tflop"].as_f64() < with["tflop"].as_f64(), "{with} {without}");
+    // Recomputing gives the same bits.
+    assert_eq!(with["loss"], without["loss"]);
+}
+
+#[test]
+fn a_plan_grows_with_the_length_and_makes_no_model() {
+    let lines = bench("plan --shape 4096,32,32,8,14336,128256 --n 1024,65536 --group 1024");
+    let gigabytes: Vec<f64> = lines.iter().map(|l| l["peak_rss_MB"].as_f64().unwrap() / 1e3).collect();
+    // Weights alone are four bytes each.
+    let parameters = lines[0]["parameters"].as_f64().unwrap();
+    assert!(parameters > 7e9 && gigabytes[0] > 4.0 * parameters / 1e9, "{lines:?}");
+    assert!(gigabytes[1] > gigabytes[0] + 10.0, "{lines:?}");
+    positive(&lines[0], &["step_s", "trained"]);
+    assert!(lines[0]["bytes"]["activations"].is_u64(), "{lines:?}");
+}
+
+#[test]
+fn loss_tells_sizes_times_and_work() {
+    let line = one("loss --n 64 --width 32 --vocab 100 --reps 1 --threads 2");
+    common_fields(&line, "loss");
+    assert_eq!(json!([line["n"], line["E"], line["V"]]), json!([64, 32, 100]));
+    positive(&line, &["fb_ms", "best_ms", "fwd_ms", "gflops"]);
+    memory(&line, &["peak_extra_MB"]);
+}
+
+#[test]
+fn linear_tells_sizes_times_and_work() {
+    for rank in [0, 4] {
+        let line = one(&format!("linear --n 512 --in 48 --out 24 --rank {rank} --reps 1 --threads 2"));
+        common_fields(&line, "linear");
+        assert_eq!(json!([line["n"], line["in"], line["out"], line["r"]]), json!([512, 48, 24, rank]));
+        positive(&line, &["fb_ms", "best_ms", "fwd_ms", "gflops"]);
+        let flops = 2.0 * 512.0 * (2.0 * 48.0 * 24.0 + 3.0 * f64::from(rank) * 72.0);
+        assert!((line["gflop_total"].as_f64().unwrap() - flops / 1e9).abs() < 1e-3, "{line}");
+    }
+}
+
+#[test]
+fn gist_tells_both_ways_and_how_they_compare() {
+    for dtype in ["f32", "bf16"] {
+        let flags = "--n 128 --horizon 8 --blocks 4 --heads 2,1 --head-dim 8 --reps 1 --threads 2";
+        let line = one(&format!("gist {flags} --dtype {dtype}"));
+        let sizes = json!([line["what"], line["dtype"], line["n"], line["horizon"], line["B"], line["H"]]);
+        assert_eq!(sizes, json!(["gist", dtype, 128, 8, 4, 2]));
+        positive(&line, &["fb_ms", "best_ms", "apart_ms", "cheaper"]);
+        let cheaper = line["apart_ms"].as_f64().unwrap() / line["fb_ms"].as_f64().unwrap();
+        assert!((line["cheaper"].as_f64().unwrap() / cheaper - 1.0).abs() < 0.1, "{line}");
+    }
+}
+
+#[test]
+fn load_tells_how_long_loading_and_a_call_take() {
+    let line = one("load --reps 3");
+    assert_eq!((&line["what"], &line["reps"]), (&json!("load"), &json!(3)));
+    positive(&line, &["load_ms", "best_ms", "open_ms", "call_ns"]);
+    assert!(line["best_ms"].as_f64() <= line["load_ms"].as_f64(), "{line}");
+}
+
+// What is refused.
+
+#[test]
+fn an_unknown_pattern() {
+    refused("attention --pattern sparse --n 64", &["pattern", "sparse"]);
+}
+
+#[test]
+fn an_unknown_attention_of_a_step() {
+    refused("step --attn sparse --n 64", &["attn", "sparse"]);
+}
+
+#[test]
+fn an_unknown_dtype() {
+    for what in ["attention", "step", "plan", "loss", "linear", "gist"] {
+        refused(&format!("{what} --dtype f8 --n 64"), &["dtype", "f8", "f32"]);
+    }
+}
+
+#[test]
+fn no_entries() {
+    for what in ["attention", "step", "plan", "loss", "linear", "gist"] {
+        refused(&format!("{what} --n 0"), &["n: expected 1 to", "got 0"]);
+    }
+}
+
+#[test]
+fn no_entries_among_several_lengths() {
+    let args = "bench attention --n 16,0 --heads 2,1 --head-dim 8 --reps 1";
+    let args: Vec<&str> = args.split(' ').collect();
+    let outcome = mclora(&args);
+    assert_eq!(outcome.status.code(), Some(2), "{outcome:?}");
+    // The first length was measured; the second is refused by name.
+    assert_eq!(outcome.stdout.lines().count(), 1, "{outcome:?}");
+    assert!(outcome.stderr.ends_with("n: expected 1 to 16777216, got 0\n"), "{outcome:?}");
+}
+
+#[test]
+fn kv_heads_that_do_not_divide() {
+    refused("attention --n 64 --heads 9,2", &["multiple", "9", "2"]);
+    refused("step --n 64 --shape 36,1,9,2,16,32", &["num_key_value_heads", "divisor", "2"]);
+}
+
+#[test]
+fn one_head_count() {
+    refused("attention --n 64 --heads 9", &["heads: expected", "2 numbers", "got 1"]);
+}
+
+#[test]
+fn no_heads() {
+    refused("attention --n 64 --heads 0,0", &["heads", "got 0"]);
+    refused("step --n 64 --shape 36,1,0,0,16,32", &["num_attention_heads", "0"]);
+}
+
+#[test]
+fn a_head_width_of_zero_or_over_256() {
+    for width in [0, 257] {
+        refused(&format!("attention --n 64 --head-dim {width}"), &["head width", &width.to_string()]);
+    }
+}
+
+#[test]
+fn heads_that_do_not_divide_the_model_width() {
+    refused("step --n 64 --shape 35,1,9,3,16,32", &["divisor", "35"]);
+}
+
+#[test]
+fn a_shape_of_five_numbers() {
+    refused("step --n 64 --shape 36,1,9,3,16", &["shape: expected 6 numbers", "got 5"]);
+}
+
+#[test]
+fn a_shape_that_is_no_number() {
+    let outcome = mclora(&["bench", "step", "--n", "64", "--shape", "wide"]);
+    assert_eq!(outcome.status.code(), Some(2), "{outcome:?}");
+    assert!(outcome.stderr.contains("--shape") && outcome.stderr.contains("wide"), "{outcome:?}");
+}
+
+#[test]
+fn a_group_of_zero_or_one() {
+    for group in [0, 1] {
+        refused(
+            &format!("attention --n 64 --group {group}"),
+            &["group: expected at least 2", &group.to_string()],
+        );
+        refused(&format!("step --n 64 --group {group}"), &["group: expected at least 2", &group.to_string()]);
+    }
+}
+
+#[test]
+fn a_group_that_is_more_than_all() {
+    refused("attention --n 64 --group 1.5", &["group: expected a part", "1.5"]);
+}
+
+#[test]
+fn a_group_that_is_no_number() {
+    refused("attention --n 64 --group wide", &["group", "wide"]);
+}
+
+#[test]
+fn no_rows() {
+    refused("attention --n 64 --batch 0", &["batch: expected 1 to", "got 0"]);
+    refused("step --n 64 --batch 0", &["batch: expected 1 to", "got 0"]);
+}
+
+#[test]
+fn no_repetitions() {
+    refused("attention --n 64 --reps 0", &["reps: expected 1 to", "got 0"]);
+    refused("load --reps 0", &["--reps: expected 1 to", "got 0"]);
+}
+
+#[test]
+fn no_steps() {
+    refused("step --n 64 --steps 0", &["steps: expected 1 to", "got 0"]);
+}
+
+#[test]
+fn a_rank_of_zero_for_a_step() {
+    refused("step --n 64 --rank 0", &["rank", "got 0"]);
+}
+
+#[test]
+fn a_rank_wider_than_the_layer() {
+    refused("linear --n 64 --in 8 --out 16 --rank 17", &["rank: expected 1 to 16", "got 17"]);
+}
+
+#[test]
+fn a_width_of_zero() {
+    refused("loss --n 64 --width 0", &["width: expected 1 to", "got 0"]);
+    refused("loss --n 64 --vocab 0", &["vocab: expected 1 to", "got 0"]);
+    refused("linear --n 64 --in 0", &["inp: expected 1 to", "got 0"]);
+    refused("linear --n 64 --out 0", &["out: expected 1 to", "got 0"]);
+}
+
+#[test]
+fn a_horizon_of_zero_or_beyond_the_document() {
+    for horizon in [0, 65] {
+        refused(&format!("gist --n 64 --blocks 2 --horizon {horizon}"), &["horizon: expected 1 to 64"]);
+    }
+}
+
+#[test]
+fn no_blocks() {
+    refused("gist --n 64 --horizon 8 --blocks 0", &["blocks: expected 1 to 64", "got 0"]);
+}
+
+#[test]
+fn no_threads() {
+    refused("attention --n 64 --threads 0", &["threads", "got 0"]);
+}
+
+#[test]
+fn parameters_that_are_no_json() {
+    refused("job {", &["parameters as JSON"]);
+}
+
+#[test]
+fn an_unknown_measurement() {
+    refused(r#"job {"what":"weather"}"#, &["what: expected one of", "weather"]);
+}
+
+#[test]
+fn an_unknown_parameter() {
+    refused(r#"job {"what":"attention","size":1}"#, &["size"]);
+}
