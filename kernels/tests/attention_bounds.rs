@@ -69,7 +69,7 @@ fn documents_and_rows_flush_against_forbidden_pages() -> Result<()> {
                 let attention =
                     PrefixAttention::new(sizes, document, 0.3, SHIFTED(40), rows)?.with_products(products);
                 let (own, document) =
-                    (Own { q: &*q, k: &*k, v: &*v }, Document { k: &*document_k, v: &*document_v });
+                    (Own { q: &q, k: &k, v: &v }, Document { k: &document_k, v: &document_v });
                 let (mut mixed, mut gradients) = (Mixed::default(), Gradients::default());
                 attention.forward_into(own, document, &mut mixed);
                 attention.backward_into(own, document, &mixed, &d_out, &mut gradients);
