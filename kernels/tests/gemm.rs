@@ -91,6 +91,19 @@ fn products_match_f64_across_slabs_of_columns() {
 }
 
 #[test]
+fn a_bf16_result_is_rounded_once_however_long_the_sum() {
+    // Sums of equal terms: rounding between passes would stop them from growing.
+    for products in BOTH {
+        for k in [100, 5000, 20_000] {
+            let (a, b) = (vec![bf16::put(1.0); 3 * k], vec![bf16::put(1.0 / 1024.0); k * 2]);
+            let mut out = vec![bf16::put(0.0); 6];
+            matmul_with(&mut out, Mat::new(&a, 3, k), Mat::new(&b, k, 2), 1.0, true, products);
+            assert_eq!(out, vec![bf16::put(k as f32 / 1024.0); 6], "{products:?} {k}");
+        }
+    }
+}
+
+#[test]
 fn products_of_nothing() {
     for products in BOTH {
         let one = [1f32; 4];

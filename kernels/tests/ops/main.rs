@@ -4,7 +4,6 @@
 #![allow(clippy::unwrap_used)]
 
 mod embedding;
-mod gemm;
 mod linear;
 mod loss;
 mod mlp;

@@ -61,6 +61,9 @@ pub fn rounded(value: f64, digits: i32) -> f64 {
     (value * scale).round() / scale
 }
 
+/// A run of so many seconds needs no warm-up.
+const LONG: f64 = 60.0;
+
 /// Times of the samples.
 pub struct Times {
     /// Seconds of one run, and cores that others used.
@@ -68,7 +71,8 @@ pub struct Times {
 }
 
 impl Times {
-    /// Runs the work once to warm up, then `reps` quiet samples of it, in at most three times as many.
+    /// Runs the work once to warm up, then `reps` quiet samples of it, in at most three times as many. A first run longer
+    /// than [`LONG`] is a sample itself, and `reps` are all there are.
     pub fn of(reps: usize, host: &dyn HostApi, work: impl FnMut() -> Result<()>) -> Result<Self> {
         Self::sample(reps, SAMPLE, host, work)
     }
@@ -89,15 +93,20 @@ impl Times {
             }
             Ok(start.elapsed().as_secs_f64())
         };
-        let warm_up = run(1)?;
-        let runs = (shortest / warm_up.max(1e-9)).ceil().clamp(1.0, 1e6) as usize;
-        let mut samples = Vec::new();
-        while samples.len() < 3 * reps && samples.iter().filter(|s| is_quiet(s)).count() < reps {
+        let mut sample = |runs: usize| -> Result<(f64, Option<f64>)> {
             let before = processor_times();
             let seconds = run(runs)?;
             let others =
                 before.zip(processor_times()).map(|(before, after)| after.others_since(before, seconds));
-            samples.push((seconds / runs as f64, others));
+            Ok((seconds / runs as f64, others))
+        };
+        let warm_up = sample(1)?;
+        let runs = (shortest / warm_up.0.max(1e-9)).ceil().clamp(1.0, 1e6) as usize;
+        // A run of minutes is no longer for being the first one.
+        let (mut samples, most) =
+            if warm_up.0 < LONG { (Vec::new(), 3 * reps) } else { (vec![warm_up], reps) };
+        while samples.len() < most && samples.iter().filter(|s| is_quiet(s)).count() < reps {
+            samples.push(sample(runs)?);
         }
         Ok(Self { samples })
     }
