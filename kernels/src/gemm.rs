@@ -5,9 +5,9 @@
 //!   the machine there;
 //! - products with a side of LoRA's rank have loops of their own ([`crate::skinny`]): that crate packs operands that
 //!   are used once;
-//! - everything else (bf16 products, bf16 storage) is packed here and multiplied by [`crate::micro`].
+//! - everything else (bf16 products, bf16 storage) is packed here and multiplied by `micro`.
 //!
-//! Packing: B whole (a slab of at most [`SLAB_WORDS`] words at a time), by all threads, in panels of 32 lanes; A by each
+//! Packing: B whole (a slab of at most `SLAB_WORDS` words at a time), by all threads, in panels of 32 lanes; A by each
 //! task, a block of rows that stays in the second cache level. A task sums a block of rows × 32 lanes over the whole
 //! depth in f32 and writes it once.
 //!

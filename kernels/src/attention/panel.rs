@@ -14,7 +14,7 @@ use std::ops::Range;
 use super::softmax::{Bias, Mask, PerLane};
 use crate::cpu::multiversion;
 use crate::gemm::Mat;
-use crate::micro::{Block, Engine, LANES, ROWS, pack};
+use crate::micro::{Block, Engine, LANES, Products, ROWS, pack};
 use crate::store::Store;
 
 /// Keys in a tile.
@@ -42,6 +42,26 @@ impl Spec<'_> {
     /// D padded for outputs of products.
     pub fn padded(&self) -> usize {
         self.width.next_multiple_of(ROWS)
+    }
+}
+
+/// How scores and products are made: what every form of attention is told besides its sizes.
+#[derive(Clone, Debug)]
+pub(super) struct Making {
+    pub scale: f32,
+    /// Slope of each query head.
+    pub slopes: Option<Vec<f32>>,
+    pub products: Products,
+}
+
+impl Making {
+    pub fn new(scale: f64) -> Self {
+        Self { scale: scale as f32, slopes: None, products: Products::F32 }
+    }
+
+    /// The same for heads of this width on this machine.
+    pub fn spec(&self, width: usize) -> Spec<'_> {
+        Spec { engine: Engine::new(self.products), width, scale: self.scale, slopes: self.slopes.as_deref() }
     }
 }
 

@@ -18,14 +18,14 @@ use rayon::prelude::*;
 use super::backward::{Operands, Queries, SCRATCH, Scratch, delta};
 use super::forward::{run, tiles};
 use super::panel::Tile;
-use super::panel::{Keys, Panel, Query, Spec};
+use super::panel::{Keys, Making, Panel, Query, Spec};
 use super::pattern::{OP, Pattern, lower, shifted};
 use super::slices::{Gradients, Mixed};
 use super::view::{Output, View};
 use super::{Dims, backward::PANELS};
 use crate::error::{KernelError, Result};
 use crate::math::add_row;
-use crate::micro::{Engine, LANES, Products, ROWS};
+use crate::micro::{LANES, Products, ROWS};
 use crate::store::Store;
 
 /// Where rows continue their document.
@@ -66,9 +66,7 @@ pub struct PrefixAttention {
     document: usize,
     rows: Continuations,
     pattern: Pattern,
-    scale: f32,
-    slopes: Option<Vec<f32>>,
-    products: Products,
+    making: Making,
 }
 
 impl PrefixAttention {
@@ -119,12 +117,12 @@ impl PrefixAttention {
                 ));
             }
         }
-        Ok(Self { dims, document, rows, pattern, scale: scale as f32, slopes: None, products: Products::F32 })
+        Ok(Self { dims, document, rows, pattern, making: Making::new(scale) })
     }
 
     /// Computes products so.
     pub fn with_products(mut self, products: Products) -> Self {
-        self.products = products;
+        self.making.products = products;
         self
     }
 
@@ -134,17 +132,8 @@ impl PrefixAttention {
     /// When there is not one finite slope per query head.
     pub fn with_slopes(mut self, slopes: &[f32]) -> Result<Self> {
         self.dims.check(Some(slopes))?;
-        self.slopes = Some(slopes.to_vec());
+        self.making.slopes = Some(slopes.to_vec());
         Ok(self)
-    }
-
-    fn spec(&self) -> Spec<'_> {
-        Spec {
-            engine: Engine::new(self.products),
-            width: self.dims.width,
-            scale: self.scale,
-            slopes: self.slopes.as_deref(),
-        }
     }
 
     fn length(&self, row: usize) -> usize {
@@ -241,7 +230,7 @@ impl PrefixAttention {
         mixed.lse.resize(batch * entries * heads, 0.0);
         let out = Output::new(&mut mixed.out, [batch, entries, heads, width]);
         let lse = Output::new(&mut mixed.lse, [batch, entries, heads, 1]);
-        let spec = self.spec();
+        let spec = self.making.spec(self.dims.width);
         self.tasks().into_par_iter().with_max_len(1).for_each(|(row, kv_head)| {
             let panels = self.panels(&spec, row, kv_head);
             let keys = self.keys(row, kv_head, &panels, whole, [k, v]);
@@ -275,7 +264,7 @@ impl PrefixAttention {
         let dq = Output::new(&mut gradients.q, [batch, entries, heads, width]);
         let dk = Output::new(&mut gradients.k, [batch, entries, kv_heads, width]);
         let dv = Output::new(&mut gradients.v, [batch, entries, kv_heads, width]);
-        let spec = self.spec();
+        let spec = self.making.spec(self.dims.width);
         let padded = spec.padded();
         self.tasks().into_par_iter().with_max_len(1).for_each(|(row, kv_head)| {
             let _guard = spec.engine.enter();

@@ -107,7 +107,7 @@ pub fn forward(q: &[f64], k: &[f64], v: &[f64], problem: &Problem<'_>) -> Vec<f6
     problem.queries().flat_map(|query| forward_of(q, k, v, problem, query)).collect()
 }
 
-/// The result [D] of one query [row, head, entry].
+/// The result (D values) of one query (row, head, entry).
 pub fn forward_of(q: &[f64], k: &[f64], v: &[f64], problem: &Problem<'_>, [b, h, i]: [usize; 3]) -> Vec<f64> {
     let sizes = &problem.sizes;
     let mut out = vec![0f64; sizes.width];

@@ -3,11 +3,11 @@
 use super::Dims;
 use super::backward::{Operands, backward, delta};
 use super::forward::forward;
-use super::panel::Spec;
+use super::panel::Making;
 use super::pattern::{Pattern, Plan, Rows};
 use super::view::View;
 use crate::error::Result;
-use crate::micro::{Engine, Products};
+use crate::micro::Products;
 use crate::store::Store;
 
 /// Sizes of the operands and the checked pattern: built once for all blocks of a pass.
@@ -15,9 +15,7 @@ use crate::store::Store;
 pub struct Prepared {
     dims: Dims,
     plan: Plan,
-    scale: f32,
-    slopes: Option<Vec<f32>>,
-    products: Products,
+    making: Making,
     /// Some queries are not valid: what they would write is zeroed.
     gaps: bool,
 }
@@ -59,12 +57,12 @@ impl Prepared {
         rows.check(batch, entries)?;
         let gaps = rows.lengths.as_ref().is_some_and(|l| l.iter().any(|length| *length < entries));
         let plan = Plan::new(pattern, rows, batch, entries, heads);
-        Ok(Self { dims, plan, scale: scale as f32, slopes: None, products: Products::F32, gaps })
+        Ok(Self { dims, plan, making: Making::new(scale), gaps })
     }
 
     /// Computes products so.
     pub fn with_products(mut self, products: Products) -> Self {
-        self.products = products;
+        self.making.products = products;
         self
     }
 
@@ -74,22 +72,13 @@ impl Prepared {
     /// When there is not one finite slope per query head.
     pub fn with_slopes(mut self, slopes: &[f32]) -> Result<Self> {
         self.dims.check(Some(slopes))?;
-        self.slopes = Some(slopes.to_vec());
+        self.making.slopes = Some(slopes.to_vec());
         Ok(self)
     }
 
     pub(super) fn shape(&self) -> [usize; 4] {
         let Dims { batch, entries, heads, width, .. } = self.dims;
         [batch, entries, heads, width]
-    }
-
-    fn spec(&self) -> Spec<'_> {
-        Spec {
-            engine: Engine::new(self.products),
-            width: self.dims.width,
-            scale: self.scale,
-            slopes: self.slopes.as_deref(),
-        }
     }
 
     fn views<'a, S: Store>(&self, q: &'a [S], k: &'a [S], v: &'a [S]) -> [View<'a, S>; 3] {
@@ -114,7 +103,14 @@ impl Prepared {
         }
         mixed.out.resize(batch * entries * heads * width, S::default());
         mixed.lse.resize(batch * entries * heads, 0.0);
-        forward(views, &self.spec(), &self.plan, self.dims, &mut mixed.out, &mut mixed.lse);
+        forward(
+            views,
+            &self.making.spec(self.dims.width),
+            &self.plan,
+            self.dims,
+            &mut mixed.out,
+            &mut mixed.lse,
+        );
     }
 
     /// The backward pass for the gradient `d_out` of the result, into `gradients`.
@@ -148,6 +144,6 @@ impl Prepared {
         gradients.k.resize(batch * entries * kv_heads * width, 0.0);
         gradients.v.resize(batch * entries * kv_heads * width, 0.0);
         let Gradients { q, k, v } = gradients;
-        backward(x, &self.spec(), &self.plan, self.dims, [q, k, v]);
+        backward(x, &self.making.spec(self.dims.width), &self.plan, self.dims, [q, k, v]);
     }
 }

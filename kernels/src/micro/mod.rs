@@ -17,7 +17,6 @@
 #[cfg(target_arch = "x86_64")]
 pub(crate) mod amx;
 pub(crate) mod pack;
-mod pairs;
 mod tiles;
 mod vectors;
 mod words;
@@ -111,7 +110,7 @@ impl Engine {
                 #[cfg(target_arch = "x86_64")]
                 Self::Pairs(Level::Amx) => tiles::block::<amx::Hardware>(block),
                 Self::Pairs(Level::SoftwareTiles) => tiles::block::<tiles::Software>(block),
-                Self::Pairs(level) => pairs::block(level, block),
+                Self::Pairs(level) => vectors::block(level, block),
             }
         }
     }

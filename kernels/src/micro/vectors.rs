@@ -1,11 +1,10 @@
-//! Blocks of f32 products in vector registers: AVX-512, AVX2 with FMA, and plain Rust.
+//! Blocks of products in vector registers: f32 with AVX-512, AVX2 with FMA, and plain Rust; bf16 pairs with AVX-512's
+//! `vdpbf16ps`.
 //!
 //! One row of A is broadcast value by value against one or two vectors of B; up to 12 rows are held in registers.
 
 use super::Block;
 use crate::cpu::Level;
-#[cfg(target_arch = "x86_64")]
-pub(super) use x86::rows;
 
 /// # Safety
 /// As [`super::Engine::block`], and the machine has `level`.
@@ -14,6 +13,8 @@ pub(super) unsafe fn block(level: Level, block: Block) {
     // SAFETY: the caller's promise.
     unsafe {
         match level {
+            #[cfg(target_arch = "x86_64")]
+            Level::Avx512Bf16 => x86::rows::<12>(block, x86::dot),
             #[cfg(target_arch = "x86_64")]
             Level::Avx512 => x86::rows::<12>(block, x86::avx512),
             #[cfg(target_arch = "x86_64")]
@@ -76,58 +77,86 @@ mod x86 {
         }
     }
 
-    /// # Safety
-    /// As [`super::super::Engine::block`] with at most 12 rows; AVX-512.
-    #[target_feature(enable = "avx512f")]
-    pub unsafe fn avx512(block: Block) {
-        macro_rules! rows {
-            ($($n:literal)*) => {
-                // SAFETY: the caller's promise.
-                unsafe {
-                    match (block.rows, block.lanes) {
-                        $(($n, 32) => wide::<$n, 2>(block), ($n, _) => wide::<$n, 1>(block),)*
-                        _ => {}
-                    }
-                }
-            };
-        }
-        rows!(1 2 3 4 5 6 7 8 9 10 11 12);
+    /// Calls `$wide` with the block's numbers of rows and of vectors as constants.
+    macro_rules! for_rows {
+        ($block:ident, $wide:ident: $($n:literal)*) => {
+            match ($block.rows, $block.lanes) {
+                $(($n, 32) => $wide::<$n, 2>($block), ($n, _) => $wide::<$n, 1>($block),)*
+                _ => {}
+            }
+        };
     }
 
-    /// # Safety
-    /// As [`super::super::Engine::block`] with `M` rows and 16·`V` lanes.
-    #[target_feature(enable = "avx512f")]
-    unsafe fn wide<const M: usize, const V: usize>(block: Block) {
-        let Block { words, a, lda, b, ldb, c, ldc, add, .. } = block;
-        let mut sums = [[_mm512_setzero_ps(); V]; M];
-        // SAFETY: the caller's promise about A, B and C; loads and stores are unaligned ones.
-        unsafe {
-            if add {
-                for m in 0..M {
-                    for v in 0..V {
-                        sums[m][v] = _mm512_loadu_ps(c.add(m * ldc + 16 * v));
+    /// Defines a block of at most 12 rows over AVX-512 registers: what `$value` makes of a sum, one word of A in all lanes
+    /// and a vector of B.
+    macro_rules! register_block {
+        ($(#[$meta:meta])* $name:ident, $features:literal, |$sum:ident, $x:ident, $y:ident| $value:expr) => {
+            $(#[$meta])*
+            #[target_feature(enable = $features)]
+            pub unsafe fn $name(block: Block) {
+                /// # Safety
+                /// As [`super::super::Engine::block`] with `M` rows and 16·`V` lanes.
+                #[target_feature(enable = $features)]
+                unsafe fn wide<const M: usize, const V: usize>(block: Block) {
+                    let Block { words, a, lda, b, ldb, c, ldc, add, .. } = block;
+                    let mut sums = [[_mm512_setzero_ps(); V]; M];
+                    // SAFETY: the caller's promise about A, B and C; loads and stores are unaligned ones. Vectors of
+                    // 16 words, of 16 f32 and of 32 bf16 are the same 64 bytes.
+                    unsafe {
+                        if add {
+                            for m in 0..M {
+                                for v in 0..V {
+                                    sums[m][v] = _mm512_loadu_ps(c.add(m * ldc + 16 * v));
+                                }
+                            }
+                        }
+                        for word in 0..words {
+                            let mut row = [_mm512_setzero_si512(); V];
+                            for v in 0..V {
+                                row[v] = _mm512_loadu_si512(b.add(word * ldb + 16 * v).cast());
+                            }
+                            for m in 0..M {
+                                let $x = _mm512_set1_epi32(*a.add(m * lda + word) as i32);
+                                for v in 0..V {
+                                    let ($sum, $y) = (sums[m][v], row[v]);
+                                    sums[m][v] = $value;
+                                }
+                            }
+                        }
+                        for m in 0..M {
+                            for v in 0..V {
+                                _mm512_storeu_ps(c.add(m * ldc + 16 * v), sums[m][v]);
+                            }
+                        }
                     }
                 }
+                // SAFETY: the caller's promise.
+                unsafe { for_rows!(block, wide: 1 2 3 4 5 6 7 8 9 10 11 12) }
             }
-            for word in 0..words {
-                let mut y = [_mm512_setzero_ps(); V];
-                for v in 0..V {
-                    y[v] = _mm512_loadu_ps(b.add(word * ldb + 16 * v).cast());
-                }
-                for m in 0..M {
-                    let x = _mm512_set1_ps(f32::from_bits(*a.add(m * lda + word)));
-                    for v in 0..V {
-                        sums[m][v] = _mm512_fmadd_ps(x, y[v], sums[m][v]);
-                    }
-                }
-            }
-            for m in 0..M {
-                for v in 0..V {
-                    _mm512_storeu_ps(c.add(m * ldc + 16 * v), sums[m][v]);
-                }
-            }
-        }
+        };
     }
+
+    register_block!(
+        /// f32 words.
+        ///
+        /// # Safety
+        /// As [`super::super::Engine::block`] with at most 12 rows; AVX-512.
+        avx512, "avx512f",
+        |sum, x, y| _mm512_fmadd_ps(_mm512_castsi512_ps(x), _mm512_castsi512_ps(y), sum)
+    );
+
+    register_block!(
+        /// Pairs of bf16: per lane and word, c += a₁·b₁, then c += a₀·b₀ in f32 (denormals count as zero).
+        ///
+        /// # Safety
+        /// As [`super::super::Engine::block`] with at most 12 rows; AVX-512 with bf16.
+        dot, "avx512f,avx512bf16",
+        |sum, x, y| _mm512_dpbf16_ps(
+            sum,
+            std::mem::transmute::<__m512i, __m512bh>(x),
+            std::mem::transmute::<__m512i, __m512bh>(y),
+        )
+    );
 
     /// # Safety
     /// As [`super::super::Engine::block`] with at most 4 rows; AVX2 and FMA.

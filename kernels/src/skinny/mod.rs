@@ -8,7 +8,7 @@
 //! by the value's place in x or y.
 //!
 //! The small operand is packed whole and stays in a cache; x and y go by in blocks of rows. All are f32 products
-//! whatever the storage, in the blocks of [`crate::micro`]. Splits are fixed by the sizes, so that the same inputs give
+//! whatever the storage, in the blocks of `micro`. Splits are fixed by the sizes, so that the same inputs give
 //! the same bytes on any number of threads.
 //!
 //! Shapes: n entries, r rank (any), I width. Errors: none; sizes are the caller's to check, and the slices are.

@@ -7,7 +7,7 @@
 //! | `eval_ppl` | [`eval_ppl::EvalPpl`] | a list of perplexities |
 //! | `merge` | [`merge::Merge`] | what was merged and where it is |
 //! | `logits` | [`logits::LogitsJob`] | where the logits are |
-//! | `bench` | [`bench`] | one measurement |
+//! | `bench` | [`mod@bench`] | one measurement |
 //!
 //! Errors: an unknown kind, naming the ones there are; a parameter that does not exist, by name.
 

@@ -1,7 +1,7 @@
 //! Timing and memory of one piece of work.
 //!
-//! After a warm-up, a sample is one run of the work, or as many as fill [`SAMPLE`] when it is short. The median is over the samples during
-//! which other processes used less than [`QUIET`] cores, or over all where none was so quiet; the best is over all. Memory
+//! After a warm-up, a sample is one run of the work, or as many as fill `SAMPLE` when it is short. The median is over the samples during
+//! which other processes used less than `QUIET` cores, or over all where none was so quiet; the best is over all. Memory
 //! is VmHWM of this process, reset through `/proc/self/clear_refs`, less the RSS before the work ran for the first time:
 //! what the work keeps from run to run counts as its own.
 //!
@@ -72,7 +72,7 @@ pub struct Times {
 
 impl Times {
     /// Runs the work once to warm up, then `reps` quiet samples of it, in at most three times as many. A first run longer
-    /// than [`LONG`] is a sample itself, and `reps` are all there are.
+    /// than `LONG` is a sample itself, and `reps` are all there are.
     pub fn of(reps: usize, host: &dyn HostApi, work: impl FnMut() -> Result<()>) -> Result<Self> {
         Self::sample(reps, SAMPLE, host, work)
     }
