@@ -336,7 +336,7 @@ pub fn plan_beside(
 }
 
 /// Measured: a step takes about so many times as long as its products alone would.
-const ALLOWANCE: f64 = 2.5;
+const ALLOWANCE: f64 = 1.3;
 
 impl Plan {
     /// One line for people.
