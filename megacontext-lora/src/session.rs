@@ -23,7 +23,7 @@ use candle_core::{Device, Tensor};
 use megacontext_base::decoder::{Decoder, Forward, stored_narrow};
 use megacontext_base::gradients::{Gradients, Optimizer};
 use megacontext_base::params::Group;
-use megacontext_base::rope::{RopeScaling, RopeTables, frequencies, tables};
+use megacontext_base::rope::{RopeScaling, RopeTables, tables};
 use megacontext_kernels::attention::{Pattern, Rows};
 use megacontext_kernels::linear::Weight;
 use megacontext_kernels::loss::IGNORE;
@@ -270,7 +270,7 @@ impl Session {
         check_positions(mu, sigma)?;
         size("rope tables: cos", mu.len() * c.head_dim / 2, out_cos.len())?;
         size("rope tables: sin", mu.len() * c.head_dim / 2, out_sin.len())?;
-        let (cos, sin) = tables(&frequencies(c.head_dim, c.rope_theta, &l.scaling), mu, sigma);
+        let (cos, sin) = tables(&c.rope(&l.scaling).frequencies(), mu, sigma);
         out_cos.copy_from_slice(&cos);
         out_sin.copy_from_slice(&sin);
         Ok(())
@@ -420,7 +420,7 @@ impl Loaded {
         };
         size("mu", length, mu.len())?;
         check_positions(mu, context.sigma)?;
-        let rope = RopeTables::at(c.head_dim, c.rope_theta, &self.scaling, mu, context.sigma)?;
+        let rope = c.rope(&self.scaling).at(mu, context.sigma)?;
         Ok((x, rope))
     }
 

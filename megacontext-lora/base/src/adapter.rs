@@ -28,7 +28,7 @@ use serde_json::Value;
 
 pub use crate::adapter_config::{AdapterConfig, MegacontextKey};
 use crate::atomic::{AtomicDir, is_vacant, previous};
-use crate::config::LlamaConfig;
+use crate::config::DecoderConfig;
 use crate::error::{BaseError, Result};
 use crate::hf_export::{write_json, write_safetensors};
 use crate::lora::LoraConfig;
@@ -178,7 +178,7 @@ impl Adapter {
 
     /// Refuses a base that the adapter was not made for: other weights, another RoPE scaling, tensors missing, too
     /// many, or of another shape. `base_fingerprint` is `Weights::fingerprint` of the base.
-    pub fn check_against(&self, base: &LlamaConfig, base_fingerprint: &str) -> Result<()> {
+    pub fn check_against(&self, base: &DecoderConfig, base_fingerprint: &str) -> Result<()> {
         if let Some(own) = &self.config.megacontext {
             if own.base_fingerprint != base_fingerprint {
                 return Err(self.refuse(format!(
@@ -224,7 +224,7 @@ impl Adapter {
 
     /// What a model of this configuration takes over: our names and f32 values. The second copy of a tied embedding is
     /// left out.
-    pub fn parameters(&self, base: &LlamaConfig) -> impl Iterator<Item = (&str, &Tensor)> {
+    pub fn parameters(&self, base: &DecoderConfig) -> impl Iterator<Item = (&str, &Tensor)> {
         let tied = base.tie_word_embeddings;
         self.tensors
             .iter()
@@ -234,7 +234,7 @@ impl Adapter {
 
     /// Puts the adapter's tensors into a model's parameters: LoRA factors added, trained base tensors replaced. Call
     /// [`Adapter::check_against`] before.
-    pub fn load_into(&self, base: &LlamaConfig, params: &mut ParamStore) -> Result<()> {
+    pub fn load_into(&self, base: &DecoderConfig, params: &mut ParamStore) -> Result<()> {
         for (name, tensor) in self.parameters(base) {
             params.insert(name, Group::of_name(name), tensor.clone())?;
         }
@@ -242,7 +242,7 @@ impl Adapter {
     }
 
     /// Name and shape of every tensor that the description asks for on this base.
-    fn expected(&self, base: &LlamaConfig) -> Result<BTreeMap<String, Vec<usize>>> {
+    fn expected(&self, base: &DecoderConfig) -> Result<BTreeMap<String, Vec<usize>>> {
         let lora = self.lora();
         lora.validate(base).map_err(|e| match e {
             BaseError::Lora { message } => self.refuse(format!("not for this base: {message}")),

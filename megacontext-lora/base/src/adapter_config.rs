@@ -9,7 +9,7 @@ use std::path::Path;
 
 use serde_json::{Map, Value, json};
 
-use crate::config::LlamaConfig;
+use crate::config::DecoderConfig;
 use crate::error::{BaseError, Result};
 use crate::lora::LoraConfig;
 use crate::rope::RopeScaling;
@@ -82,7 +82,7 @@ impl AdapterConfig {
     /// (embeddings, norms, an untied head); anything that cannot be saved as a whole module is refused.
     pub fn new<'a>(
         lora: &LoraConfig,
-        base: &LlamaConfig,
+        base: &DecoderConfig,
         trained: impl IntoIterator<Item = &'a str>,
         base_model: &Path,
         megacontext: MegacontextKey,

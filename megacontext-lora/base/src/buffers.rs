@@ -17,7 +17,7 @@ use megacontext_kernels::precision::Precision;
 use megacontext_kernels::store::{Store, bf16};
 use memmap2::MmapMut;
 
-use crate::config::LlamaConfig;
+use crate::config::DecoderConfig;
 use crate::error::{BaseError, Result};
 use crate::lora::LoraConfig;
 
@@ -208,7 +208,7 @@ struct Sizes {
 }
 
 impl Sizes {
-    fn of(config: &LlamaConfig, precision: Precision, entries: usize) -> Self {
+    fn of(config: &DecoderConfig, precision: Precision, entries: usize) -> Self {
         Self {
             stored: if precision.stores_bf16() { 2 } else { 4 },
             n: entries as u64,
@@ -252,7 +252,7 @@ pub struct PassShape<'a> {
 
 impl PassShape<'_> {
     /// LoRA's low-rank values and, walking back, their gradients.
-    fn lora(&self, config: &LlamaConfig, backward: bool) -> u64 {
+    fn lora(&self, config: &DecoderConfig, backward: bool) -> u64 {
         let Some(lora) = self.lora else { return 0 };
         let widths: Vec<usize> = lora.modules(config).into_iter().map(|(_, out, _)| out).collect();
         let both =
@@ -262,7 +262,7 @@ impl PassShape<'_> {
 }
 
 /// What a step's buffers take: `walked` blocks are walked back.
-pub fn training_bytes(config: &LlamaConfig, pass: PassShape, walked: usize, recompute: bool) -> PassBytes {
+pub fn training_bytes(config: &DecoderConfig, pass: PassShape, walked: usize, recompute: bool) -> PassBytes {
     let s = Sizes::of(config, pass.precision, pass.entries);
     let blocks = if recompute { 1 } else { walked.max(1) } as u64;
     // The stream's gradient and the normed input's; the gated product's or the mixed values'; those of q, k and v.
@@ -275,7 +275,7 @@ pub fn training_bytes(config: &LlamaConfig, pass: PassShape, walked: usize, reco
 }
 
 /// What a forward pass alone takes.
-pub fn evaluation_bytes(config: &LlamaConfig, pass: PassShape) -> PassBytes {
+pub fn evaluation_bytes(config: &DecoderConfig, pass: PassShape) -> PassBytes {
     let s = Sizes::of(config, pass.precision, pass.entries);
     PassBytes {
         activations: s.kept(),

@@ -17,7 +17,7 @@ use std::path::Path;
 use serde_json::{Map, Value, json};
 
 use crate::error::{BaseError, Result};
-use crate::rope::RopeScaling;
+use crate::rope::{Rope, RopeScaling};
 
 /// Sizes above these are damage rather than a model; below them no product of sizes overflows.
 const LARGEST: u64 = 1 << 24;
@@ -25,7 +25,7 @@ const MOST_LAYERS: usize = 4096;
 
 /// A Llama-family decoder's shape and constants.
 #[derive(Clone, Debug, PartialEq)]
-pub struct LlamaConfig {
+pub struct DecoderConfig {
     /// V: rows of the embedding.
     pub vocab_size: usize,
     /// E: model width.
@@ -58,7 +58,7 @@ pub struct LlamaConfig {
     pub raw: Map<String, Value>,
 }
 
-impl LlamaConfig {
+impl DecoderConfig {
     /// Reads `config.json` of a model folder.
     pub fn from_dir(dir: &Path) -> Result<Self> {
         if !dir.is_dir() {
@@ -227,6 +227,11 @@ impl LlamaConfig {
         out.rope_scaling = rope_scaling;
         out.max_position_embeddings = max_position_embeddings;
         out
+    }
+
+    /// The model's rotary positions, stretched by `scaling`: its own is [`DecoderConfig::rope_scaling`].
+    pub fn rope(&self, scaling: &RopeScaling) -> Rope {
+        Rope { width: self.head_dim, theta: self.rope_theta, scaling: scaling.clone() }
     }
 
     /// Name and shape of every tensor of the model, sorted by name; `lm_head.weight` only where it is not tied.

@@ -31,11 +31,12 @@ use megacontext_kernels::{embedding, norm};
 
 use crate::block::{Block, Pass};
 use crate::buffers::{Activation, Buffer, Buffers, Scratch};
-use crate::config::LlamaConfig;
+use crate::config::DecoderConfig;
 use crate::error::{BaseError, Result};
 use crate::gradients::Gradients;
 use crate::lora::LoraConfig;
 use crate::params::{Group, ParamStore};
+use crate::projection::Setting;
 use crate::random::Random;
 use crate::rope::RopeTables;
 use crate::weights::Weights;
@@ -68,7 +69,7 @@ pub struct StepLoss {
 
 /// A decoder with its parameters.
 pub struct Decoder {
-    config: LlamaConfig,
+    config: DecoderConfig,
     params: ParamStore,
     lora: Option<LoraConfig>,
     precision: Precision,
@@ -83,7 +84,7 @@ impl Decoder {
     /// Reads a model folder's weights. In class bf16 those of linear layers and embeddings are stored in bf16 unless their
     /// group is in `learning`, the groups that are going to learn (a hint: see [`ParamStore::set_learning`]).
     pub fn from_weights(
-        config: LlamaConfig,
+        config: DecoderConfig,
         weights: &Weights,
         precision: Precision,
         learning: &[Group],
@@ -102,7 +103,12 @@ impl Decoder {
 
     /// A model to pre-train: weights N(0, 0.02²), those that write to the residual stream divided by √(2·layers)
     /// (Radford et al. 2019), gains 1. Stored as [`Decoder::from_weights`] does.
-    pub fn random(config: LlamaConfig, seed: u64, precision: Precision, learning: &[Group]) -> Result<Self> {
+    pub fn random(
+        config: DecoderConfig,
+        seed: u64,
+        precision: Precision,
+        learning: &[Group],
+    ) -> Result<Self> {
         fn values<S: Store>(len: usize, mut next: impl FnMut() -> f32) -> Vec<S> {
             (0..len).map(|_| S::put(next())).collect()
         }
@@ -152,7 +158,7 @@ impl Decoder {
     }
 
     /// Sizes and settings.
-    pub fn config(&self) -> &LlamaConfig {
+    pub fn config(&self) -> &DecoderConfig {
         &self.config
     }
 
@@ -241,17 +247,10 @@ impl Decoder {
         entries: usize,
         dropout_seed: Option<u64>,
     ) -> Pass<'a> {
-        Pass {
-            config: &self.config,
-            params: &self.params,
-            lora: self.lora.as_ref(),
-            attention,
-            cos,
-            sin,
-            dropout_seed,
-            products: self.precision.products(),
-            entries,
-        }
+        let products = self.precision.products();
+        let setting =
+            Setting { params: &self.params, lora: self.lora.as_ref(), dropout_seed, products, entries };
+        Pass { config: &self.config, setting, attention, cos, sin }
     }
 
     /// All blocks over the stream in `scratch.x`, which then holds the last one's output. The inputs of blocks from

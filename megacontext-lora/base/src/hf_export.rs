@@ -20,7 +20,7 @@ use rayon::prelude::*;
 use serde_json::{Map, Value, json};
 
 use crate::atomic::{AtomicDir, is_vacant};
-use crate::config::LlamaConfig;
+use crate::config::DecoderConfig;
 use crate::error::{BaseError, Result};
 pub use crate::weights::Dtype;
 
@@ -42,7 +42,7 @@ const COMPANIONS: [&str; 8] = [
 /// Writes a model folder from tensors that are all at hand; see [`write_model_streamed`].
 pub fn write_model_dir(
     dir: &Path,
-    config: &LlamaConfig,
+    config: &DecoderConfig,
     tensors: impl IntoIterator<Item = (String, Tensor)>,
     dtype: Dtype,
     tokenizer_from: Option<&Path>,
@@ -82,7 +82,7 @@ pub fn write_model_dir(
 /// `generation_config.json` are copied.
 pub fn write_model_streamed(
     dir: &Path,
-    config: &LlamaConfig,
+    config: &DecoderConfig,
     dtype: Dtype,
     tokenizer_from: Option<&Path>,
     mut load: impl FnMut(&str) -> Result<Tensor>,

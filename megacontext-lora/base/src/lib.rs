@@ -21,6 +21,7 @@ pub mod hf_export;
 pub mod lora;
 pub mod merge;
 pub mod params;
+mod projection;
 pub mod random;
 pub mod rope;
 pub mod tokenizer;

@@ -8,7 +8,7 @@
 use candle_core::{Device, Tensor};
 use serde::{Deserialize, Serialize};
 
-use crate::config::LlamaConfig;
+use crate::config::DecoderConfig;
 use crate::error::{BaseError, Result};
 use crate::params::{Group, ParamStore};
 use crate::random::Random;
@@ -58,7 +58,7 @@ impl LoraConfig {
     }
 
     /// Refuses what cannot be built on this model.
-    pub fn validate(&self, config: &LlamaConfig) -> Result<()> {
+    pub fn validate(&self, config: &DecoderConfig) -> Result<()> {
         let fail = |message: String| Err(BaseError::Lora { message });
         if self.r == 0 {
             return fail("r (rank): expected at least 1, got 0".into());
@@ -101,7 +101,7 @@ impl LoraConfig {
     }
 
     /// Every layer that carries LoRA on this model: (module name, out width, in width).
-    pub fn modules(&self, config: &LlamaConfig) -> Vec<(String, usize, usize)> {
+    pub fn modules(&self, config: &DecoderConfig) -> Vec<(String, usize, usize)> {
         let q_width = config.num_attention_heads * config.head_dim;
         let kv_width = config.num_key_value_heads * config.head_dim;
         let mut modules = Vec::new();
@@ -121,7 +121,7 @@ impl LoraConfig {
     }
 
     /// Adds freshly initialised factors to `params`. The values depend on `seed` and the module's name alone.
-    pub fn attach(&self, config: &LlamaConfig, params: &mut ParamStore, seed: u64) -> Result<()> {
+    pub fn attach(&self, config: &DecoderConfig, params: &mut ParamStore, seed: u64) -> Result<()> {
         self.validate(config)?;
         for (module, out, inp) in self.modules(config) {
             let mut random = Random::named(seed, &module);

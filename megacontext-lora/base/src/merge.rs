@@ -13,7 +13,7 @@
 use std::path::Path;
 
 use crate::adapter::Adapter;
-use crate::config::LlamaConfig;
+use crate::config::DecoderConfig;
 use crate::error::{BaseError, Result};
 use crate::hf_export::write_model_streamed;
 use crate::weights::{Dtype, Weights};
@@ -28,14 +28,14 @@ pub struct MergeReport {
     /// Tensors replaced by trained ones.
     pub replaced: usize,
     /// The configuration written.
-    pub config: LlamaConfig,
+    pub config: DecoderConfig,
 }
 
 /// Writes base + adapter as one model folder at `out`, which must not exist or be empty. `dtype` defaults to the base's
 /// own (f32 where it mixes several). The tokenizer's files are copied from the base.
 pub fn merge(
     weights: &Weights,
-    base: &LlamaConfig,
+    base: &DecoderConfig,
     adapter: &Adapter,
     out: &Path,
     dtype: Option<Dtype>,

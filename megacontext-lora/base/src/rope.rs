@@ -87,12 +87,6 @@ impl std::fmt::Display for RopeScaling {
     }
 }
 
-/// The angular frequency of every band, D/2 of them, radians per token, scaling applied.
-pub fn frequencies(head_dim: usize, theta: f64, scaling: &RopeScaling) -> Vec<f64> {
-    let factor = scaling.factor();
-    (0..head_dim / 2).map(|i| theta.powf(-2.0 * i as f64 / head_dim as f64) / factor).collect()
-}
-
 /// Cosines and sines of N positions: two buffers of N·D/2 values, position-major.
 ///
 /// `sigma` (same length as `mu`) damps each band by exp(−½(ω·sigma)²) with the scaled ω; `None` means certain
@@ -121,29 +115,36 @@ pub struct RopeTables {
     pub sin_nd: Tensor,
 }
 
-impl RopeTables {
-    /// Tables of the positions 0..n of a plain token sequence.
-    pub fn sequence(
-        head_dim: usize,
-        theta: f64,
-        scaling: &RopeScaling,
-        n: usize,
-    ) -> candle_core::Result<Self> {
-        let mu: Vec<f64> = (0..n).map(|p| p as f64).collect();
-        Self::at(head_dim, theta, scaling, &mu, None)
+/// What a model turns its heads by: the rotated width, the base of the frequencies and how they are stretched.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Rope {
+    /// Rotated elements of a head, D where the whole head turns; even.
+    pub width: usize,
+    /// Base of the geometric series of frequencies.
+    pub theta: f64,
+    /// Stretch.
+    pub scaling: RopeScaling,
+}
+
+impl Rope {
+    /// The angular frequency of every band, D/2 of them, radians per token, scaling applied.
+    pub fn frequencies(&self) -> Vec<f64> {
+        let factor = self.scaling.factor();
+        let power = |i: usize| self.theta.powf(-2.0 * i as f64 / self.width as f64);
+        (0..self.width / 2).map(|i| power(i) / factor).collect()
     }
 
-    /// Tables of given positions.
-    pub fn at(
-        head_dim: usize,
-        theta: f64,
-        scaling: &RopeScaling,
-        mu: &[f64],
-        sigma: Option<&[f64]>,
-    ) -> candle_core::Result<Self> {
-        let (cos, sin) = tables(&frequencies(head_dim, theta, scaling), mu, sigma);
-        let shape = (mu.len(), head_dim / 2);
-        Ok(Self {
+    /// Tables of the positions 0..n of a plain token sequence.
+    pub fn sequence(&self, n: usize) -> candle_core::Result<RopeTables> {
+        let mu: Vec<f64> = (0..n).map(|p| p as f64).collect();
+        self.at(&mu, None)
+    }
+
+    /// Tables of given positions, N of them; `sigma` is their uncertainty, none where they are certain.
+    pub fn at(&self, mu: &[f64], sigma: Option<&[f64]>) -> candle_core::Result<RopeTables> {
+        let (cos, sin) = tables(&self.frequencies(), mu, sigma);
+        let shape = (mu.len(), self.width / 2);
+        Ok(RopeTables {
             cos_nd: Tensor::from_vec(cos, shape, &Device::Cpu)?,
             sin_nd: Tensor::from_vec(sin, shape, &Device::Cpu)?,
         })
@@ -154,10 +155,14 @@ impl RopeTables {
 mod tests {
     use super::*;
 
+    fn rope(scaling: RopeScaling) -> Rope {
+        Rope { width: 8, theta: 10000.0, scaling }
+    }
+
     #[test]
     fn linear_divides_every_angle() {
-        let plain = tables(&frequencies(8, 10000.0, &RopeScaling::None), &[3.0], None);
-        let scaled = tables(&frequencies(8, 10000.0, &RopeScaling::Linear { factor: 4.0 }), &[12.0], None);
+        let plain = tables(&rope(RopeScaling::None).frequencies(), &[3.0], None);
+        let scaled = tables(&rope(RopeScaling::Linear { factor: 4.0 }).frequencies(), &[12.0], None);
         for (a, b) in plain.0.iter().zip(&scaled.0) {
             assert!((a - b).abs() < 1e-7);
         }
@@ -165,7 +170,7 @@ mod tests {
 
     #[test]
     fn damping_keeps_certain_positions_and_kills_vague_ones() {
-        let omega = frequencies(8, 10000.0, &RopeScaling::None);
+        let omega = rope(RopeScaling::None).frequencies();
         let (cos, sin) = tables(&omega, &[5.0, 5.0, 5.0], Some(&[0.0, 1.0, 1e9]));
         for band in 0..4 {
             let norm = |n: usize| (cos[n * 4 + band].powi(2) + sin[n * 4 + band].powi(2)).sqrt() as f64;

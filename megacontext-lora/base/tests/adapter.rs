@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use candle_core::{DType, Device, Tensor};
 use megacontext_base::adapter::{Adapter, AdapterConfig, MegacontextKey, read_adapter, write_adapter};
-use megacontext_base::config::LlamaConfig;
+use megacontext_base::config::DecoderConfig;
 use megacontext_base::hf_export::Dtype;
 use megacontext_base::lora::LoraConfig;
 use megacontext_base::merge::merge;
@@ -39,7 +39,7 @@ fn filled(shape: &[usize], seed: usize) -> Tensor {
 
 struct Made {
     root: tempfile::TempDir,
-    base: LlamaConfig,
+    base: DecoderConfig,
     weights: Weights,
     config: AdapterConfig,
     tensors: Vec<(String, Tensor)>,
@@ -48,7 +48,7 @@ struct Made {
 impl Made {
     /// An adapter for a golden folder with everything LongLoRA trains.
     fn on(name: &str) -> Self {
-        let base = LlamaConfig::from_dir(&fixture(name)).unwrap();
+        let base = DecoderConfig::from_dir(&fixture(name)).unwrap();
         let weights = Weights::open(&fixture(name)).unwrap();
         let lora = LoraConfig { r: 3, alpha: 6.0, ..LoraConfig::default() };
         let mut tensors = Vec::new();
@@ -172,7 +172,7 @@ fn lora_alone_saves_no_modules() {
 #[test]
 fn peft_adapter_is_read() {
     let adapter = read_adapter(&fixture("tied_f32_peft")).unwrap();
-    let base = LlamaConfig::from_dir(&fixture("tied_f32")).unwrap();
+    let base = DecoderConfig::from_dir(&fixture("tied_f32")).unwrap();
     adapter.check_against(&base, "whatever: PEFT does not record its base").unwrap();
     assert_eq!(adapter.lora().scale(), 3.0);
     assert!(adapter.parameters(&base).all(|(name, _)| name != "lm_head.weight"));
@@ -214,7 +214,7 @@ fn merging_is_the_formula_and_writes_the_scaling() {
         let out = made.root.path().join("merged");
         let report = merge(&made.weights, &made.base, &adapter, &out, Some(Dtype::F32)).unwrap();
         assert_eq!(report.merged, 8);
-        let config = LlamaConfig::from_dir(&out).unwrap();
+        let config = DecoderConfig::from_dir(&out).unwrap();
         assert_eq!(config.rope_scaling, RopeScaling::Linear { factor: 4.0 });
         assert_eq!((config.max_position_embeddings, config.original_context()), (128, 32));
         assert_eq!(config.tie_word_embeddings, made.base.tie_word_embeddings);

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use candle_core::{Device, Tensor};
 use megacontext_base::adapter::{AdapterConfig, MegacontextKey, read_adapter, write_adapter};
-use megacontext_base::config::LlamaConfig;
+use megacontext_base::config::DecoderConfig;
 use megacontext_base::decoder::{Decoder, Forward};
 use megacontext_base::hf_export::Dtype;
 use megacontext_base::lora::LoraConfig;
@@ -33,7 +33,7 @@ fn expected(dir: &Path) -> (Vec<Vec<u32>>, Tensor) {
 
 fn load(dir: &Path) -> Decoder {
     Decoder::from_weights(
-        LlamaConfig::from_dir(dir).unwrap(),
+        DecoderConfig::from_dir(dir).unwrap(),
         &Weights::open(dir).unwrap(),
         Precision::F32,
         &[],
@@ -43,7 +43,7 @@ fn load(dir: &Path) -> Decoder {
 
 fn logits(model: &Decoder, scaling: &RopeScaling, rows: &[Vec<u32>]) -> Tensor {
     let c = model.config();
-    let rope = RopeTables::sequence(c.head_dim, c.rope_theta, scaling, rows[0].len()).unwrap();
+    let rope = c.rope(scaling).sequence(rows[0].len()).unwrap();
     let with = Forward { pattern: Pattern::Dense, rope: &rope, rows: &Rows::default(), dropout_seed: None };
     model.logits(&model.embed(&rows.concat(), rows.len()).unwrap(), &with).unwrap()
 }
@@ -102,14 +102,14 @@ fn merged_equals_adapted(name: &str, lora: LoraConfig, tensors: &[(String, Tenso
 #[test]
 fn merged_tied_folder_gives_the_logits_of_base_and_adapter() {
     let peft = read_adapter(&fixture("tied_f32_peft")).unwrap();
-    let base = LlamaConfig::from_dir(&fixture("tied_f32")).unwrap();
+    let base = DecoderConfig::from_dir(&fixture("tied_f32")).unwrap();
     let tensors: Vec<_> = peft.parameters(&base).map(|(name, t)| (name.to_string(), t.clone())).collect();
     merged_equals_adapted("tied_f32", peft.lora(), &tensors);
 }
 
 #[test]
 fn merged_untied_folder_gives_the_logits_of_base_and_adapter() {
-    let base = LlamaConfig::from_dir(&fixture("untied_bf16_sharded")).unwrap();
+    let base = DecoderConfig::from_dir(&fixture("untied_bf16_sharded")).unwrap();
     let lora = LoraConfig { r: 2, alpha: 6.0, layers: Some(vec![1]), ..LoraConfig::default() };
     let peft = read_adapter(&fixture("tied_f32_peft")).unwrap();
     // The same shapes fit: LoRA in the second block only, norms and embedding in full, the head as it is.

@@ -4,7 +4,7 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use megacontext_base::config::LlamaConfig;
+use megacontext_base::config::DecoderConfig;
 use megacontext_base::rope::RopeScaling;
 use serde_json::{Value, json};
 
@@ -21,8 +21,8 @@ fn plain() -> Value {
     })
 }
 
-fn read(value: &Value) -> Result<LlamaConfig, String> {
-    LlamaConfig::from_json(value, Path::new("x/config.json")).map_err(|e| e.to_string())
+fn read(value: &Value) -> Result<DecoderConfig, String> {
+    DecoderConfig::from_json(value, Path::new("x/config.json")).map_err(|e| e.to_string())
 }
 
 fn refused(key: &str, value: Value) -> String {
@@ -53,7 +53,7 @@ fn every_field_is_read() {
 
 #[test]
 fn golden_folders_are_read() {
-    let of = |name: &str| LlamaConfig::from_dir(&fixture(name)).unwrap();
+    let of = |name: &str| DecoderConfig::from_dir(&fixture(name)).unwrap();
     assert!(of("tied_f32").tie_word_embeddings);
     assert_eq!(of("untied_f32_linear").rope_scaling, RopeScaling::Linear { factor: 4.0 });
     let old = of("tied_f16_linear_old_keys");
@@ -89,7 +89,7 @@ fn unscaled_rope_is_written_both_ways() {
 #[test]
 fn tensors_lists_the_golden_models() {
     for name in ["tied_f32", "untied_bf16_sharded"] {
-        let config = LlamaConfig::from_dir(&fixture(name)).unwrap();
+        let config = DecoderConfig::from_dir(&fixture(name)).unwrap();
         let weights = megacontext_base::weights::Weights::open(&fixture(name)).unwrap();
         let listed: Vec<String> = config.tensors().into_iter().map(|(name, _)| name).collect();
         assert_eq!(listed, weights.names().collect::<Vec<_>>());
@@ -99,20 +99,20 @@ fn tensors_lists_the_golden_models() {
 
 #[test]
 fn missing_folder_is_refused() {
-    let message = LlamaConfig::from_dir(Path::new("/no/such/folder")).unwrap_err().to_string();
+    let message = DecoderConfig::from_dir(Path::new("/no/such/folder")).unwrap_err().to_string();
     says(&message, &["/no/such/folder", "does not exist", "config.json"]);
 }
 
 #[test]
 fn file_in_place_of_folder_is_refused() {
-    let message = LlamaConfig::from_dir(&fixture("tied_f32/config.json")).unwrap_err().to_string();
+    let message = DecoderConfig::from_dir(&fixture("tied_f32/config.json")).unwrap_err().to_string();
     says(&message, &["is a file"]);
 }
 
 #[test]
 fn missing_config_is_refused() {
     let dir = tempfile::tempdir().unwrap();
-    says(&LlamaConfig::from_dir(dir.path()).unwrap_err().to_string(), &["config.json", "there is none"]);
+    says(&DecoderConfig::from_dir(dir.path()).unwrap_err().to_string(), &["config.json", "there is none"]);
 }
 
 #[test]
@@ -121,7 +121,7 @@ fn half_written_config_is_refused() {
     let text = plain().to_string();
     fs::write(dir.path().join("config.json"), &text[..text.len() / 2]).unwrap();
     says(
-        &LlamaConfig::from_dir(dir.path()).unwrap_err().to_string(),
+        &DecoderConfig::from_dir(dir.path()).unwrap_err().to_string(),
         &["expected complete JSON", "config.json"],
     );
 }
@@ -130,7 +130,7 @@ fn half_written_config_is_refused() {
 fn config_that_is_not_utf8_is_refused() {
     let dir = tempfile::tempdir().unwrap();
     fs::write(dir.path().join("config.json"), [0xff, 0xfe, 0x00]).unwrap();
-    says(&LlamaConfig::from_dir(dir.path()).unwrap_err().to_string(), &["UTF-8"]);
+    says(&DecoderConfig::from_dir(dir.path()).unwrap_err().to_string(), &["UTF-8"]);
 }
 
 #[test]

@@ -10,7 +10,7 @@ use std::path::PathBuf;
 
 use anyhow::{Context, Result};
 use candle_core::{DType, Device, Tensor};
-use megacontext_base::config::LlamaConfig;
+use megacontext_base::config::DecoderConfig;
 use megacontext_base::decoder::{Decoder, Forward};
 use megacontext_base::gradients::{AdamWConfig, Gradients, Optimizer};
 use megacontext_base::lora::LoraConfig;
@@ -34,7 +34,7 @@ fn folder(name: &str) -> PathBuf {
 
 fn open(name: &str) -> Result<Decoder> {
     let dir = folder(name);
-    Ok(Decoder::from_weights(LlamaConfig::from_dir(&dir)?, &Weights::open(&dir)?, Precision::F32, &[])?)
+    Ok(Decoder::from_weights(DecoderConfig::from_dir(&dir)?, &Weights::open(&dir)?, Precision::F32, &[])?)
 }
 
 struct Case {
@@ -50,7 +50,7 @@ fn case(decoder: &Decoder, name: &str) -> Result<(Case, HashMap<String, Tensor>)
     let (batch, length) = tokens.dims2()?;
     let flat: Vec<i64> = tokens.flatten_all()?.to_vec1()?;
     let c = decoder.config();
-    let rope = RopeTables::sequence(c.head_dim, c.rope_theta, &c.rope_scaling, length)?;
+    let rope = c.rope(&c.rope_scaling).sequence(length)?;
     let tokens = flat.iter().map(|t| *t as u32).collect();
     Ok((Case { tokens, batch, rope, rows: Rows::default() }, expected))
 }
@@ -232,7 +232,7 @@ fn rope_tables_of_another_length_are_refused() -> Result<()> {
     let decoder = open("tied_f32")?;
     let (mut case, _) = case(&decoder, "tied_f32")?;
     let c = decoder.config();
-    case.rope = RopeTables::sequence(c.head_dim, c.rope_theta, &c.rope_scaling, 3)?;
+    case.rope = c.rope(&c.rope_scaling).sequence(3)?;
     let x = decoder.embed(&case.tokens, case.batch)?;
     let error = decoder.hidden(&x, &case.forward(Pattern::Dense)).err().context("an error")?.to_string();
     assert!(error.contains("rope tables: expected") && error.contains("got [3, "), "{error}");

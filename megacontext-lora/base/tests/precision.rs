@@ -13,7 +13,7 @@ use std::path::Path;
 use anyhow::{Context, Result};
 use candle_core::{Device, Tensor};
 use megacontext_base::buffers::{Buffers, PassShape, evaluation_bytes, training_bytes};
-use megacontext_base::config::LlamaConfig;
+use megacontext_base::config::DecoderConfig;
 use megacontext_base::decoder::{Decoder, Forward};
 use megacontext_base::gradients::{AdamWConfig, Gradients, Optimizer};
 use megacontext_base::lora::LoraConfig;
@@ -33,7 +33,7 @@ const ALL: [Group; 3] = [Group::Base, Group::Embeddings, Group::Norms];
 const BATCH: usize = 2;
 const LENGTH: usize = 24;
 
-fn config(tied: bool) -> LlamaConfig {
+fn config(tied: bool) -> DecoderConfig {
     let value = json!({
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",
         "vocab_size": 211, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 3,
@@ -41,7 +41,7 @@ fn config(tied: bool) -> LlamaConfig {
         "max_position_embeddings": 64, "rms_norm_eps": 1e-5, "rope_theta": 10_000.0,
         "tie_word_embeddings": tied, "attention_bias": false, "mlp_bias": false,
     });
-    LlamaConfig::from_json(&value, Path::new("config.json")).unwrap()
+    DecoderConfig::from_json(&value, Path::new("config.json")).unwrap()
 }
 
 /// A random decoder of a class with LoRA whose B is not zero, so that every path carries signal.
@@ -72,7 +72,7 @@ fn targets(tokens: &[u32]) -> Vec<u32> {
 
 fn rope(decoder: &Decoder) -> Result<RopeTables> {
     let c = decoder.config();
-    Ok(RopeTables::sequence(c.head_dim, c.rope_theta, &RopeScaling::None, LENGTH)?)
+    Ok(c.rope(&RopeScaling::None).sequence(LENGTH)?)
 }
 
 fn gradients_of(decoder: &Decoder, recompute: bool, dropout_seed: Option<u64>) -> Result<(f64, Gradients)> {
@@ -283,7 +283,7 @@ fn weights_are_read_in_bf16_as_rounded_f32() -> Result<()> {
     let fixtures = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../integration-tests/fixtures/llama");
     for folder in ["tied_f32", "untied_bf16_sharded", "tied_f16_linear_old_keys"] {
         let dir = fixtures.join(folder);
-        let config = LlamaConfig::from_dir(&dir)?;
+        let config = DecoderConfig::from_dir(&dir)?;
         let weights = Weights::open(&dir)?;
         let decoder = Decoder::from_weights(config.clone(), &weights, Precision::Bf16, &[])?;
         for (name, shape) in config.tensors() {

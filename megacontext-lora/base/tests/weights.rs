@@ -5,7 +5,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use candle_core::{DType, Device, Tensor};
-use megacontext_base::config::LlamaConfig;
+use megacontext_base::config::DecoderConfig;
 use megacontext_base::hf_export::{Dtype, write_model_dir};
 use megacontext_base::weights::Weights;
 use serde_json::{Value, json};
@@ -91,7 +91,7 @@ fn large_tensors_are_widened_in_pieces() {
 #[test]
 fn fingerprint_depends_on_content_alone() {
     let reference = Weights::open(&fixture("untied_bf16_sharded")).unwrap();
-    let config = LlamaConfig::from_dir(&fixture("untied_bf16_sharded")).unwrap();
+    let config = DecoderConfig::from_dir(&fixture("untied_bf16_sharded")).unwrap();
     let dir = tempfile::tempdir().unwrap();
     let merged = dir.path().join("single");
     let tensors: Vec<_> = config
@@ -121,7 +121,7 @@ fn written_folder_reads_back_and_has_its_companions() {
     let base = copy_of("tied_f32");
     fs::write(base.path().join("tokenizer.json"), "{}").unwrap();
     fs::write(base.path().join("generation_config.json"), "{}").unwrap();
-    let config = LlamaConfig::from_dir(base.path()).unwrap();
+    let config = DecoderConfig::from_dir(base.path()).unwrap();
     let weights = Weights::open(base.path()).unwrap();
     let root = tempfile::tempdir().unwrap();
     let out = root.path().join("out");
@@ -132,7 +132,7 @@ fn written_folder_reads_back_and_has_its_companions() {
     write_model_dir(&out, &config, tensors, Dtype::F32, Some(base.path())).unwrap();
     assert!(out.join("tokenizer.json").is_file() && out.join("generation_config.json").is_file());
     assert_eq!(Weights::open(&out).unwrap().fingerprint(), weights.fingerprint());
-    let again = LlamaConfig::from_dir(&out).unwrap();
+    let again = DecoderConfig::from_dir(&out).unwrap();
     assert_eq!(again.raw["torch_dtype"], "float32");
     assert_eq!(again.to_json(), Value::Object(again.raw.clone()));
     assert_eq!(fs::read_dir(root.path()).unwrap().count(), 1, "no temporary folder may stay");
@@ -142,7 +142,7 @@ fn written_folder_reads_back_and_has_its_companions() {
 fn writing_into_a_folder_with_content_is_refused() {
     let dir = tempfile::tempdir().unwrap();
     fs::write(dir.path().join("thesis.txt"), "x").unwrap();
-    let config = LlamaConfig::from_dir(&fixture("tied_f32")).unwrap();
+    let config = DecoderConfig::from_dir(&fixture("tied_f32")).unwrap();
     let weights = Weights::open(&fixture("tied_f32")).unwrap();
     let tensors: Vec<_> = config
         .tensors()
@@ -157,7 +157,7 @@ fn writing_into_a_folder_with_content_is_refused() {
 #[test]
 fn writing_with_a_tensor_missing_is_refused() {
     let root = tempfile::tempdir().unwrap();
-    let config = LlamaConfig::from_dir(&fixture("tied_f32")).unwrap();
+    let config = DecoderConfig::from_dir(&fixture("tied_f32")).unwrap();
     let error =
         write_model_dir(&root.path().join("out"), &config, [], Dtype::F32, None).unwrap_err().to_string();
     says(&error, &["model.embed_tokens.weight", "not given"]);
@@ -167,7 +167,7 @@ fn writing_with_a_tensor_missing_is_refused() {
 #[test]
 fn writing_a_wrong_shape_is_refused() {
     let root = tempfile::tempdir().unwrap();
-    let config = LlamaConfig::from_dir(&fixture("tied_f32")).unwrap();
+    let config = DecoderConfig::from_dir(&fixture("tied_f32")).unwrap();
     let tensors = config
         .tensors()
         .into_iter()

@@ -8,7 +8,6 @@ use std::path::{Path, PathBuf};
 use candle_core::{Device, Tensor};
 use megacontext_base::atomic::write_file;
 use megacontext_base::decoder::Forward;
-use megacontext_base::rope::RopeTables;
 use megacontext_kernels::attention::{Pattern, Rows};
 use megacontext_kernels::precision::Precision;
 use serde::{Deserialize, Serialize};
@@ -86,7 +85,7 @@ pub fn run(params: Value, _: &dyn HostApi) -> Result<Value> {
     check_forward("the job", &model.config, job.dtype, flat.len(), held)?;
     let (decoder, scaling, _) = model.decoder_with(job.adapter.as_deref(), job.dtype)?;
     let c = decoder.config();
-    let rope = RopeTables::sequence(c.head_dim, c.rope_theta, &scaling, length)?;
+    let rope = c.rope(&scaling).sequence(length)?;
     let all = Rows::default();
     let with = Forward { pattern: Pattern::Dense, rope: &rope, rows: &all, dropout_seed: None };
     let x = decoder.embed(&flat, rows.len()).map_err(model_error)?;

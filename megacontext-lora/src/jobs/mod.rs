@@ -14,7 +14,7 @@
 use std::path::Path;
 
 use megacontext_base::adapter::{Adapter, read_adapter};
-use megacontext_base::config::LlamaConfig;
+use megacontext_base::config::DecoderConfig;
 use megacontext_base::decoder::Decoder;
 use megacontext_base::error::BaseError;
 use megacontext_base::params::Group;
@@ -85,7 +85,7 @@ pub fn model_error(error: BaseError) -> PluginError {
 /// A model folder, opened and checked but not yet in memory.
 pub struct ModelDir {
     /// Sizes and settings.
-    pub config: LlamaConfig,
+    pub config: DecoderConfig,
     /// Memory-mapped weights.
     pub weights: Weights,
     /// Its tokenizer.
@@ -98,7 +98,7 @@ impl ModelDir {
         if dir.as_os_str().is_empty() {
             return Err(PluginError::usage("base: expected a model folder, got none"));
         }
-        let config = LlamaConfig::from_dir(dir).map_err(model_error)?;
+        let config = DecoderConfig::from_dir(dir).map_err(model_error)?;
         let weights = Weights::open(dir).map_err(model_error)?;
         weights.check(&config.tensors()).map_err(model_error)?;
         let tokenizer = Tokenizer::from_dir(dir).map_err(model_error)?;

@@ -19,7 +19,7 @@
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-use megacontext_base::config::LlamaConfig;
+use megacontext_base::config::DecoderConfig;
 use megacontext_base::decoder::Decoder;
 use megacontext_base::hf_export::write_model_dir;
 use megacontext_base::params::Group;
@@ -166,7 +166,7 @@ pub fn run(params: Value, host: &dyn HostApi) -> Result<Value> {
     super::with_threads(config.threads, || pretrain(&config, &Roots::find(), host))?
 }
 
-fn model_config(c: &PretrainConfig) -> Result<LlamaConfig> {
+fn model_config(c: &PretrainConfig) -> Result<DecoderConfig> {
     let value = json!({
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -187,7 +187,8 @@ fn model_config(c: &PretrainConfig) -> Result<LlamaConfig> {
         "eos_token_id": 0,
         "torch_dtype": "bfloat16",
     });
-    LlamaConfig::from_json(&value, &c.out.join("config.json")).map_err(|e| PluginError::usage(e.to_string()))
+    DecoderConfig::from_json(&value, &c.out.join("config.json"))
+        .map_err(|e| PluginError::usage(e.to_string()))
 }
 
 /// Refuses a folder that exists or cannot be made, before hours go into what belongs there.

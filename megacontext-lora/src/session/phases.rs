@@ -14,7 +14,7 @@ use megacontext_base::gradients::{AdamWConfig, Gradients, Optimizer};
 use megacontext_base::lora::LoraConfig;
 use megacontext_base::params::Group;
 use megacontext_base::random::mix;
-use megacontext_base::rope::{RopeScaling, RopeTables};
+use megacontext_base::rope::RopeScaling;
 use megacontext_kernels::attention::{Pattern, Rows};
 use megacontext_kernels::loss::IGNORE;
 use serde::Deserialize;
@@ -126,7 +126,7 @@ impl Session {
         };
         sequences.check(l)?;
         let c = l.decoder.config();
-        let rope = RopeTables::sequence(c.head_dim, c.rope_theta, &l.scaling, sequences.length)?;
+        let rope = c.rope(&l.scaling).sequence(sequences.length)?;
         let rows = Rows::default();
         let with = Forward {
             pattern: batch.pattern(sequences.length)?,
@@ -172,7 +172,7 @@ impl Session {
         let l = self.read()?;
         sequences.check(&l)?;
         let c = l.decoder.config();
-        let rope = RopeTables::sequence(c.head_dim, c.rope_theta, &l.scaling, sequences.length)?;
+        let rope = c.rope(&l.scaling).sequence(sequences.length)?;
         let rows = Rows::default();
         let pattern = batch.pattern(sequences.length)?;
         let with = Forward { pattern, rope: &rope, rows: &rows, dropout_seed: None };

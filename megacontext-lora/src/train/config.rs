@@ -9,7 +9,7 @@
 
 use std::path::PathBuf;
 
-use megacontext_base::config::LlamaConfig;
+use megacontext_base::config::DecoderConfig;
 use megacontext_base::gradients::AdamWConfig;
 use megacontext_base::lora::LoraConfig;
 use megacontext_base::params::Group;
@@ -412,7 +412,7 @@ impl ExtendConfig {
     }
 
     /// Fills what was left open and refuses what cannot be run on this model.
-    pub fn resolve(mut self, model: &LlamaConfig) -> Result<Self> {
+    pub fn resolve(mut self, model: &DecoderConfig) -> Result<Self> {
         let usage = |message: String| Err(PluginError::usage(message));
         let original = model.original_context();
         if !(2..=LONGEST_CONTEXT).contains(&self.context) {

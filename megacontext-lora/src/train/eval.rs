@@ -9,7 +9,7 @@
 use megacontext_base::buffers::Buffers;
 use megacontext_base::decoder::{Decoder, Forward};
 use megacontext_base::random::Random;
-use megacontext_base::rope::{RopeScaling, RopeTables};
+use megacontext_base::rope::RopeScaling;
 use megacontext_kernels::attention::{Pattern, Rows};
 use megacontext_kernels::loss::IGNORE;
 use serde::Serialize;
@@ -137,7 +137,7 @@ pub fn perplexity(
             }
             scored += window.targets().len();
         }
-        let rope = RopeTables::sequence(c.head_dim, c.rope_theta, &protocol.scaling, longest)?;
+        let rope = c.rope(&protocol.scaling).sequence(longest)?;
         let rows =
             Rows { lengths: Some(batch.iter().map(|(_, w)| w.inputs().len()).collect()), segments: None };
         let with = Forward { pattern: protocol.pattern, rope: &rope, rows: &rows, dropout_seed: None };

@@ -12,7 +12,7 @@
 use std::time::Instant;
 
 use megacontext_base::buffers::{PassBytes, PassShape, evaluation_bytes, training_bytes};
-use megacontext_base::config::LlamaConfig;
+use megacontext_base::config::DecoderConfig;
 use megacontext_base::decoder::stored_narrow;
 use megacontext_base::lora::LoraConfig;
 use megacontext_base::params::Group;
@@ -86,7 +86,7 @@ impl MemoryPlan {
 
 /// What decides the memory of a run.
 pub(crate) struct Load<'a> {
-    pub model: &'a LlamaConfig,
+    pub model: &'a DecoderConfig,
     pub lora: Option<&'a LoraConfig>,
     pub learning: &'a [Group],
     pub dtype: Precision,
@@ -184,14 +184,14 @@ fn packed_bytes() -> u64 {
     SLAB + THREAD * rayon::current_num_threads() as u64
 }
 
-fn lora_values(model: &LlamaConfig, lora: &LoraConfig) -> u64 {
+fn lora_values(model: &DecoderConfig, lora: &LoraConfig) -> u64 {
     lora.modules(model).iter().map(|(_, o, i)| (lora.r * (o + i)) as u64).sum()
 }
 
 /// Refuses a job of forward passes over `entries` tokens that does not fit; `extra` bytes come on top of the passes.
 pub(crate) fn check_forward(
     what: &str,
-    model: &LlamaConfig,
+    model: &DecoderConfig,
     dtype: Precision,
     entries: usize,
     extra: u64,
@@ -247,13 +247,13 @@ pub struct Plan {
 ///
 /// # Errors
 /// When it cannot fit.
-pub fn plan(model: &LlamaConfig, config: &ExtendConfig, data_tokens: usize) -> Result<Plan> {
+pub fn plan(model: &DecoderConfig, config: &ExtendConfig, data_tokens: usize) -> Result<Plan> {
     plan_beside(model, config, data_tokens, resident_bytes().unwrap_or(0))
 }
 
 /// [`plan`] beside `program` bytes that the process holds already, the tokens not among them.
 pub fn plan_beside(
-    model: &LlamaConfig,
+    model: &DecoderConfig,
     config: &ExtendConfig,
     data_tokens: usize,
     program: u64,

@@ -149,7 +149,7 @@ impl Trainer {
         let batches = Batches::new(self.stream.len(), stage.context, rows, self.seed, index)?;
         let scaling = stage.scaling(self.original)?;
         let c = self.decoder.config();
-        let rope = RopeTables::sequence(c.head_dim, c.rope_theta, &scaling, stage.context)?;
+        let rope = c.rope(&scaling).sequence(stage.context)?;
         Ok(Stage { index, batches, rope, pattern: stage.pattern(), scaling, micro })
     }
 
@@ -226,7 +226,7 @@ impl Trainer {
         }
         let c = self.decoder.config();
         let last = self.stages[stage.index].context - 1;
-        let plain = RopeTables::at(c.head_dim, c.rope_theta, &RopeScaling::None, &[last as f64], None)?;
+        let plain = c.rope(&RopeScaling::None).at(&[last as f64], None)?;
         let used = stage.rope.sin_nd.narrow(0, last, 1)?;
         let difference = (used - plain.sin_nd)?.abs()?.max_all()?.to_scalar::<f32>()?;
         if difference == 0.0 {

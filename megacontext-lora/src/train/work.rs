@@ -7,7 +7,7 @@
 //!
 //! Units: FLOPs. T entries, G group, D head width, E model width, F feed-forward width, V vocabulary.
 
-use megacontext_base::config::LlamaConfig;
+use megacontext_base::config::DecoderConfig;
 use megacontext_base::lora::LoraConfig;
 use megacontext_kernels::attention::Pattern;
 
@@ -67,7 +67,7 @@ pub fn attention_forward(pattern: Pattern, entries: usize, heads: usize, width: 
 
 /// FLOPs of a training step over one sequence of `entries`; `head_learns` where the output head gets a gradient.
 pub fn step(
-    model: &LlamaConfig,
+    model: &DecoderConfig,
     lora: &LoraConfig,
     entries: usize,
     pattern: Pattern,
@@ -108,7 +108,7 @@ mod tests {
 
     #[test]
     fn a_step_counts_every_part() {
-        let model = LlamaConfig::from_json(
+        let model = DecoderConfig::from_json(
             &serde_json::json!({
                 "model_type": "llama", "vocab_size": 10, "hidden_size": 4, "intermediate_size": 6,
                 "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "rms_norm_eps": 1e-5,

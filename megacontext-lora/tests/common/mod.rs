@@ -16,7 +16,7 @@ use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
 use candle_core::{DType, Device, Tensor};
-use megacontext_base::config::LlamaConfig;
+use megacontext_base::config::DecoderConfig;
 use megacontext_base::decoder::Decoder;
 use megacontext_base::hf_export::{Dtype, write_model_dir};
 use megacontext_kernels::precision::Precision;
@@ -79,7 +79,7 @@ impl Fixture {
         for (key, other) in other.as_object().unwrap() {
             value[key] = other.clone();
         }
-        let config = LlamaConfig::from_json(&value, &dir.join("config.json")).unwrap();
+        let config = DecoderConfig::from_json(&value, &dir.join("config.json")).unwrap();
         let tokenizer = tempfile::tempdir().unwrap();
         let documents: Vec<Document> = (0..4).map(|n| Document::new(format!("{n}.txt"), text(n))).collect();
         bpe::train(&documents, VOCAB, 0, tokenizer.path()).unwrap();

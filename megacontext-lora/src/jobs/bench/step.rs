@@ -8,7 +8,7 @@
 
 use std::path::Path;
 
-use megacontext_base::config::LlamaConfig;
+use megacontext_base::config::DecoderConfig;
 use megacontext_base::decoder::Decoder;
 use megacontext_base::lora::LoraConfig;
 use megacontext_base::params::Group;
@@ -78,7 +78,7 @@ impl StepBench {
         config::pattern(self.attn, self.group, self.n).map(|_| ())
     }
 
-    fn model(&self) -> Result<LlamaConfig> {
+    fn model(&self) -> Result<DecoderConfig> {
         let &[hidden, layers, heads, kv_heads, intermediate, vocab] = self.shape.as_slice() else {
             return Err(PluginError::usage(format!(
                 "shape: expected 6 numbers (model width, blocks, query heads, kv heads, MLP width, vocabulary), got {}",
@@ -91,10 +91,10 @@ impl StepBench {
             "max_position_embeddings": self.n.max(8192), "rms_norm_eps": 1e-5, "rope_theta": 100_000.0,
             "tie_word_embeddings": true, "hidden_act": "silu",
         });
-        LlamaConfig::from_json(&config, Path::new("shape")).map_err(|e| PluginError::usage(e.to_string()))
+        DecoderConfig::from_json(&config, Path::new("shape")).map_err(|e| PluginError::usage(e.to_string()))
     }
 
-    fn lora(&self, model: &LlamaConfig) -> Result<LoraConfig> {
+    fn lora(&self, model: &DecoderConfig) -> Result<LoraConfig> {
         let lora = LoraConfig { r: self.rank, alpha: 2.0 * self.rank as f64, ..LoraConfig::default() };
         lora.validate(model).map_err(|e| PluginError::usage(e.to_string()))?;
         Ok(lora)
@@ -136,7 +136,7 @@ pub fn run(bench: &StepBench, host: &dyn HostApi) -> Result<Value> {
     with_threads(bench.threads, || measured(bench, model, lora, host))?
 }
 
-fn measured(bench: &StepBench, model: LlamaConfig, lora: LoraConfig, host: &dyn HostApi) -> Result<Value> {
+fn measured(bench: &StepBench, model: DecoderConfig, lora: LoraConfig, host: &dyn HostApi) -> Result<Value> {
     let pattern = config::pattern(bench.attn, bench.group, bench.n)?;
     let work =
         work::step(&model, &lora, bench.n, pattern, bench.checkpointing, true).times(bench.batch as f64);
