@@ -12,7 +12,7 @@ use megacontext_base::decoder::{Decoder, Forward};
 use megacontext_base::hf_export::Dtype;
 use megacontext_base::lora::LoraConfig;
 use megacontext_base::merge::merge;
-use megacontext_base::rope::{RopeScaling, RopeTables};
+use megacontext_base::rope::RopeScaling;
 use megacontext_base::weights::Weights;
 use megacontext_kernels::attention::{Pattern, Rows};
 use megacontext_kernels::precision::Precision;
