@@ -262,8 +262,68 @@ impl DecoderConfig {
         out
     }
 
+    /// Every linear layer of the model that can carry LoRA, block by block in the order they run, an untied output head
+    /// last.
+    pub fn linears(&self) -> Vec<Linear> {
+        let (e, f) = (self.hidden_size, self.intermediate_size);
+        let q = self.num_attention_heads * self.head_dim;
+        let kv = self.num_key_value_heads * self.head_dim;
+        let mut out = Vec::new();
+        for layer in 0..self.num_hidden_layers {
+            let block: [(&str, usize, usize); 7] = [
+                ("self_attn.q_proj", q, e),
+                ("self_attn.k_proj", kv, e),
+                ("self_attn.v_proj", kv, e),
+                ("self_attn.o_proj", e, q),
+                ("mlp.gate_proj", f, e),
+                ("mlp.up_proj", f, e),
+                ("mlp.down_proj", e, f),
+            ];
+            out.extend(block.map(|(path, out, inp)| Linear {
+                name: format!("model.layers.{layer}.{path}"),
+                layer: Some(layer),
+                out,
+                inp,
+            }));
+        }
+        if !self.tie_word_embeddings {
+            out.push(Linear { name: "lm_head".to_string(), layer: None, out: self.vocab_size, inp: e });
+        }
+        out
+    }
+
+    /// Name of the table of token embeddings, [V, E].
+    pub fn embedding_name(&self) -> &'static str {
+        "model.embed_tokens.weight"
+    }
+
+    /// Name of the output head's weight [V, E]: the embeddings' where it is tied to them.
+    pub fn head_name(&self) -> &'static str {
+        if self.tie_word_embeddings { self.embedding_name() } else { "lm_head.weight" }
+    }
+
     fn own(&self, key: &str) -> Option<&Value> {
         self.raw.get("megacontext")?.get(key)
+    }
+}
+
+/// A linear layer of a model, y = x·Wᵀ with W [out, in].
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Linear {
+    /// Its module's name, without `.weight`.
+    pub name: String,
+    /// The block it belongs to; none for the output head.
+    pub layer: Option<usize>,
+    /// Width of the result.
+    pub out: usize,
+    /// Width of the input.
+    pub inp: usize,
+}
+
+impl Linear {
+    /// The last part of its name, by which PEFT's `target_modules` find it.
+    pub fn target(&self) -> &str {
+        self.name.rsplit('.').next().unwrap_or(&self.name)
     }
 }
 

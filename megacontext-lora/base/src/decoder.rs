@@ -41,8 +41,6 @@ use crate::random::Random;
 use crate::rope::RopeTables;
 use crate::weights::Weights;
 
-const EMBED: &str = "model.embed_tokens.weight";
-const HEAD: &str = "lm_head.weight";
 const FINAL_NORM: &str = "model.norm.weight";
 
 /// What a forward pass is told besides its input.
@@ -81,8 +79,10 @@ pub fn stored_narrow(group: Group, precision: Precision) -> bool {
 }
 
 impl Decoder {
-    /// Reads a model folder's weights. In class bf16 those of linear layers and embeddings are stored in bf16 unless their
-    /// group is in `learning`, the groups that are going to learn (a hint: see [`ParamStore::set_learning`]).
+    /// Opens a model folder's weights. Those that are frozen and stored as they are used stay in their files, mapped, and
+    /// are read when they are needed (the first pass looks at all of them, see [`ParamStore::check_mapped`]); the others
+    /// are read now. In class bf16 those of linear layers and embeddings are stored in bf16 unless their group is in
+    /// `learning`, the groups that are going to learn (a hint: see [`ParamStore::set_learning`]).
     pub fn from_weights(
         config: DecoderConfig,
         weights: &Weights,
@@ -92,7 +92,11 @@ impl Decoder {
         let mut params = ParamStore::new();
         for (name, shape) in config.tensors() {
             let group = Group::of_name(&name);
-            if stored_narrow(group, precision) && !learning.contains(&group) {
+            let learns = learning.contains(&group);
+            let narrow = stored_narrow(group, precision) && !learns;
+            if let Some(tensor) = weights.mapped(&name, &shape, narrow)?.filter(|_| !learns) {
+                params.insert_mapped(name, group, tensor)?;
+            } else if narrow {
                 params.insert_values(name.as_str(), group, weights.values::<bf16>(&name, &shape)?, &shape)?;
             } else {
                 params.insert_values(name.as_str(), group, weights.values::<f32>(&name, &shape)?, &shape)?;
@@ -182,10 +186,6 @@ impl Decoder {
         &mut self.params
     }
 
-    fn head_name(&self) -> &'static str {
-        if self.config.tie_word_embeddings { EMBED } else { HEAD }
-    }
-
     /// Length of rows of tokens.
     fn length(tokens: &[u32], batch: usize) -> Result<usize> {
         if batch == 0 || !tokens.len().is_multiple_of(batch) {
@@ -199,7 +199,12 @@ impl Decoder {
     /// Embeddings of tokens, row-major.
     fn gather<S: Store>(&self, tokens: &[u32], out: &mut [S]) -> Result<()> {
         let width = self.config.hidden_size;
-        Ok(embedding::gather_into(self.params.values(EMBED)?.weight(), width, tokens, out)?)
+        Ok(embedding::gather_into(
+            self.params.values(self.config.embedding_name())?.weight(),
+            width,
+            tokens,
+            out,
+        )?)
     }
 
     /// Embeddings of tokens, [B, T, E], outside any graph.
@@ -224,6 +229,7 @@ impl Decoder {
                 ),
             });
         }
+        self.params.check_mapped()?;
         let sizes = [batch, length, c.num_attention_heads, c.num_key_value_heads, c.head_dim];
         let scale = 1.0 / (c.head_dim as f64).sqrt();
         Ok(Prepared::new(sizes, scale, with.pattern, with.rows)?.with_products(self.precision.products()))
@@ -332,7 +338,7 @@ impl Decoder {
 
     fn logits_of<S: Store>(&self, hidden: &[S]) -> Result<Vec<f32>> {
         let (vocab, width) = (self.config.vocab_size, self.config.hidden_size);
-        let head = self.params.values(self.head_name())?;
+        let head = self.params.values(self.config.head_name())?;
         let products = self.precision.products();
         let layer = Layer { weight: head.weight(), out: vocab, inp: width, lora: None, products };
         let mut logits = vec![0f32; hidden.len() / width * vocab];
@@ -358,7 +364,7 @@ impl Decoder {
     }
 
     fn nll_of<S: Store>(&self, hidden: &[S], targets: &[u32]) -> Result<Vec<f32>> {
-        let head = self.params.values(self.head_name())?;
+        let head = self.params.values(self.config.head_name())?;
         let sizes = self.head_sizes(targets.len());
         let products = self.precision.products();
         Ok(head_cross_entropy(hidden, head.weight(), sizes, targets, Gradient::Skip, products)?.nll)
@@ -487,7 +493,7 @@ impl Decoder {
             block.backward(input, d, &mut saved[place], workspace, gradients, wanted)?;
         }
         if self.params.learns(Group::Embeddings) {
-            let table = gradients.buffer(EMBED, c.vocab_size * c.hidden_size);
+            let table = gradients.buffer(c.embedding_name(), c.vocab_size * c.hidden_size);
             embedding::scatter_add(d, c.hidden_size, tokens, table)?;
         }
         Ok(loss)
@@ -500,7 +506,7 @@ impl Decoder {
         step: &Step,
         gradients: &mut Gradients,
     ) -> Result<(StepLoss, Vec<f32>)> {
-        let name = self.head_name();
+        let name = self.config.head_name();
         let head = self.params.values(name)?;
         let learns = self.params.group(name).is_some_and(|g| self.params.learns(g));
         let wanted = if learns {

@@ -8,7 +8,7 @@
 use candle_core::{Device, Tensor};
 use serde::{Deserialize, Serialize};
 
-use crate::config::DecoderConfig;
+use crate::config::{DecoderConfig, Linear};
 use crate::error::{BaseError, Result};
 use crate::params::{Group, ParamStore};
 use crate::random::Random;
@@ -102,22 +102,8 @@ impl LoraConfig {
 
     /// Every layer that carries LoRA on this model: (module name, out width, in width).
     pub fn modules(&self, config: &DecoderConfig) -> Vec<(String, usize, usize)> {
-        let q_width = config.num_attention_heads * config.head_dim;
-        let kv_width = config.num_key_value_heads * config.head_dim;
-        let mut modules = Vec::new();
-        for layer in 0..config.num_hidden_layers {
-            for (parent, target) in TARGETS {
-                if self.applies(layer, target) {
-                    let (out, inp) = match target {
-                        "q_proj" => (q_width, config.hidden_size),
-                        "o_proj" => (config.hidden_size, q_width),
-                        _ => (kv_width, config.hidden_size),
-                    };
-                    modules.push((format!("model.layers.{layer}.{parent}.{target}"), out, inp));
-                }
-            }
-        }
-        modules
+        let carries = |l: &Linear| l.layer.is_some_and(|layer| self.applies(layer, l.target()));
+        config.linears().into_iter().filter(carries).map(|l| (l.name, l.out, l.inp)).collect()
     }
 
     /// Adds freshly initialised factors to `params`. The values depend on `seed` and the module's name alone.

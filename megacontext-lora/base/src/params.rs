@@ -4,24 +4,27 @@
 //! learn. The decoder asks [`ParamStore::learns`] and makes gradients for those alone; a graph taped by candle finds what
 //! learns as leaves in [`ParamStore::trainable`]. Nothing is copied when the set changes.
 //!
-//! Storage: f32, or bf16 for a frozen weight. What learns is always f32, so a parameter stored in bf16 becomes f32 when its
-//! group begins to learn ([`ParamStore::set_learning`]): every bf16 is an f32, so no value changes, and it stays f32 when
-//! the group is frozen again, since rounding then would throw away what was learned. Its bytes differ, and with them the
-//! hash of its group.
+//! Storage: f32, or bf16 for a frozen weight; a frozen weight may also lie in its file ([`ParamStore::insert_mapped`]), and
+//! is read into memory when its group begins to learn. What learns is always f32, so a parameter stored in bf16 becomes f32
+//! when its group begins to learn ([`ParamStore::set_learning`]): every bf16 is an f32, so no value changes, and it stays
+//! f32 when the group is frozen again, since rounding then would throw away what was learned. Its bytes differ, and with
+//! them the hash of its group.
 //!
 //! Shapes: as in the Hugging Face checkpoint the name comes from; a linear weight is [out, in].
 //! Errors: an unknown name, a shape that changes.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::OnceLock;
 
 use candle_core::op::BackpropOp;
-use candle_core::{CpuStorage, DType, Storage, StorageRef, Tensor, Var};
+use candle_core::{CpuStorage, DType, Device, Storage, StorageRef, Tensor, Var};
 use megacontext_kernels::linear::Weight;
-use megacontext_kernels::store::Store;
+use megacontext_kernels::store::{Store, bf16};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
 use crate::error::{BaseError, Result};
+use crate::weights::MappedTensor;
 
 /// Which set of parameters a parameter belongs to. It belongs to exactly one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
@@ -79,7 +82,47 @@ impl std::fmt::Display for Group {
 
 struct Param {
     group: Group,
-    leaf: Var,
+    value: Stored,
+}
+
+/// Where a parameter's values are.
+enum Stored {
+    /// In memory of its own.
+    Leaf(Var),
+    /// In the file it came from; frozen.
+    Mapped(MappedTensor),
+}
+
+impl Stored {
+    fn shape(&self) -> &[usize] {
+        match self {
+            Self::Leaf(leaf) => leaf.dims(),
+            Self::Mapped(tensor) => tensor.shape(),
+        }
+    }
+
+    fn count(&self) -> usize {
+        self.shape().iter().product()
+    }
+
+    /// Could gradients be added to it as it is?
+    fn can_learn(&self) -> bool {
+        matches!(self, Self::Leaf(leaf) if leaf.dtype() == DType::F32)
+    }
+
+    /// The value outside any graph; a mapped one is copied.
+    fn tensor(&self) -> Result<Tensor> {
+        match self {
+            Self::Leaf(leaf) => Ok(leaf.as_detached_tensor()),
+            Self::Mapped(mapped) => Ok(match mapped.weight() {
+                Weight::F32(values) => Tensor::from_slice(values, mapped.shape(), &Device::Cpu)?,
+                Weight::Bf16(values) => {
+                    let storage = Storage::Cpu(bf16::storage(values.to_vec()));
+                    Tensor::from_storage(storage, mapped.shape(), BackpropOp::none(), false)
+                }
+            }),
+        }
+    }
 }
 
 /// All parameters of a model, and the groups that learn at the moment.
@@ -87,6 +130,8 @@ struct Param {
 pub struct ParamStore {
     params: BTreeMap<String, Param>,
     learning: BTreeSet<Group>,
+    /// Have the values that lie in files been looked at?
+    looked: OnceLock<()>,
 }
 
 impl ParamStore {
@@ -98,7 +143,7 @@ impl ParamStore {
     /// Adds a parameter, or replaces one of the same name. The value is copied once, into storage of its own.
     pub fn insert(&mut self, name: impl Into<String>, group: Group, tensor: Tensor) -> Result<()> {
         let leaf = Var::from_tensor(&tensor.detach())?;
-        self.params.insert(name.into(), Param { group, leaf });
+        self.params.insert(name.into(), Param { group, value: Stored::Leaf(leaf) });
         Ok(())
     }
 
@@ -120,8 +165,57 @@ impl ParamStore {
         }
         let storage = Storage::Cpu(S::storage(values));
         let leaf = Tensor::from_storage(storage, shape, BackpropOp::none(), true);
-        self.params.insert(name, Param { group, leaf: Var::from_tensor(&leaf)? });
+        self.params.insert(name, Param { group, value: Stored::Leaf(Var::from_tensor(&leaf)?) });
         Ok(())
+    }
+
+    /// Adds or replaces a parameter that stays in its file for as long as its group is frozen.
+    ///
+    /// # Errors
+    /// When its group learns at the moment.
+    pub fn insert_mapped(
+        &mut self,
+        name: impl Into<String>,
+        group: Group,
+        tensor: MappedTensor,
+    ) -> Result<()> {
+        let name = name.into();
+        if self.learns(group) {
+            let message = format!("expected a frozen group, got {group}, which learns: read it into memory");
+            return Err(BaseError::Parameter { name, message });
+        }
+        self.params.insert(name, Param { group, value: Stored::Mapped(tensor) });
+        self.looked = OnceLock::new();
+        Ok(())
+    }
+
+    /// Looks at every value that lies in a file, the first time it is called: the decoder does before its first pass, so
+    /// that opening a model reads none of it. Values in memory were looked at when they were read.
+    ///
+    /// # Errors
+    /// When one is NaN or infinite.
+    pub fn check_mapped(&self) -> Result<()> {
+        if self.looked.get().is_some() {
+            return Ok(());
+        }
+        self.params.values().try_for_each(|param| match &param.value {
+            Stored::Leaf(_) => Ok(()),
+            Stored::Mapped(tensor) => tensor.check_finite(),
+        })?;
+        self.looked.get_or_init(|| ());
+        Ok(())
+    }
+
+    /// Bytes of parameters that lie in files: the system can take their memory back at any time.
+    pub fn mapped_bytes(&self) -> u64 {
+        let bytes = |tensor: &MappedTensor| {
+            tensor.shape().iter().product::<usize>() as u64 * if tensor.narrow() { 2 } else { 4 }
+        };
+        let of = |param: &Param| match &param.value {
+            Stored::Leaf(_) => 0,
+            Stored::Mapped(tensor) => bytes(tensor),
+        };
+        self.params.values().map(of).sum()
     }
 
     /// Removes a parameter; true if there was one.
@@ -144,9 +238,9 @@ impl ParamStore {
         self.params.get(name).map(|p| p.group)
     }
 
-    /// The value of a parameter, outside any graph.
+    /// The value of a parameter, outside any graph: its own memory where it has some, a copy where it lies in a file.
     pub fn get(&self, name: &str) -> Option<Tensor> {
-        self.params.get(name).map(|p| p.leaf.as_detached_tensor())
+        self.params.get(name).and_then(|p| p.value.tensor().ok())
     }
 
     /// The values of a parameter, borrowed as they are stored.
@@ -155,24 +249,30 @@ impl ParamStore {
     /// When there is none of this name.
     pub fn values(&self, name: &str) -> Result<Held<'_>> {
         let param = self.params.get(name).ok_or_else(|| unknown(name))?;
-        Held::of(name, &param.leaf)
+        Held::of(name, &param.value)
     }
 
     /// Shape of a parameter.
     pub fn shape(&self, name: &str) -> Option<&[usize]> {
-        self.params.get(name).map(|p| p.leaf.dims())
+        self.params.get(name).map(|p| p.value.shape())
     }
 
-    /// Overwrites a value, keeping name, group and identity.
-    pub fn set(&self, name: &str, value: &Tensor) -> Result<()> {
-        let param = self.params.get(name).ok_or_else(|| unknown(name))?;
-        if param.leaf.shape() != value.shape() {
+    /// Overwrites a value, keeping name and group; a leaf stays the same leaf.
+    pub fn set(&mut self, name: &str, value: &Tensor) -> Result<()> {
+        let param = self.params.get_mut(name).ok_or_else(|| unknown(name))?;
+        if param.value.shape() != value.dims() {
             return Err(BaseError::Parameter {
                 name: name.to_string(),
-                message: format!("expected shape {:?}, got {:?}", param.leaf.dims(), value.dims()),
+                message: format!("expected shape {:?}, got {:?}", param.value.shape(), value.dims()),
             });
         }
-        param.leaf.set(&value.to_dtype(param.leaf.dtype())?.contiguous()?)?;
+        match &param.value {
+            Stored::Leaf(leaf) => leaf.set(&value.to_dtype(leaf.dtype())?.contiguous()?)?,
+            Stored::Mapped(mapped) => {
+                let dtype = if mapped.narrow() { DType::BF16 } else { DType::F32 };
+                param.value = Stored::Leaf(Var::from_tensor(&value.detach().to_dtype(dtype)?)?);
+            }
+        }
         Ok(())
     }
 
@@ -182,10 +282,10 @@ impl ParamStore {
         let learning: BTreeSet<Group> = groups.into_iter().collect();
         let mut widened = 0;
         for param in self.params.values_mut() {
-            if learning.contains(&param.group) && param.leaf.dtype() != DType::F32 {
-                let values = param.leaf.as_detached_tensor().to_dtype(DType::F32)?;
-                param.leaf = Var::from_tensor(&values)?;
-                widened += param.leaf.elem_count();
+            if learning.contains(&param.group) && !param.value.can_learn() {
+                let values = param.value.tensor()?;
+                widened += if values.dtype() == DType::F32 { 0 } else { values.elem_count() };
+                param.value = Stored::Leaf(Var::from_tensor(&values.to_dtype(DType::F32)?)?);
             }
         }
         self.learning = learning;
@@ -212,7 +312,11 @@ impl ParamStore {
         self.params
             .iter()
             .filter(|(_, p)| self.learning.contains(&p.group))
-            .map(|(name, p)| (name.clone(), p.leaf.as_tensor().clone()))
+            .filter_map(|(name, p)| match &p.value {
+                Stored::Leaf(leaf) => Some((name.clone(), leaf.as_tensor().clone())),
+                // A group that learns has none of these.
+                Stored::Mapped(_) => None,
+            })
             .collect()
     }
 
@@ -220,7 +324,7 @@ impl ParamStore {
     pub fn count_by_group(&self) -> BTreeMap<Group, usize> {
         let mut counts = BTreeMap::new();
         for param in self.params.values() {
-            *counts.entry(param.group).or_insert(0) += param.leaf.elem_count();
+            *counts.entry(param.group).or_insert(0) += param.value.count();
         }
         counts
     }
@@ -230,7 +334,7 @@ impl ParamStore {
         let mut hash = Sha256::new();
         for (name, param) in self.params.iter().filter(|(_, p)| p.group == group) {
             hash.update(name.as_bytes());
-            match Held::of(name, &param.leaf)?.weight() {
+            match Held::of(name, &param.value)?.weight() {
                 Weight::F32(values) => values.iter().for_each(|value| hash.update(value.to_le_bytes())),
                 Weight::Bf16(values) => values.iter().for_each(|value| hash.update(value.to_le_bytes())),
             }
@@ -241,29 +345,44 @@ impl ParamStore {
 
 /// The values of a parameter, borrowed for as long as this lives.
 pub struct Held<'a> {
-    storage: StorageRef<'a>,
     name: String,
-    start: usize,
-    len: usize,
+    place: Place<'a>,
+}
+
+enum Place<'a> {
+    Memory { storage: StorageRef<'a>, start: usize, len: usize },
+    File(&'a MappedTensor),
 }
 
 impl<'a> Held<'a> {
-    fn of(name: &str, tensor: &'a Tensor) -> Result<Self> {
-        let (storage, layout) = tensor.storage_and_layout();
-        let stored = matches!(&*storage, Storage::Cpu(CpuStorage::F32(_) | CpuStorage::BF16(_)));
-        let Some((start, end)) = layout.contiguous_offsets().filter(|_| stored) else {
-            return Err(BaseError::Parameter {
-                name: name.to_string(),
-                message: format!("expected contiguous f32 or bf16 on the CPU, got {:?}", tensor.dtype()),
-            });
+    fn of(name: &str, value: &'a Stored) -> Result<Self> {
+        let place = match value {
+            Stored::Mapped(tensor) => Place::File(tensor),
+            Stored::Leaf(leaf) => {
+                let (storage, layout) = leaf.storage_and_layout();
+                let stored = matches!(&*storage, Storage::Cpu(CpuStorage::F32(_) | CpuStorage::BF16(_)));
+                let Some((start, end)) = layout.contiguous_offsets().filter(|_| stored) else {
+                    return Err(BaseError::Parameter {
+                        name: name.to_string(),
+                        message: format!(
+                            "expected contiguous f32 or bf16 on the CPU, got {:?}",
+                            leaf.dtype()
+                        ),
+                    });
+                };
+                Place::Memory { storage, start, len: end - start }
+            }
         };
-        Ok(Self { storage, name: name.to_string(), start, len: end - start })
+        Ok(Self { name: name.to_string(), place })
     }
 
     /// The values as they are stored, row-major.
     pub fn weight(&self) -> Weight<'_> {
-        let range = self.start..self.start + self.len;
-        match &*self.storage {
+        let (storage, range) = match &self.place {
+            Place::File(tensor) => return tensor.weight(),
+            Place::Memory { storage, start, len } => (storage, *start..start + len),
+        };
+        match &**storage {
             Storage::Cpu(CpuStorage::BF16(values)) => Weight::Bf16(&values[range]),
             Storage::Cpu(CpuStorage::F32(values)) => Weight::F32(&values[range]),
             _ => Weight::F32(&[]),

@@ -3,18 +3,23 @@
 //! Source: the safetensors format and transformers' `model.safetensors.index.json` (`weight_map`: tensor → file).
 //! `model.safetensors` is taken where it exists, else the index.
 //!
-//! f32, f16 and bf16 become f32 or bf16, as asked for, in parallel and straight from the mapping: the only copy is the
-//! result, and the mapping's pages are given back as soon as a tensor has been read.
+//! A tensor that is stored as it is wanted is used where it lies in the mapping ([`Weights::mapped`]): nothing is read
+//! before it is needed, and processes that use one file share its memory. Else f32, f16 and bf16 become f32 or bf16, as
+//! asked for, in parallel and straight from the mapping: the only copy is the result, and the mapping's pages are given
+//! back as soon as a tensor has been read.
 //! Errors: `BaseError::Weights`, naming file and tensor. All files are checked when the folder is opened; shapes when a
-//! tensor is read.
+//! tensor is read. Values are checked when they are converted, those of mapped tensors by [`MappedTensor::check_finite`]:
+//! that reads them all.
 //!
 //! Left out on purpose: pickled weights (`.bin`, `.pt`): reading a pickle runs code.
 
 use std::collections::{BTreeMap, HashSet};
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use candle_core::{Device, Tensor};
+use megacontext_kernels::linear::Weight;
 use megacontext_kernels::store::{Store, bf16};
 use memmap2::Mmap;
 use rayon::prelude::*;
@@ -148,9 +153,19 @@ impl MappedFile {
     fn read<S: Store>(&self, name: &str) -> Result<Vec<S>> {
         let dtype = self.dtype(name)?;
         let bytes = self.bytes(name).ok_or_else(|| BaseError::tensor(&self.path, name, "no such tensor"))?;
-        let values = convert(bytes, dtype);
+        let values: Vec<S> = convert(bytes, dtype);
         self.release();
-        Ok(values)
+        match first_not_finite(&values) {
+            None => Ok(values),
+            Some(at) => Err(self.not_finite(name, at, values[at].get())),
+        }
+    }
+
+    fn not_finite(&self, name: &str, at: usize, value: f32) -> BaseError {
+        let message = format!(
+            "expected finite values, got {value} at place {at}: the file is damaged or training diverged"
+        );
+        BaseError::tensor(&self.path, name, message)
     }
 
     /// A tensor widened to f32, whatever its shape.
@@ -169,10 +184,65 @@ impl MappedFile {
     }
 }
 
+/// A tensor used where it lies in its file: f32 or bf16 values, row-major. Keeps the file mapped.
+#[derive(Clone)]
+pub struct MappedTensor {
+    file: Arc<MappedFile>,
+    name: String,
+    shape: Vec<usize>,
+    narrow: bool,
+}
+
+impl MappedTensor {
+    /// Its shape.
+    pub fn shape(&self) -> &[usize] {
+        &self.shape
+    }
+
+    /// Is it stored in bf16 (else in f32)?
+    pub fn narrow(&self) -> bool {
+        self.narrow
+    }
+
+    /// The values.
+    pub fn weight(&self) -> Weight<'_> {
+        let bytes = self.file.bytes(&self.name).unwrap_or(&[]);
+        // Both casts were tried when this was made.
+        if self.narrow {
+            Weight::Bf16(bytemuck::try_cast_slice(bytes).unwrap_or(&[]))
+        } else {
+            Weight::F32(bytemuck::try_cast_slice(bytes).unwrap_or(&[]))
+        }
+    }
+
+    /// Looks at every value.
+    ///
+    /// # Errors
+    /// When one is NaN or infinite, naming it.
+    pub fn check_finite(&self) -> Result<()> {
+        let found = match self.weight() {
+            Weight::F32(values) => first_not_finite(values).map(|at| (at, values[at])),
+            Weight::Bf16(values) => first_not_finite(values).map(|at| (at, values[at].get())),
+        };
+        found.map_or(Ok(()), |(at, value)| Err(self.file.not_finite(&self.name, at, value)))
+    }
+}
+
+/// The place of the first value that is NaN or infinite.
+fn first_not_finite<S: Store>(values: &[S]) -> Option<usize> {
+    const CHUNK: usize = 1 << 16;
+    values.par_chunks(CHUNK).enumerate().find_map_first(|(chunk, values)| {
+        // Over whole chunks without a way out, which compiles to vectors.
+        let any = values.iter().fold(false, |any, v| any | !v.get().is_finite());
+        let at = any.then(|| values.iter().position(|v| !v.get().is_finite()));
+        at.flatten().map(|at| chunk * CHUNK + at)
+    })
+}
+
 /// The weights of a model folder, mapped into memory.
 pub struct Weights {
     dir: PathBuf,
-    files: Vec<MappedFile>,
+    files: Vec<Arc<MappedFile>>,
     /// Tensor → position in `files`.
     place: BTreeMap<String, usize>,
 }
@@ -185,7 +255,7 @@ impl Weights {
         }
         let single = dir.join(SINGLE);
         if single.exists() {
-            let file = MappedFile::open(&single)?;
+            let file = Arc::new(MappedFile::open(&single)?);
             let place = file.names().into_iter().map(|name| (name, 0)).collect();
             return Ok(Self { dir: dir.to_path_buf(), files: vec![file], place });
         }
@@ -222,7 +292,7 @@ impl Weights {
                 "expected each tensor once, weight_map names it twice",
             ));
         }
-        let mut files: Vec<MappedFile> = Vec::new();
+        let mut files: Vec<Arc<MappedFile>> = Vec::new();
         let mut number: BTreeMap<&str, usize> = BTreeMap::new();
         let mut place = BTreeMap::new();
         for (tensor, shard) in map {
@@ -242,7 +312,7 @@ impl Weights {
                             format!("expected the shard {shard} that the index names, there is none");
                         return Err(BaseError::tensor(index, tensor, message));
                     }
-                    files.push(MappedFile::open(&path)?);
+                    files.push(Arc::new(MappedFile::open(&path)?));
                     number.insert(shard, files.len() - 1);
                     files.len() - 1
                 }
@@ -286,7 +356,7 @@ impl Weights {
         self.files[*self.place.get(name)?].shape(name)
     }
 
-    fn file(&self, name: &str) -> Result<&MappedFile> {
+    fn file(&self, name: &str) -> Result<&Arc<MappedFile>> {
         let at = self.place.get(name).ok_or_else(|| {
             let where_ = if self.files.len() == 1 { &self.files[0].path } else { &self.dir };
             BaseError::tensor(where_, name, "expected this tensor, there is none of this name")
@@ -294,16 +364,37 @@ impl Weights {
         Ok(&self.files[*at])
     }
 
-    /// A tensor's values in row-major order, rounded to the type asked for; refused unless it has the given shape.
-    pub fn values<S: Store>(&self, name: &str, shape: &[usize]) -> Result<Vec<S>> {
+    /// The file of a tensor, refused unless the tensor has the given shape.
+    fn file_of_shape(&self, name: &str, shape: &[usize]) -> Result<&Arc<MappedFile>> {
         let file = self.file(name)?;
         match file.shape(name) {
-            Some(found) if found == shape => file.read(name),
+            Some(found) if found == shape => Ok(file),
             found => {
                 let message = format!("expected shape {shape:?}, got {:?}", found.unwrap_or(&[]));
                 Err(BaseError::tensor(&file.path, name, message))
             }
         }
+    }
+
+    /// A tensor's values in row-major order, rounded to the type asked for; refused unless it has the given shape and is
+    /// finite.
+    pub fn values<S: Store>(&self, name: &str, shape: &[usize]) -> Result<Vec<S>> {
+        self.file_of_shape(name, shape)?.read(name)
+    }
+
+    /// A tensor where it lies in its file, if it is stored there as wanted: in bf16 (`narrow`) or f32, little-endian as this
+    /// machine, and at an address that its type can have. Refused unless it has the given shape.
+    pub fn mapped(&self, name: &str, shape: &[usize], narrow: bool) -> Result<Option<MappedTensor>> {
+        let file = self.file_of_shape(name, shape)?;
+        let bytes = file.bytes(name).unwrap_or(&[]);
+        let fits = match file.dtype(name)? {
+            Dtype::BF16 => narrow && bytemuck::try_cast_slice::<u8, bf16>(bytes).is_ok(),
+            Dtype::F32 => !narrow && bytemuck::try_cast_slice::<u8, f32>(bytes).is_ok(),
+            Dtype::F16 => false,
+        };
+        let tensor =
+            || MappedTensor { file: file.clone(), name: name.to_string(), shape: shape.to_vec(), narrow };
+        Ok((fits && cfg!(target_endian = "little")).then(tensor))
     }
 
     /// A tensor widened to f32 on the CPU; refused unless it has the given shape.
@@ -356,7 +447,7 @@ impl Weights {
             hash.update(&bytes[..sample]);
             hash.update(&bytes[bytes.len() - sample..]);
         }
-        self.files.iter().for_each(MappedFile::release);
+        self.files.iter().for_each(|file| file.release());
         crate::params::hex(&hash.finalize())
     }
 }

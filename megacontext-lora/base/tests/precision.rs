@@ -54,7 +54,7 @@ fn adapted(precision: Precision, tied: bool, dropout: f64) -> Result<Decoder> {
         let shape = decoder.params().shape(&name).context("B")?.to_vec();
         let mut random = Random::named(7, &name);
         let values: Vec<f32> = (0..shape.iter().product()).map(|_| (random.normal() * 0.05) as f32).collect();
-        decoder.params().set(&name, &Tensor::from_vec(values, shape, &Device::Cpu)?)?;
+        decoder.params_mut().set(&name, &Tensor::from_vec(values, shape, &Device::Cpu)?)?;
     }
     decoder.params_mut().set_learning(TUNED)?;
     Ok(decoder)
@@ -264,9 +264,9 @@ fn steps_change_what_learns_and_nothing_else_in_each_class() -> Result<()> {
 #[test]
 fn a_loss_that_is_not_finite_leaves_no_gradient_behind_in_each_class() -> Result<()> {
     for precision in Precision::ALL {
-        let decoder = adapted(precision, true, 0.0)?;
+        let mut decoder = adapted(precision, true, 0.0)?;
         let gain = Tensor::full(f32::NAN, 48, &Device::Cpu)?;
-        decoder.params().set("model.norm.weight", &gain)?;
+        decoder.params_mut().set("model.norm.weight", &gain)?;
         let (tokens, rope, rows) = (tokens(), rope(&decoder)?, Rows::default());
         let with = Forward { pattern: Pattern::Dense, rope: &rope, rows: &rows, dropout_seed: None };
         let mut gradients = Gradients::new();

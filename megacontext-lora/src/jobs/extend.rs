@@ -528,7 +528,7 @@ impl<'h> Run<'h> {
                 ..Default::default()
             });
             entry.tensors += 1;
-            entry.parameters += params.get(name).map_or(0, |t| t.elem_count() as u64);
+            entry.parameters += params.shape(name).map_or(0, |shape| shape.iter().product::<usize>() as u64);
         }
         let losses = |stage: usize| -> Vec<f64> {
             let of_stage = |r: &Record| match r {

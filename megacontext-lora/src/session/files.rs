@@ -168,10 +168,10 @@ impl Session {
         let base = &l.model.config;
         let mut tensors: Vec<(String, Tensor)> = Vec::new();
         for name in params.names() {
-            let Some(tensor) = params.get(name) else { continue };
             if !l.differs(name)? {
                 continue;
             }
+            let Some(tensor) = params.get(name) else { continue };
             if Group::of_name(name) == Group::Base && name != HEAD {
                 return Err(PluginError::usage(format!(
                     "export: the base's own weights were trained, {name} is no longer as in {}; an adapter cannot carry \
