@@ -20,11 +20,13 @@
 //! Threads: the work is split into fixed pieces with one owner for each output, so the same inputs give the same
 //! bytes however many threads run. NaN and infinity propagate from what a query sees, and from nothing else.
 //!
-//! [`prefix`] is the same attention for short rows that continue one document, without its queries.
+//! [`prefix`] is the same attention for short rows that continue one document, without its queries; [`decode`] for new
+//! entries of rows that each have a cache of keys and values.
 //!
 //! Errors: see [`attention`]. Left out: dropout, learned biases, other devices and dtypes.
 
 mod backward;
+pub mod decode;
 mod forward;
 mod op;
 mod panel;
