@@ -222,6 +222,28 @@ impl Adapter {
         Ok(())
     }
 
+    /// Would head and embedding of a tied base differ with this adapter on it? Then the model is no longer tied, and the
+    /// adapter is one for [`DecoderConfig::untied`].
+    pub fn unties(&self, base: &DecoderConfig) -> Result<bool> {
+        if !base.tie_word_embeddings {
+            return Ok(false);
+        }
+        let (head, embedding) = (self.tensors.get(HEAD), self.tensors.get(EMBEDDING));
+        let on_one_end = |name: &str| {
+            name.starts_with(&HEAD.replace(".weight", ".lora_"))
+                || name.starts_with(&EMBEDDING.replace(".weight", ".lora_"))
+        };
+        if self.tensors.keys().any(|name| on_one_end(name)) {
+            return Ok(true);
+        }
+        match (head, embedding) {
+            (None, None) => Ok(false),
+            (Some(head), Some(embedding)) => Ok(!same_bits(head, embedding)?),
+            // PEFT leaves the end that is not in the file at the base's values.
+            _ => Ok(true),
+        }
+    }
+
     /// What a model of this configuration takes over: our names and f32 values. The second copy of a tied embedding is
     /// left out.
     pub fn parameters(&self, base: &DecoderConfig) -> impl Iterator<Item = (&str, &Tensor)> {
@@ -289,13 +311,7 @@ impl Adapter {
                  (PEFT leaves the one that is missing at the base's values), there is one"
             )));
         };
-        let same = head.dims() == embedding.dims() && {
-            let bits = |t: &Tensor| -> Result<Vec<u32>> {
-                Ok(t.flatten_all()?.to_vec1::<f32>()?.into_iter().map(f32::to_bits).collect())
-            };
-            bits(head)? == bits(embedding)?
-        };
-        if same {
+        if same_bits(head, embedding)? {
             return Ok(());
         }
         Err(self.refuse_tensors(format!(
@@ -311,6 +327,13 @@ impl Adapter {
     fn refuse_tensors(&self, message: String) -> BaseError {
         BaseError::adapter(&self.dir.join(TENSOR_FILE), message)
     }
+}
+
+fn same_bits(one: &Tensor, other: &Tensor) -> Result<bool> {
+    let bits = |t: &Tensor| -> Result<Vec<u32>> {
+        Ok(t.flatten_all()?.to_vec1::<f32>()?.into_iter().map(f32::to_bits).collect())
+    };
+    Ok(one.dims() == other.dims() && bits(one)? == bits(other)?)
 }
 
 /// The module that a LoRA factor belongs to.

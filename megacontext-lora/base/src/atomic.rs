@@ -98,6 +98,11 @@ pub fn is_leftover(name: &str) -> bool {
 
 /// Writes a whole file or none. The folder it goes to has to exist.
 pub fn write_file(path: &Path, bytes: &[u8]) -> Result<()> {
+    write_file_with(path, |file| file.write_all(bytes).map_err(BaseError::io(path)))
+}
+
+/// As [`write_file`], of what `write` writes. What it fails with is passed on, and there is no file then.
+pub fn write_file_with(path: &Path, write: impl FnOnce(&mut File) -> Result<()>) -> Result<()> {
     let parent = match path.parent() {
         Some(parent) if !parent.as_os_str().is_empty() => parent,
         _ => Path::new("."),
@@ -105,7 +110,8 @@ pub fn write_file(path: &Path, bytes: &[u8]) -> Result<()> {
     let name = path.file_name().unwrap_or_default().to_string_lossy();
     let mut file =
         hidden(&name, 0o666, |builder| builder.tempfile_in(parent)).map_err(BaseError::io(path))?;
-    file.write_all(bytes).and_then(|()| file.as_file().sync_all()).map_err(BaseError::io(path))?;
+    write(file.as_file_mut())?;
+    file.as_file().sync_all().map_err(BaseError::io(path))?;
     file.persist(path).map_err(|e| BaseError::io(path)(e.error))?;
     sync(parent)
 }

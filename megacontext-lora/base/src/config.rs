@@ -229,6 +229,11 @@ impl DecoderConfig {
         out
     }
 
+    /// The same model with an output head of its own.
+    pub fn untied(&self) -> Self {
+        Self { tie_word_embeddings: false, ..self.clone() }
+    }
+
     /// The model's rotary positions, stretched by `scaling`: its own is [`DecoderConfig::rope_scaling`].
     pub fn rope(&self, scaling: &RopeScaling) -> Rope {
         Rope { width: self.head_dim, theta: self.rope_theta, scaling: scaling.clone() }

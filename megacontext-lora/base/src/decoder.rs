@@ -41,6 +41,10 @@ use crate::random::Random;
 use crate::rope::RopeTables;
 use crate::weights::Weights;
 
+mod merged;
+
+use merged::Merged;
+
 const FINAL_NORM: &str = "model.norm.weight";
 
 /// What a forward pass is told besides its input.
@@ -71,11 +75,34 @@ pub struct Decoder {
     params: ParamStore,
     lora: Option<LoraConfig>,
     precision: Precision,
+    merged: Option<Merged>,
 }
 
 /// Is a parameter of this group stored in bf16 while it is frozen? Norms are not: they are small and f32 is what reads them.
 pub fn stored_narrow(group: Group, precision: Precision) -> bool {
     precision.stores_bf16() && matches!(group, Group::Base | Group::Embeddings)
+}
+
+/// Brings one tensor of a folder into the store, mapped where it can stay in its file.
+fn read_parameter(
+    params: &mut ParamStore,
+    weights: &Weights,
+    name: String,
+    shape: &[usize],
+    precision: Precision,
+    learns: bool,
+) -> Result<()> {
+    let group = Group::of_name(&name);
+    let narrow = stored_narrow(group, precision) && !learns;
+    if let Some(tensor) = weights.mapped(&name, shape, narrow)?.filter(|_| !learns) {
+        params.insert_mapped(name, group, tensor)
+    } else if narrow {
+        let values = weights.values::<bf16>(&name, shape)?;
+        params.insert_values(name, group, values, shape)
+    } else {
+        let values = weights.values::<f32>(&name, shape)?;
+        params.insert_values(name, group, values, shape)
+    }
 }
 
 impl Decoder {
@@ -91,18 +118,28 @@ impl Decoder {
     ) -> Result<Self> {
         let mut params = ParamStore::new();
         for (name, shape) in config.tensors() {
-            let group = Group::of_name(&name);
-            let learns = learning.contains(&group);
-            let narrow = stored_narrow(group, precision) && !learns;
-            if let Some(tensor) = weights.mapped(&name, &shape, narrow)?.filter(|_| !learns) {
-                params.insert_mapped(name, group, tensor)?;
-            } else if narrow {
-                params.insert_values(name.as_str(), group, weights.values::<bf16>(&name, &shape)?, &shape)?;
-            } else {
-                params.insert_values(name.as_str(), group, weights.values::<f32>(&name, &shape)?, &shape)?;
-            }
+            let learns = learning.contains(&Group::of_name(&name));
+            read_parameter(&mut params, weights, name, &shape, precision, learns)?;
         }
-        Ok(Self { config, params, lora: None, precision })
+        Ok(Self { config, params, lora: None, precision, merged: None })
+    }
+
+    /// Reads one parameter of the model anew from its folder, as [`Decoder::from_weights`] did.
+    ///
+    /// # Errors
+    /// When the model has no tensor of this name, or its group learns.
+    pub fn reread(&mut self, weights: &Weights, name: &str) -> Result<()> {
+        let group = Group::of_name(name);
+        let fail = |message: &str| {
+            Err(BaseError::Parameter { name: name.to_string(), message: message.to_string() })
+        };
+        let Some((_, shape)) = self.config.tensors().into_iter().find(|(known, _)| known == name) else {
+            return fail("expected a tensor of the model's folder");
+        };
+        if self.params.learns(group) {
+            return fail("expected a frozen group, got one that learns");
+        }
+        read_parameter(&mut self.params, weights, name.to_string(), &shape, self.precision, false)
     }
 
     /// A model to pre-train: weights N(0, 0.02²), those that write to the residual stream divided by √(2·layers)
@@ -131,11 +168,34 @@ impl Decoder {
                 params.insert_values(name, group, values::<f32>(len, next), &shape)?;
             }
         }
-        Ok(Self { config, params, lora: None, precision })
+        Ok(Self { config, params, lora: None, precision, merged: None })
+    }
+
+    /// Gives a tied model an output head of its own, a copy of the embedding.
+    ///
+    /// # Errors
+    /// When it has one already.
+    pub fn untie(&mut self) -> Result<()> {
+        let embedding = self.config.embedding_name();
+        let config = self.config.untied();
+        let head = config.head_name();
+        let fail =
+            |message: &str| BaseError::Parameter { name: head.to_string(), message: message.to_string() };
+        if !self.config.tie_word_embeddings {
+            return Err(fail("expected a tied model, got one with a head of its own"));
+        }
+        let copy = self.params.get(embedding).ok_or_else(|| fail("the model has no embedding"))?;
+        self.params.insert(head, Group::of_name(head), copy)?;
+        self.config = config;
+        Ok(())
     }
 
     /// Attaches LoRA whose factors are already, or will be, parameters `<module>.lora_A.weight` and `lora_B`.
+    ///
+    /// # Errors
+    /// When a factor is missing or has another shape, or LoRA is merged into the weights.
     pub fn set_lora(&mut self, lora: Option<LoraConfig>) -> Result<()> {
+        self.refuse_merged("set_lora")?;
         if let Some(lora) = &lora {
             lora.validate(&self.config)?;
             for (module, out, inp) in lora.modules(&self.config) {
@@ -171,7 +231,7 @@ impl Decoder {
         self.precision
     }
 
-    /// LoRA, if attached.
+    /// LoRA, if attached and not merged into the weights.
     pub fn lora(&self) -> Option<&LoraConfig> {
         self.lora.as_ref()
     }
@@ -434,7 +494,8 @@ impl Decoder {
     /// `recompute` switches activation checkpointing on: less memory, one more forward pass.
     ///
     /// # Errors
-    /// When shapes do not agree or the loss is not finite; then nothing has been added.
+    /// When shapes do not agree, the loss is not finite, or LoRA is merged into weights that learn; then nothing has been
+    /// added.
     pub fn accumulate_gradients(
         &self,
         tokens: &[u32],
@@ -445,6 +506,9 @@ impl Decoder {
         recompute: bool,
         gradients: &mut Gradients,
     ) -> Result<StepLoss> {
+        if [Group::Base, Group::Lora].into_iter().any(|group| self.params.learns(group)) {
+            self.refuse_merged("accumulate_gradients")?;
+        }
         let step = Step { tokens, batch, targets, with, scale: scale as f32, recompute };
         let mut buffers = gradients.take_passes();
         let loss = if self.precision.stores_bf16() {

@@ -3,7 +3,8 @@
 //! [`decoder`] runs and trains a Llama-family model whose parameters live in a [`params::ParamStore`], each in one group;
 //! [`gradients`] holds their gradients and the optimiser; [`buffers`] is the memory of a pass, and how much it is; [`lora`] attaches low-rank updates; [`rope`] maps positions to
 //! angles. [`config`], [`weights`] and [`tokenizer`] read a Hugging Face folder, [`hf_export`] writes one, [`adapter`]
-//! reads and writes PEFT folders, [`merge`] folds one into its base. [`atomic`] makes folders appear whole or not at all;
+//! reads and writes PEFT folders, [`merge`] folds one into its base, [`lora_only`] and
+//! [`gguf`] write it for readers that take LoRA factors alone. [`atomic`] makes folders appear whole or not at all;
 //! [`random`] is the one source of random numbers.
 //!
 //! Errors are [`error::BaseError`]: what was refused, what was expected, what was found, and where.
@@ -16,9 +17,11 @@ pub mod buffers;
 pub mod config;
 pub mod decoder;
 pub mod error;
+pub mod gguf;
 pub mod gradients;
 pub mod hf_export;
 pub mod lora;
+pub mod lora_only;
 pub mod merge;
 pub mod params;
 mod projection;

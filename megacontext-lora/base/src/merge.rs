@@ -1,8 +1,11 @@
-//! An adapter merged into its base: a plain model folder that any reader of Llama models loads.
+//! An adapter merged into its base: a plain model folder that any reader of its family loads.
 //!
 //! Source: LoRA (Hu et al. 2021), W' = W + (alpha/r)·B·A. Trained embeddings and norms replace the base's; the
 //! adapter's RoPE scaling and context length go into `config.json`: a merged model without its scaling is broken.
-//! A tied model stays tied: its adapters carry one embedding for both ends.
+//!
+//! Tied models: where the adapter carries one embedding for both ends, the merged model stays tied. Where head and
+//! embedding differ afterwards ([`Adapter::unties`]) it is written with a head of its own, `tie_word_embeddings` false,
+//! and the report says so. Merging into a tied folder would change one end along with the other.
 //!
 //! Shapes: A [r, in], B [out, r], W [out, in]; products in f32. One weight at a time is in memory.
 //! Errors: everything that [`Adapter::check_against`] refuses, damaged weights, a target that is not empty, the disk.
@@ -12,10 +15,13 @@
 
 use std::path::Path;
 
+use candle_core::Tensor;
+
 use crate::adapter::Adapter;
 use crate::config::DecoderConfig;
 use crate::error::{BaseError, Result};
 use crate::hf_export::write_model_streamed;
+use crate::lora::LoraConfig;
 use crate::weights::{Dtype, Weights};
 
 /// What a merge wrote.
@@ -23,10 +29,12 @@ use crate::weights::{Dtype, Weights};
 pub struct MergeReport {
     /// Storage type of the merged weights.
     pub dtype: Dtype,
-    /// Linear layers that took up a LoRA product.
+    /// Weights that took up a LoRA product.
     pub merged: usize,
     /// Tensors replaced by trained ones.
     pub replaced: usize,
+    /// The base was tied and the merged model is not.
+    pub untied: bool,
     /// The configuration written.
     pub config: DecoderConfig,
 }
@@ -40,32 +48,99 @@ pub fn merge(
     out: &Path,
     dtype: Option<Dtype>,
 ) -> Result<MergeReport> {
-    adapter.check_against(base, &weights.fingerprint())?;
-    let tensors = base.tensors();
-    weights.check(&tensors)?;
+    let source = MergedTensors::new(weights, base, adapter)?;
     let dtype = match dtype {
         Some(dtype) => dtype,
-        None => weights.common_dtype(tensors.iter().map(|(name, _)| name.as_str()))?,
+        None => weights.common_dtype(base.tensors().iter().map(|(name, _)| name.as_str()))?,
     };
-    let config = match &adapter.config.megacontext {
-        Some(own) => base.extended(own.rope_scaling.clone(), own.context_length),
-        None => base.clone(),
-    };
-    let scale = adapter.lora().scale();
     let (mut merged, mut replaced) = (0, 0);
-    write_model_streamed(out, &config, dtype, Some(weights.dir()), |name| {
-        if let Some(trained) = adapter.tensors.get(name) {
-            replaced += 1;
-            return Ok(trained.clone());
+    write_model_streamed(out, &source.config, dtype, Some(weights.dir()), |name| {
+        let (tensor, from) = source.tensor(name, |_| true)?;
+        match from {
+            From::Base => {}
+            From::Lora => merged += 1,
+            From::Trained => replaced += 1,
         }
-        let shape = weights.shape(name).map(<[usize]>::to_vec).unwrap_or_default();
-        let w_oi = weights.tensor_f32(name, &shape)?;
-        let module = name.strip_suffix(".weight").unwrap_or(name);
-        let factor = |which: &str| adapter.tensors.get(&format!("{module}.lora_{which}.weight"));
-        let (Some(a_ri), Some(b_or)) = (factor("A"), factor("B")) else { return Ok(w_oi) };
-        merged += 1;
-        let update_oi = (b_or.matmul(a_ri)? * scale)?;
-        (w_oi + update_oi).map_err(BaseError::from)
+        Ok(tensor)
     })?;
-    Ok(MergeReport { dtype, merged, replaced, config })
+    Ok(MergeReport { dtype, merged, replaced, untied: source.untied, config: source.config })
+}
+
+/// Where a merged tensor's values come from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum From {
+    /// The base folder, unchanged.
+    Base,
+    /// The base folder and a LoRA product.
+    Lora,
+    /// The adapter, which trained it in full.
+    Trained,
+}
+
+/// The tensors of base + adapter, one at a time.
+pub(crate) struct MergedTensors<'a> {
+    weights: &'a Weights,
+    adapter: &'a Adapter,
+    lora: LoraConfig,
+    /// The base's configuration as the result needs it: scaling and length of the adapter, tied or not.
+    pub config: DecoderConfig,
+    /// The base is tied and the result is not.
+    pub untied: bool,
+}
+
+impl<'a> MergedTensors<'a> {
+    /// Checks that the adapter is the base's and the weights are there.
+    pub fn new(weights: &'a Weights, base: &DecoderConfig, adapter: &'a Adapter) -> Result<Self> {
+        let untied = adapter.unties(base)?;
+        let model = if untied { base.untied() } else { base.clone() };
+        adapter.check_against(&model, &weights.fingerprint())?;
+        weights.check(&base.tensors())?;
+        let config = match &adapter.config.megacontext {
+            Some(own) => model.extended(own.rope_scaling.clone(), own.context_length),
+            None => model,
+        };
+        Ok(Self { weights, adapter, lora: adapter.lora(), config, untied })
+    }
+
+    /// The tensor `name` of the result in f32, LoRA in it where `folds` says so of its module.
+    pub fn tensor(&self, name: &str, folds: impl Fn(&str) -> bool) -> Result<(Tensor, From)> {
+        let (base, from) = match self.adapter.tensors.get(name) {
+            Some(trained) => (trained.clone(), From::Trained),
+            None => {
+                // A head that has just become one of its own begins as the embedding.
+                let stored =
+                    if self.weights.has(name) || !self.untied { name } else { self.config.embedding_name() };
+                let shape = self.weights.shape(stored).map(<[usize]>::to_vec).unwrap_or_default();
+                (self.weights.tensor_f32(stored, &shape)?, From::Base)
+            }
+        };
+        if !folds(module_of(name)) {
+            return Ok((base, from));
+        }
+        let factor = |name: &str| self.adapter.tensors.get(name).cloned();
+        match merged_weight(&self.lora, name, || Ok(base.clone()), factor)? {
+            Some(merged) => Ok((merged, From::Lora)),
+            None => Ok((base, from)),
+        }
+    }
+}
+
+/// The module that a weight belongs to.
+pub(crate) fn module_of(name: &str) -> &str {
+    name.strip_suffix(".weight").unwrap_or(name)
+}
+
+/// The weight `name` with LoRA in it, f32; none where LoRA has no factors for it. `base` gives the weight as it is in f32,
+/// `factor` LoRA's parameters by their names.
+pub(crate) fn merged_weight(
+    lora: &LoraConfig,
+    name: &str,
+    base: impl FnOnce() -> Result<Tensor>,
+    factor: impl Fn(&str) -> Option<Tensor>,
+) -> Result<Option<Tensor>> {
+    let module = module_of(name);
+    let factor = |which: &str| factor(&format!("{module}.lora_{which}.weight"));
+    let (Some(a_ri), Some(b_or)) = (factor("A"), factor("B")) else { return Ok(None) };
+    let update_oi = (b_or.matmul(&a_ri)? * lora.scale())?;
+    (base()? + update_oi).map(Some).map_err(BaseError::from)
 }

@@ -125,6 +125,13 @@ impl Stored {
     }
 }
 
+/// A parameter out of its store: its values, wherever they are, and its group. Putting it back copies nothing.
+pub struct Parameter {
+    param: Param,
+    /// Had its values been looked at ([`ParamStore::check_mapped`])?
+    looked: bool,
+}
+
 /// All parameters of a model, and the groups that learn at the moment.
 #[derive(Default)]
 pub struct ParamStore {
@@ -216,6 +223,32 @@ impl ParamStore {
             Stored::Mapped(tensor) => bytes(tensor),
         };
         self.params.values().map(of).sum()
+    }
+
+    /// Takes a parameter out, as it is.
+    ///
+    /// # Errors
+    /// When there is none of this name.
+    pub fn take(&mut self, name: &str) -> Result<Parameter> {
+        let param = self.params.remove(name).ok_or_else(|| unknown(name))?;
+        Ok(Parameter { param, looked: self.looked.get().is_some() })
+    }
+
+    /// Puts a parameter that was taken out of a store in the place of whatever has this name.
+    ///
+    /// # Errors
+    /// When its group learns and it cannot, because it is not in memory or not in f32.
+    pub fn put(&mut self, name: impl Into<String>, parameter: Parameter) -> Result<()> {
+        let (name, Parameter { param, looked }) = (name.into(), parameter);
+        if self.learns(param.group) && !param.value.can_learn() {
+            let message = format!("expected a frozen group, got {}, which learns", param.group);
+            return Err(BaseError::Parameter { name, message });
+        }
+        if !looked && matches!(param.value, Stored::Mapped(_)) {
+            self.looked = OnceLock::new();
+        }
+        self.params.insert(name, param);
+        Ok(())
     }
 
     /// Removes a parameter; true if there was one.
