@@ -351,7 +351,7 @@ impl Session {
         let params = l.decoder.params();
         let mut groups = serde_json::Map::new();
         for name in params.names() {
-            let group = Group::of_name(name);
+            let group = l.model.config.group_of(name);
             let entry = groups
                 .entry(group.name())
                 .or_insert_with(|| json!({ "learns": params.learns(group), "parameters": [] }));
@@ -437,7 +437,7 @@ impl Loaded {
 
     /// Is a parameter no longer what the base folder holds, to the bit? LoRA's factors always are something else.
     fn differs(&self, name: &str) -> Result<bool> {
-        if Group::of_name(name) == Group::Lora {
+        if self.model.config.group_of(name) == Group::Lora {
             return Ok(true);
         }
         if !self.changed.contains(name) {
@@ -455,7 +455,7 @@ impl Loaded {
     fn base_values(&self, name: &str) -> Result<Vec<f32>> {
         let shape = self.decoder.params().shape(name).unwrap_or(&[]);
         let weights = &self.model.weights;
-        if stored_narrow(Group::of_name(name), self.decoder.precision()) {
+        if stored_narrow(self.model.config.group_of(name), self.decoder.precision()) {
             let values = weights.values::<bf16>(name, shape).map_err(model_error)?;
             return Ok(values.into_iter().map(Store::get).collect());
         }

@@ -32,7 +32,7 @@ use crate::config::DecoderConfig;
 use crate::error::{BaseError, Result};
 use crate::hf_export::{write_json, write_safetensors};
 use crate::lora::LoraConfig;
-use crate::params::{Group, ParamStore};
+use crate::params::ParamStore;
 use crate::rope::RopeScaling;
 use crate::weights::{Dtype, MappedFile};
 
@@ -258,7 +258,7 @@ impl Adapter {
     /// [`Adapter::check_against`] before.
     pub fn load_into(&self, base: &DecoderConfig, params: &mut ParamStore) -> Result<()> {
         for (name, tensor) in self.parameters(base) {
-            params.insert(name, Group::of_name(name), tensor.clone())?;
+            params.insert(name, base.group_of(name), tensor.clone())?;
         }
         Ok(())
     }

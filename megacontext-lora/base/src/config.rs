@@ -1,7 +1,8 @@
-//! The description of a model: `config.json` of a Hugging Face Llama folder.
+//! The description of a model: `config.json` of a Hugging Face folder.
 //!
-//! Source: the keys of transformers' `LlamaConfig`, releases 4 and 5 (which moved `rope_theta` and `rope_scaling` into
-//! `rope_parameters`; both are read, and both are written).
+//! Source: the keys of transformers' configurations, releases 4 and 5 (which moved `rope_theta` and `rope_scaling` into
+//! `rope_parameters`; both are read, and both are written). What is said by a family in its own way is the matter of the
+//! module `families`; the names of tensors that of the module `names`.
 //!
 //! Units: lengths in tokens, widths in elements. Errors: `BaseError::Config`, naming file and key. Everything that
 //! would change the numbers and is not implemented is refused, never ignored.
@@ -9,23 +10,30 @@
 //! Our own key `megacontext.original_max_position_embeddings` records the length a model was pre-trained at, once its
 //! `max_position_embeddings` says the extended length.
 //!
-//! Left out: other model families, biases, quantised weights.
+//! Left out: quantised weights.
 
 use std::fs;
 use std::path::Path;
 
 use serde_json::{Map, Value, json};
 
+use crate::architecture::Architecture;
 use crate::error::{BaseError, Result};
+pub use crate::families::Family;
+pub use crate::names::{LinearPart, NormPart};
 use crate::rope::{Rope, RopeScaling};
 
 /// Sizes above these are damage rather than a model; below them no product of sizes overflows.
 const LARGEST: u64 = 1 << 24;
 const MOST_LAYERS: usize = 4096;
 
-/// A Llama-family decoder's shape and constants.
+/// A decoder's shape and constants.
 #[derive(Clone, Debug, PartialEq)]
 pub struct DecoderConfig {
+    /// Whose names and keys the folder uses.
+    pub family: Family,
+    /// What the decoder is made of.
+    pub architecture: Architecture,
     /// V: rows of the embedding.
     pub vocab_size: usize,
     /// E: model width.
@@ -40,7 +48,7 @@ pub struct DecoderConfig {
     pub num_key_value_heads: usize,
     /// D: width of a head, even.
     pub head_dim: usize,
-    /// Added to the mean square in RMSNorm.
+    /// Added to the mean square, or the variance, under the root of a norm.
     pub rms_norm_eps: f64,
     /// RoPE base.
     pub rope_theta: f64,
@@ -94,8 +102,14 @@ impl DecoderConfig {
     /// Reads a configuration; `path` is where it came from, for messages.
     pub fn from_json(value: &Value, path: &Path) -> Result<Self> {
         let raw = value.as_object().ok_or_else(|| BaseError::config(path, "expected a JSON object"))?;
-        let keys = Keys { raw, path };
-        keys.refuse_unsupported()?;
+        let file = Keys { raw, path };
+        let family = Family::of(&file)?;
+        let standard = family.standard(&file)?;
+        let keys = Keys { raw: &standard, path };
+        if keys.has("quantization_config") {
+            return keys
+                .fail("quantization_config: expected f32, f16 or bf16 weights, got a quantised model");
+        }
 
         let hidden_size = keys.size("hidden_size")?;
         let num_attention_heads = keys.size("num_attention_heads")?;
@@ -128,6 +142,8 @@ impl DecoderConfig {
                 .fail(format!("num_hidden_layers: expected at most {MOST_LAYERS}, got {num_hidden_layers}"));
         }
         let config = Self {
+            family,
+            architecture: family.architecture(&keys, num_hidden_layers, head_dim)?,
             vocab_size: keys.size("vocab_size")?,
             hidden_size,
             intermediate_size: keys.size("intermediate_size")?,
@@ -138,7 +154,7 @@ impl DecoderConfig {
             rms_norm_eps: keys.positive("rms_norm_eps", Some(1e-6))?,
             rope_theta: keys.rope_theta()?,
             max_position_embeddings: keys.size("max_position_embeddings")?,
-            tie_word_embeddings: keys.flag("tie_word_embeddings")?,
+            tie_word_embeddings: keys.flag_or("tie_word_embeddings", family.ties_by_default())?,
             rope_scaling: keys.rope_scaling()?,
             bos_token_id: keys.token("bos_token_id")?,
             eos_token_id: keys.token("eos_token_id")?,
@@ -169,19 +185,22 @@ impl DecoderConfig {
         let mut put = |key: &str, value: Value| {
             out.insert(key.to_string(), value);
         };
-        put("model_type", json!("llama"));
-        put("architectures", json!(["LlamaForCausalLM"]));
-        put("hidden_act", json!("silu"));
-        put("attention_bias", json!(false));
-        put("mlp_bias", json!(false));
+        put("model_type", json!(self.family.model_type()));
+        put("architectures", json!([self.family.class()]));
         put("vocab_size", json!(self.vocab_size));
-        put("hidden_size", json!(self.hidden_size));
-        put("intermediate_size", json!(self.intermediate_size));
-        put("num_hidden_layers", json!(self.num_hidden_layers));
-        put("num_attention_heads", json!(self.num_attention_heads));
-        put("num_key_value_heads", json!(self.num_key_value_heads));
-        put("head_dim", json!(self.head_dim));
-        put("rms_norm_eps", json!(self.rms_norm_eps));
+        // The others keep what their file says, in their own keys.
+        if self.family == Family::Llama {
+            put("hidden_act", json!("silu"));
+            put("attention_bias", json!(self.architecture.qkv_bias));
+            put("mlp_bias", json!(self.architecture.mlp_bias));
+            put("hidden_size", json!(self.hidden_size));
+            put("intermediate_size", json!(self.intermediate_size));
+            put("num_hidden_layers", json!(self.num_hidden_layers));
+            put("num_attention_heads", json!(self.num_attention_heads));
+            put("num_key_value_heads", json!(self.num_key_value_heads));
+            put("head_dim", json!(self.head_dim));
+            put("rms_norm_eps", json!(self.rms_norm_eps));
+        }
         put("max_position_embeddings", json!(self.max_position_embeddings));
         put("tie_word_embeddings", json!(self.tie_word_embeddings));
         put("bos_token_id", json!(self.bos_token_id));
@@ -202,6 +221,7 @@ impl DecoderConfig {
         put("rope_theta", json!(self.rope_theta));
         put("rope_scaling", scaling);
         put("rope_parameters", Value::Object(parameters));
+        self.family.place(&mut out, self);
         Value::Object(out)
     }
 
@@ -236,75 +256,13 @@ impl DecoderConfig {
 
     /// The model's rotary positions, stretched by `scaling`: its own is [`DecoderConfig::rope_scaling`].
     pub fn rope(&self, scaling: &RopeScaling) -> Rope {
-        Rope { width: self.head_dim, theta: self.rope_theta, scaling: scaling.clone() }
-    }
-
-    /// Name and shape of every tensor of the model, sorted by name; `lm_head.weight` only where it is not tied.
-    pub fn tensors(&self) -> Vec<(String, Vec<usize>)> {
-        let (e, f) = (self.hidden_size, self.intermediate_size);
-        let q = self.num_attention_heads * self.head_dim;
-        let kv = self.num_key_value_heads * self.head_dim;
-        let mut out = vec![("model.embed_tokens.weight".to_string(), vec![self.vocab_size, e])];
-        for layer in 0..self.num_hidden_layers {
-            let block: [(&str, Vec<usize>); 9] = [
-                ("input_layernorm", vec![e]),
-                ("post_attention_layernorm", vec![e]),
-                ("self_attn.q_proj", vec![q, e]),
-                ("self_attn.k_proj", vec![kv, e]),
-                ("self_attn.v_proj", vec![kv, e]),
-                ("self_attn.o_proj", vec![e, q]),
-                ("mlp.gate_proj", vec![f, e]),
-                ("mlp.up_proj", vec![f, e]),
-                ("mlp.down_proj", vec![e, f]),
-            ];
-            out.extend(block.map(|(name, shape)| (format!("model.layers.{layer}.{name}.weight"), shape)));
+        let a = &self.architecture;
+        Rope {
+            width: a.rotary_width,
+            theta: self.rope_theta,
+            scaling: scaling.clone(),
+            local_theta: a.local_theta,
         }
-        out.push(("model.norm.weight".to_string(), vec![e]));
-        if !self.tie_word_embeddings {
-            out.push(("lm_head.weight".to_string(), vec![self.vocab_size, e]));
-        }
-        out.sort();
-        out
-    }
-
-    /// Every linear layer of the model that can carry LoRA, block by block in the order they run, an untied output head
-    /// last.
-    pub fn linears(&self) -> Vec<Linear> {
-        let (e, f) = (self.hidden_size, self.intermediate_size);
-        let q = self.num_attention_heads * self.head_dim;
-        let kv = self.num_key_value_heads * self.head_dim;
-        let mut out = Vec::new();
-        for layer in 0..self.num_hidden_layers {
-            let block: [(&str, usize, usize); 7] = [
-                ("self_attn.q_proj", q, e),
-                ("self_attn.k_proj", kv, e),
-                ("self_attn.v_proj", kv, e),
-                ("self_attn.o_proj", e, q),
-                ("mlp.gate_proj", f, e),
-                ("mlp.up_proj", f, e),
-                ("mlp.down_proj", e, f),
-            ];
-            out.extend(block.map(|(path, out, inp)| Linear {
-                name: format!("model.layers.{layer}.{path}"),
-                layer: Some(layer),
-                out,
-                inp,
-            }));
-        }
-        if !self.tie_word_embeddings {
-            out.push(Linear { name: "lm_head".to_string(), layer: None, out: self.vocab_size, inp: e });
-        }
-        out
-    }
-
-    /// Name of the table of token embeddings, [V, E].
-    pub fn embedding_name(&self) -> &'static str {
-        "model.embed_tokens.weight"
-    }
-
-    /// Name of the output head's weight [V, E]: the embeddings' where it is tied to them.
-    pub fn head_name(&self) -> &'static str {
-        if self.tie_word_embeddings { self.embedding_name() } else { "lm_head.weight" }
     }
 
     fn own(&self, key: &str) -> Option<&Value> {
@@ -333,59 +291,26 @@ impl Linear {
 }
 
 /// Typed access to the keys of one file.
-struct Keys<'a> {
-    raw: &'a Map<String, Value>,
-    path: &'a Path,
+pub(crate) struct Keys<'a> {
+    pub raw: &'a Map<String, Value>,
+    pub path: &'a Path,
 }
 
-impl Keys<'_> {
-    fn fail<T>(&self, message: impl Into<String>) -> Result<T> {
+impl<'a> Keys<'a> {
+    pub fn fail<T>(&self, message: impl Into<String>) -> Result<T> {
         Err(BaseError::config(self.path, message))
     }
 
     /// Null counts as absent, as in transformers.
-    fn get(&self, key: &str) -> Option<&Value> {
+    pub fn get(&self, key: &str) -> Option<&'a Value> {
         self.raw.get(key).filter(|v| !v.is_null())
     }
 
-    fn has(&self, key: &str) -> bool {
+    pub fn has(&self, key: &str) -> bool {
         self.get(key).is_some()
     }
 
-    fn refuse_unsupported(&self) -> Result<()> {
-        match self.get("model_type").map(|v| v.as_str().unwrap_or("")) {
-            Some("llama") => {}
-            Some(other) => {
-                return self
-                    .fail(format!("model_type: expected \"llama\" (the supported family), got \"{other}\""));
-            }
-            None => {
-                return self
-                    .fail("model_type: expected \"llama\" (the supported family), the key is missing");
-            }
-        }
-        if let Some(act) = self.get("hidden_act").filter(|v| v.as_str() != Some("silu")) {
-            return self.fail(format!("hidden_act: expected \"silu\", got {act}"));
-        }
-        for key in ["attention_bias", "mlp_bias"] {
-            if self.flag(key)? {
-                return self.fail(format!("{key}: expected false (biases are not supported), got true"));
-            }
-        }
-        if self.has("quantization_config") {
-            return self
-                .fail("quantization_config: expected f32, f16 or bf16 weights, got a quantised model");
-        }
-        let partial = self.get("partial_rotary_factor").or_else(|| {
-            self.get("rope_parameters").and_then(|v| v.get("partial_rotary_factor")).filter(|v| !v.is_null())
-        });
-        if let Some(partial) = partial.filter(|v| v.as_f64() != Some(1.0)) {
-            return self.fail(format!("partial_rotary_factor: expected 1, got {partial}"));
-        }
-        Ok(())
-    }
-
-    fn size(&self, key: &str) -> Result<usize> {
+    pub fn size(&self, key: &str) -> Result<usize> {
         let Some(value) = self.get(key) else {
             return self.fail(format!("{key}: expected a positive number, the key is missing"));
         };
@@ -395,11 +320,41 @@ impl Keys<'_> {
         }
     }
 
-    fn size_or(&self, key: &str, default: usize) -> Result<usize> {
+    pub fn size_or(&self, key: &str, default: usize) -> Result<usize> {
         if self.has(key) { self.size(key) } else { Ok(default) }
     }
 
-    fn positive(&self, key: &str, default: Option<f64>) -> Result<f64> {
+    /// A number of layers, 0 included.
+    pub fn count_or(&self, key: &str, default: usize) -> Result<usize> {
+        match self.get(key).map(|v| (v, v.as_u64())) {
+            None => Ok(default),
+            Some((_, Some(n))) if n <= LARGEST => Ok(n as usize),
+            Some((value, _)) => {
+                self.fail(format!("{key}: expected a whole number up to {LARGEST}, got {value}"))
+            }
+        }
+    }
+
+    /// The sliding window; null says that there is none, an absent key stands for the default.
+    pub fn window(&self, default: Option<usize>) -> Result<Option<usize>> {
+        match self.raw.get("sliding_window") {
+            None => Ok(default),
+            Some(Value::Null) => Ok(None),
+            Some(_) => self.size("sliding_window").map(Some),
+        }
+    }
+
+    /// The cap on logits; null says that there is none, an absent key stands for the default.
+    pub fn softcap(&self, default: Option<f64>) -> Result<Option<f64>> {
+        let key = "final_logit_softcapping";
+        match self.raw.get(key) {
+            None => Ok(default),
+            Some(Value::Null) => Ok(None),
+            Some(value) => self.positive_value(key, value).map(Some),
+        }
+    }
+
+    pub fn positive(&self, key: &str, default: Option<f64>) -> Result<f64> {
         match (self.get(key), default) {
             (None, Some(default)) => Ok(default),
             (None, None) => self.fail(format!("{key}: expected a positive number, the key is missing")),
@@ -407,16 +362,20 @@ impl Keys<'_> {
         }
     }
 
-    fn positive_value(&self, key: &str, value: &Value) -> Result<f64> {
+    pub fn positive_value(&self, key: &str, value: &Value) -> Result<f64> {
         match value.as_f64() {
             Some(x) if x.is_finite() && x > 0.0 => Ok(x),
             _ => self.fail(format!("{key}: expected a positive number, got {value}")),
         }
     }
 
-    fn flag(&self, key: &str) -> Result<bool> {
+    pub fn flag(&self, key: &str) -> Result<bool> {
+        self.flag_or(key, false)
+    }
+
+    pub fn flag_or(&self, key: &str, default: bool) -> Result<bool> {
         match self.get(key) {
-            None => Ok(false),
+            None => Ok(default),
             Some(Value::Bool(b)) => Ok(*b),
             Some(other) => self.fail(format!("{key}: expected true or false, got {other}")),
         }

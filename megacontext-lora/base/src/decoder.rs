@@ -88,11 +88,11 @@ fn read_parameter(
     params: &mut ParamStore,
     weights: &Weights,
     name: String,
+    group: Group,
     shape: &[usize],
     precision: Precision,
     learns: bool,
 ) -> Result<()> {
-    let group = Group::of_name(&name);
     let narrow = stored_narrow(group, precision) && !learns;
     if let Some(tensor) = weights.mapped(&name, shape, narrow)?.filter(|_| !learns) {
         params.insert_mapped(name, group, tensor)
@@ -102,6 +102,16 @@ fn read_parameter(
     } else {
         let values = weights.values::<f32>(&name, shape)?;
         params.insert_values(name, group, values, shape)
+    }
+}
+
+/// Until blocks follow the whole description.
+fn only_llama(config: &DecoderConfig) -> Result<()> {
+    match config.family {
+        crate::config::Family::Llama => Ok(()),
+        other => {
+            Err(BaseError::Input { message: format!("expected a llama model, got {}", other.model_type()) })
+        }
     }
 }
 
@@ -116,10 +126,11 @@ impl Decoder {
         precision: Precision,
         learning: &[Group],
     ) -> Result<Self> {
+        only_llama(&config)?;
         let mut params = ParamStore::new();
         for (name, shape) in config.tensors() {
-            let learns = learning.contains(&Group::of_name(&name));
-            read_parameter(&mut params, weights, name, &shape, precision, learns)?;
+            let group = config.group_of(&name);
+            read_parameter(&mut params, weights, name, group, &shape, precision, learning.contains(&group))?;
         }
         Ok(Self { config, params, lora: None, precision, merged: None })
     }
@@ -129,7 +140,7 @@ impl Decoder {
     /// # Errors
     /// When the model has no tensor of this name, or its group learns.
     pub fn reread(&mut self, weights: &Weights, name: &str) -> Result<()> {
-        let group = Group::of_name(name);
+        let group = self.config.group_of(name);
         let fail = |message: &str| {
             Err(BaseError::Parameter { name: name.to_string(), message: message.to_string() })
         };
@@ -139,11 +150,11 @@ impl Decoder {
         if self.params.learns(group) {
             return fail("expected a frozen group, got one that learns");
         }
-        read_parameter(&mut self.params, weights, name.to_string(), &shape, self.precision, false)
+        read_parameter(&mut self.params, weights, name.to_string(), group, &shape, self.precision, false)
     }
 
     /// A model to pre-train: weights N(0, 0.02²), those that write to the residual stream divided by √(2·layers)
-    /// (Radford et al. 2019), gains 1. Stored as [`Decoder::from_weights`] does.
+    /// (Radford et al. 2019), gains 1, biases 0. Stored as [`Decoder::from_weights`] does.
     pub fn random(
         config: DecoderConfig,
         seed: u64,
@@ -154,13 +165,18 @@ impl Decoder {
             (0..len).map(|_| S::put(next())).collect()
         }
         let mut params = ParamStore::new();
+        let neutral = config.architecture.norm.neutral();
         let shrink = 1.0 / (2.0 * config.num_hidden_layers as f64).sqrt();
         for (name, shape) in config.tensors() {
             let mut random = Random::named(seed, &name);
-            let group = Group::of_name(&name);
-            let writes = name.ends_with("o_proj.weight") || name.ends_with("down_proj.weight");
-            let std = 0.02 * if writes { shrink } else { 1.0 };
-            let next = || if group == Group::Norms { 1.0 } else { (random.normal() * std) as f32 };
+            let group = config.group_of(&name);
+            let std = 0.02 * if config.writes_to_stream(&name) { shrink } else { 1.0 };
+            let bias = name.ends_with(".bias");
+            let next = || match group {
+                _ if bias => 0.0,
+                Group::Norms => neutral,
+                _ => (random.normal() * std) as f32,
+            };
             let len = shape.iter().product();
             if stored_narrow(group, precision) && !learning.contains(&group) {
                 params.insert_values(name, group, values::<bf16>(len, next), &shape)?;
@@ -185,7 +201,7 @@ impl Decoder {
             return Err(fail("expected a tied model, got one with a head of its own"));
         }
         let copy = self.params.get(embedding).ok_or_else(|| fail("the model has no embedding"))?;
-        self.params.insert(head, Group::of_name(head), copy)?;
+        self.params.insert(head, self.config.group_of(head), copy)?;
         self.config = config;
         Ok(())
     }

@@ -1,6 +1,7 @@
 //! The base model of the plugin: a trainable decoder and everything that belongs to it.
 //!
-//! [`decoder`] runs and trains a Llama-family model whose parameters live in a [`params::ParamStore`], each in one group;
+//! [`decoder`] runs and trains a decoder, described as data by [`architecture`], whose parameters live in a
+//! [`params::ParamStore`], each in one group;
 //! [`gradients`] holds their gradients and the optimiser; [`buffers`] is the memory of a pass, and how much it is; [`lora`] attaches low-rank updates; [`rope`] maps positions to
 //! angles. [`config`], [`weights`] and [`tokenizer`] read a Hugging Face folder, [`hf_export`] writes one, [`adapter`]
 //! reads and writes PEFT folders, [`merge`] folds one into its base, [`lora_only`] and
@@ -11,18 +12,21 @@
 
 pub mod adapter;
 mod adapter_config;
+pub mod architecture;
 pub mod atomic;
 mod block;
 pub mod buffers;
 pub mod config;
 pub mod decoder;
 pub mod error;
+mod families;
 pub mod gguf;
 pub mod gradients;
 pub mod hf_export;
 pub mod lora;
 pub mod lora_only;
 pub mod merge;
+mod names;
 pub mod params;
 mod projection;
 pub mod random;

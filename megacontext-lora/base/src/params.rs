@@ -59,19 +59,6 @@ impl Group {
             Self::Sigma => "sigma",
         }
     }
-
-    /// The group of a decoder parameter, from its name.
-    pub fn of_name(name: &str) -> Self {
-        if name.contains(".lora_") {
-            Self::Lora
-        } else if name.ends_with("embed_tokens.weight") {
-            Self::Embeddings
-        } else if name.ends_with("norm.weight") {
-            Self::Norms
-        } else {
-            Self::Base
-        }
-    }
 }
 
 impl std::fmt::Display for Group {

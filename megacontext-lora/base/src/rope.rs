@@ -113,6 +113,8 @@ pub struct RopeTables {
     pub cos_nd: Tensor,
     /// Sines, likewise.
     pub sin_nd: Tensor,
+    /// Cosines and sines of blocks that turn by a base of their own, where a model has such.
+    pub local: Option<[Tensor; 2]>,
 }
 
 /// What a model turns its heads by: the rotated width, the base of the frequencies and how they are stretched.
@@ -124,6 +126,9 @@ pub struct Rope {
     pub theta: f64,
     /// Stretch.
     pub scaling: RopeScaling,
+    /// Base of the frequencies of blocks that turn by tables of their own, which no scaling stretches (Gemma 3's windowed
+    /// blocks).
+    pub local_theta: Option<f64>,
 }
 
 impl Rope {
@@ -142,12 +147,17 @@ impl Rope {
 
     /// Tables of given positions, N of them; `sigma` is their uncertainty, none where they are certain.
     pub fn at(&self, mu: &[f64], sigma: Option<&[f64]>) -> candle_core::Result<RopeTables> {
-        let (cos, sin) = tables(&self.frequencies(), mu, sigma);
         let shape = (mu.len(), self.width / 2);
-        Ok(RopeTables {
-            cos_nd: Tensor::from_vec(cos, shape, &Device::Cpu)?,
-            sin_nd: Tensor::from_vec(sin, shape, &Device::Cpu)?,
-        })
+        let tensors = |frequencies: &[f64]| -> candle_core::Result<[Tensor; 2]> {
+            let (cos, sin) = tables(frequencies, mu, sigma);
+            Ok([Tensor::from_vec(cos, shape, &Device::Cpu)?, Tensor::from_vec(sin, shape, &Device::Cpu)?])
+        };
+        let [cos_nd, sin_nd] = tensors(&self.frequencies())?;
+        let local = self.local_theta.map(|theta| {
+            let rope = Self { theta, scaling: RopeScaling::None, local_theta: None, ..self.clone() };
+            tensors(&rope.frequencies())
+        });
+        Ok(RopeTables { cos_nd, sin_nd, local: local.transpose()? })
     }
 }
 
@@ -156,7 +166,7 @@ mod tests {
     use super::*;
 
     fn rope(scaling: RopeScaling) -> Rope {
-        Rope { width: 8, theta: 10000.0, scaling }
+        Rope { width: 8, theta: 10000.0, scaling, local_theta: None }
     }
 
     #[test]

@@ -57,7 +57,7 @@ impl Made {
             tensors.push((format!("{module}.lora_B.weight"), filled(&[out, 3], tensors.len())));
         }
         for (name, shape) in base.tensors() {
-            if matches!(Group::of_name(&name), Group::Embeddings | Group::Norms) {
+            if matches!(base.group_of(&name), Group::Embeddings | Group::Norms) {
                 tensors.push((name, filled(&shape, tensors.len())));
             }
         }

@@ -289,7 +289,7 @@ fn weights_are_read_in_bf16_as_rounded_f32() -> Result<()> {
         for (name, shape) in config.tensors() {
             let exact: Vec<f32> = weights.values(&name, &shape)?;
             let rounded: Vec<f32> = exact.iter().map(|v| bf16::put(*v).get()).collect();
-            let norm = Group::of_name(&name) == Group::Norms;
+            let norm = config.group_of(&name) == Group::Norms;
             assert_eq!(
                 decoder.params().values(&name)?.to_f32(),
                 if norm { exact } else { rounded },

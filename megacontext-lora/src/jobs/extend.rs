@@ -502,9 +502,8 @@ impl<'h> Run<'h> {
         let decoder: &Decoder = &self.trainer.decoder;
         let trained: Vec<_> =
             decoder.params().trainable().into_iter().map(|(name, t)| (name, t.detach())).collect();
-        let whole =
-            trained.iter().map(|(name, _)| name.as_str()).filter(|n| Group::of_name(n) != Group::Lora);
         let base = &self.model.config;
+        let whole = trained.iter().map(|(name, _)| name.as_str()).filter(|n| base.group_of(n) != Group::Lora);
         let own = MegacontextKey {
             base_fingerprint: self.model.weights.fingerprint(),
             rope_scaling: scaling.clone(),
@@ -521,7 +520,7 @@ impl<'h> Run<'h> {
         let params = self.trainer.decoder.params();
         let mut groups: BTreeMap<Group, GroupSummary> = BTreeMap::new();
         for name in params.names() {
-            let group = Group::of_name(name);
+            let group = self.model.config.group_of(name);
             let entry = groups.entry(group).or_insert_with(|| GroupSummary {
                 name: group.to_string(),
                 trained: params.learns(group),

@@ -29,9 +29,6 @@ use crate::run::metrics::METRICS;
 const CHECKPOINTS: &str = "checkpoints";
 const STATE: &str = "state.json";
 
-/// The only tensor of the base's own group that an adapter can carry.
-const HEAD: &str = "lm_head.weight";
-
 /// What of a checkpoint's state is taken up.
 #[derive(Deserialize)]
 struct Saved {
@@ -57,7 +54,7 @@ impl Session {
         let params = l.decoder.params();
         let mut names = Vec::new();
         for name in params.names() {
-            if params.learns(Group::of_name(name)) || l.differs(name)? {
+            if params.learns(l.model.config.group_of(name)) || l.differs(name)? {
                 names.push(name);
             }
         }
@@ -115,7 +112,7 @@ impl Session {
             if values.iter().any(|v| v.name == name) {
                 continue;
             }
-            let group = Group::of_name(name);
+            let group = l.model.config.group_of(name);
             if group == Group::Lora || params.learns(group) {
                 return Err(data(format!("parameter {name} is not in it")));
             }
@@ -128,7 +125,7 @@ impl Session {
         let mut kept = Vec::new();
         for Named { name, .. } in &values {
             let known = phase.before.parameters.iter().any(|(n, _)| n == name);
-            let fresh = phase.before.lora_attached && Group::of_name(name) == Group::Lora;
+            let fresh = phase.before.lora_attached && l.model.config.group_of(name) == Group::Lora;
             if let Some(now) = params.get(name).filter(|_| !known && !fresh) {
                 kept.push((name.clone(), now.copy()?));
             }
@@ -140,7 +137,7 @@ impl Session {
             optimizer.import(l.decoder.params(), moments).map_err(model_error)?;
         }
         for Named { name, shape, values } in values {
-            let group = Group::of_name(&name);
+            let group = l.model.config.group_of(&name);
             let params = l.decoder.params_mut();
             params.insert_values(name.as_str(), group, values.into_owned(), &shape).map_err(model_error)?;
             l.changed.insert(name);
@@ -172,7 +169,7 @@ impl Session {
                 continue;
             }
             let Some(tensor) = params.get(name) else { continue };
-            if Group::of_name(name) == Group::Base && name != HEAD {
+            if base.group_of(name) == Group::Base && name != base.untied_head_name() {
                 return Err(PluginError::usage(format!(
                     "export: the base's own weights were trained, {name} is no longer as in {}; an adapter cannot carry \
                      that",
@@ -182,14 +179,14 @@ impl Session {
             tensors.push((name.to_string(), tensor));
         }
         // PEFT keeps all norms or none.
-        if tensors.iter().any(|(n, _)| Group::of_name(n) == Group::Norms) {
-            for name in params.names().filter(|n| Group::of_name(n) == Group::Norms) {
+        if tensors.iter().any(|(n, _)| base.group_of(n) == Group::Norms) {
+            for name in params.names().filter(|n| base.group_of(n) == Group::Norms) {
                 if let Some(tensor) = params.get(name).filter(|_| !tensors.iter().any(|(n, _)| n == name)) {
                     tensors.push((name.to_string(), tensor));
                 }
             }
         }
-        let whole = tensors.iter().map(|(n, _)| n.as_str()).filter(|n| Group::of_name(n) != Group::Lora);
+        let whole = tensors.iter().map(|(n, _)| n.as_str()).filter(|n| base.group_of(n) != Group::Lora);
         let own = MegacontextKey {
             base_fingerprint: l.model.weights.fingerprint(),
             rope_scaling: l.scaling.clone(),

@@ -269,7 +269,7 @@ impl Loaded {
     fn detach_lora(&mut self) -> Result<()> {
         let params = self.decoder.params_mut();
         let names: Vec<String> =
-            params.names().filter(|n| Group::of_name(n) == Group::Lora).map(str::to_string).collect();
+            params.names().filter(|n| params.group(n) == Some(Group::Lora)).map(str::to_string).collect();
         for name in &names {
             params.remove(name);
         }
@@ -283,7 +283,7 @@ impl Loaded {
             self.detach_lora()?;
         }
         for (name, value) in before.parameters {
-            let group = Group::of_name(&name);
+            let group = self.model.config.group_of(&name);
             self.decoder.params_mut().insert(name, group, value).map_err(model_error)?;
         }
         self.optimizer = before.optimizer;

@@ -106,7 +106,7 @@ impl Load<'_> {
     fn parameters(&self) -> (u64, u64) {
         let (mut frozen, mut learning) = (0, 0);
         for (name, shape) in self.model.tensors() {
-            let group = Group::of_name(&name);
+            let group = self.model.group_of(&name);
             let values = shape.iter().product::<usize>() as u64;
             if self.learning.contains(&group) {
                 learning += values;

@@ -273,10 +273,9 @@ impl Trainer {
                     tensor.shape
                 )));
             }
+            let Some(group) = params.group(&name) else { continue };
             let values = tensor.values.into_owned();
-            params
-                .insert_values(name.as_str(), Group::of_name(&name), values, &tensor.shape)
-                .map_err(model_error)?;
+            params.insert_values(name, group, values, &tensor.shape).map_err(model_error)?;
         }
         let moments = loaded.optim.into_iter().map(|m| (m.name, m.values.into_owned()));
         self.optimizer.import(self.decoder.params(), moments).map_err(model_error)?;

@@ -47,7 +47,7 @@ impl Decoder {
         let mut aside: Vec<(String, Parameter)> = Vec::new();
         let merged = self.config.tensors().into_iter().try_for_each(|(name, shape)| {
             let Some(weight) = self.merged_form(&lora, &name)? else { return Ok(()) };
-            let group = Group::of_name(&name);
+            let group = self.config.group_of(&name);
             let narrow = matches!(self.params.values(&name)?.weight(), Weight::Bf16(_));
             aside.push((name.clone(), self.params.take(&name)?));
             let values: Vec<f32> = weight.flatten_all()?.to_vec1()?;
