@@ -93,6 +93,7 @@ fn every_command_has_help() {
         "eval",
         "eval ppl",
         "merge",
+        "export",
         "logits",
         "pretrain",
         "plugin check",

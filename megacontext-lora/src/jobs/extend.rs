@@ -231,10 +231,28 @@ pub fn run(params: Value, host: &dyn HostApi) -> Result<Value> {
     with_threads(threads, || Run::prepare(config, params.resume, host)?.finish())?
 }
 
-fn plan_event(plan: &Plan) -> Result<Value> {
+fn plan_event(plan: &Plan, config: &ExtendConfig) -> Result<Value> {
+    let note = whole_modules_note(config);
     let mut value = to_value(plan)?;
-    value["text"] = json!(plan.text());
+    value["text"] =
+        json!([Some(plan.text()), note.clone()].into_iter().flatten().collect::<Vec<_>>().join("\n"));
+    value["note"] = json!(note);
     Ok(value)
+}
+
+/// Said before training, because it decides what the adapter can be used with: some readers take LoRA factors alone.
+fn whole_modules_note(config: &ExtendConfig) -> Option<String> {
+    let whole: Vec<&str> =
+        config.groups().into_iter().filter(|g| *g != Group::Lora).map(Group::name).collect();
+    (!whole.is_empty()).then(|| {
+        format!(
+            "note: the adapter will carry {} trained in full (modules_to_save): PEFT reads that, vLLM and llama.cpp do not. \
+             For them, afterwards: mclora export --format lora-only --base {} --adapter {} --out DIR, or mclora merge",
+            whole.join(" and "),
+            config.base.display(),
+            config.out.join("adapter").display()
+        )
+    })
 }
 
 struct Run<'h> {
@@ -260,7 +278,7 @@ impl<'h> Run<'h> {
         let tokens = text.stream.len() + text.held_out.iter().map(Vec::len).sum::<usize>();
         let program = plan::resident_bytes().unwrap_or(0).saturating_sub(4 * tokens as u64);
         let plan = plan::plan_beside(&model.config, &config, tokens, program)?;
-        host.event("plan", &plan_event(&plan)?);
+        host.event("plan", &plan_event(&plan, &config)?);
 
         let groups = config.groups();
         let mut decoder = model.decoder(config.dtype, &groups)?;

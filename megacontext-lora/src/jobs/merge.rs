@@ -36,14 +36,7 @@ pub fn run(params: Value, _: &dyn HostApi) -> Result<Value> {
             return Err(PluginError::usage(format!("{key}: expected a folder, got none")));
         }
     }
-    let dtype = match job.dtype.as_deref() {
-        None | Some("f32") => Some(Dtype::F32),
-        Some("f16") => Some(Dtype::F16),
-        Some("bf16") => Some(Dtype::BF16),
-        Some(other) => {
-            return Err(PluginError::usage(format!("dtype: expected f32, f16 or bf16, got \"{other}\"")));
-        }
-    };
+    let dtype = Some(dtype_of(job.dtype.as_deref())?);
     let model = ModelDir::open(&job.base)?;
     let adapter = read_adapter(&job.adapter).map_err(model_error)?;
     let report = megacontext_base::merge::merge(&model.weights, &model.config, &adapter, &job.out, dtype)
@@ -53,7 +46,18 @@ pub fn run(params: Value, _: &dyn HostApi) -> Result<Value> {
         "dtype": report.dtype.torch_name(),
         "merged": report.merged,
         "replaced": report.replaced,
+        "untied": report.untied,
         "rope": report.config.rope_scaling.to_string(),
         "max_position_embeddings": report.config.max_position_embeddings,
     }))
+}
+
+/// The type that weights are written in, f32 unless another is named.
+pub(super) fn dtype_of(name: Option<&str>) -> Result<Dtype> {
+    match name {
+        None | Some("f32") => Ok(Dtype::F32),
+        Some("f16") => Ok(Dtype::F16),
+        Some("bf16") => Ok(Dtype::BF16),
+        Some(other) => Err(PluginError::usage(format!("dtype: expected f32, f16 or bf16, got \"{other}\""))),
+    }
 }

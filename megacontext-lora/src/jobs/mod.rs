@@ -5,6 +5,7 @@
 //! | `extend` | [`crate::train::config::ExtendConfig`] | [`crate::run::summary::Summary`] |
 //! | `pretrain` | [`pretrain::PretrainConfig`] | losses of the model and of the n-gram baselines |
 //! | `eval_ppl` | [`eval_ppl::EvalPpl`] | a list of perplexities |
+//! | `export` | [`export::Export`] | what was written for readers of LoRA alone |
 //! | `merge` | [`merge::Merge`] | what was merged and where it is |
 //! | `logits` | [`logits::LogitsJob`] | where the logits are |
 //! | `bench` | [`mod@bench`] | one measurement |
@@ -30,13 +31,14 @@ use crate::host::HostApi;
 
 pub mod bench;
 pub mod eval_ppl;
+pub mod export;
 pub mod extend;
 pub mod logits;
 pub mod merge;
 pub mod pretrain;
 
 /// Names of all jobs.
-pub const KINDS: [&str; 6] = ["extend", "pretrain", "eval_ppl", "merge", "logits", "bench"];
+pub const KINDS: [&str; 7] = ["extend", "pretrain", "eval_ppl", "merge", "export", "logits", "bench"];
 
 /// Runs a job to its end.
 ///
@@ -48,6 +50,7 @@ pub fn run(kind: &str, params: Value, host: &dyn HostApi) -> Result<Value> {
         "pretrain" => pretrain::run(params, host),
         "eval_ppl" => eval_ppl::run(params, host),
         "merge" => merge::run(params, host),
+        "export" => export::run(params, host),
         "logits" => logits::run(params, host),
         "bench" => bench::run(params, host),
         other => Err(PluginError::usage(format!("job: expected one of {KINDS:?}, got \"{other}\""))),
@@ -118,7 +121,8 @@ impl ModelDir {
         Decoder::from_weights(self.config.clone(), &self.weights, precision, learning).map_err(model_error)
     }
 
-    /// The decoder with an adapter on it, and the scaling the adapter was trained with.
+    /// The decoder with an adapter on it, and the scaling the adapter was trained with. It has a head of its own where the
+    /// adapter unties it.
     pub fn decoder_with(
         &self,
         adapter: Option<&Path>,
@@ -127,8 +131,12 @@ impl ModelDir {
         let mut decoder = self.decoder(precision, &[])?;
         let Some(dir) = adapter else { return Ok((decoder, self.config.rope_scaling.clone(), None)) };
         let adapter = read_adapter(dir).map_err(model_error)?;
-        adapter.check_against(&self.config, &self.weights.fingerprint()).map_err(model_error)?;
-        adapter.load_into(&self.config, decoder.params_mut()).map_err(model_error)?;
+        if adapter.unties(&self.config).map_err(model_error)? {
+            decoder.untie().map_err(model_error)?;
+        }
+        let config = decoder.config().clone();
+        adapter.check_against(&config, &self.weights.fingerprint()).map_err(model_error)?;
+        adapter.load_into(&config, decoder.params_mut()).map_err(model_error)?;
         decoder.set_lora(Some(adapter.lora())).map_err(model_error)?;
         let scaling = adapter.rope_scaling().unwrap_or(&self.config.rope_scaling).clone();
         Ok((decoder, scaling, Some(adapter)))

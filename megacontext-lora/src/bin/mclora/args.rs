@@ -19,6 +19,7 @@ use std::path::PathBuf;
   mclora extend --base DIR --data docs/ --context 8192 --out runs/mine
   mclora eval ppl --base DIR --adapter runs/mine/adapter --data held-out.txt --contexts 2048,8192
   mclora merge --base DIR --adapter runs/mine/adapter --out merged/
+  mclora export --format lora-only --base DIR --adapter runs/mine/adapter --out exported/
   mclora bench attention --n 2048,8192 --threads 2
 
 Exit codes: 0 done, 2 a wrong flag or setting, 130 interrupted, 1 anything else."
@@ -55,6 +56,8 @@ pub enum Command {
     Eval(EvalCommand),
     /// Fold an adapter into its base: a model folder that needs no adapter
     Merge(Merge),
+    /// Write an adapter for readers that take LoRA factors alone: vLLM, llama.cpp
+    Export(Export),
     /// Write the logits of given tokens, to compare with another implementation
     Logits(Logits),
     /// Train a small model from nothing, on the Rust sources and documentation of this machine
@@ -273,6 +276,33 @@ pub struct Merge {
     #[arg(long, value_name = "DIR")]
     pub out: PathBuf,
     /// f32, f16 or bf16; the short ones round the merged weights [default: f32]
+    #[arg(long, value_name = "NAME")]
+    pub dtype: Option<String>,
+}
+
+/// Write an adapter for readers that take LoRA factors alone.
+///
+/// lora-only writes two folders: OUT/base, a copy of the base with trained embeddings and norms put in and the scaling of
+/// positions in its config.json, and OUT/adapter, a PEFT adapter for it without modules_to_save. gguf writes one file that
+/// llama.cpp loads beside a converted base; an adapter with trained embeddings or norms goes through lora-only first.
+#[derive(Debug, Clone, Args)]
+#[command(after_help = "Examples:
+  mclora export --format lora-only --base models/small --adapter runs/mine/adapter --out export
+  mclora export --format gguf --base export/base --adapter export/adapter --out small.gguf")]
+pub struct Export {
+    /// lora-only or gguf
+    #[arg(long, value_name = "NAME")]
+    pub format: String,
+    /// Model folder
+    #[arg(long, value_name = "DIR")]
+    pub base: PathBuf,
+    /// Adapter folder (PEFT)
+    #[arg(long, value_name = "DIR")]
+    pub adapter: PathBuf,
+    /// What to write: for lora-only a folder, absent or empty; for gguf a file that is not there
+    #[arg(long, value_name = "PATH")]
+    pub out: PathBuf,
+    /// f32, f16 or bf16 (gguf: f32 or f16) [default: f32]
     #[arg(long, value_name = "NAME")]
     pub dtype: Option<String>,
 }

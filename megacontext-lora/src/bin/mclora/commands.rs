@@ -1,6 +1,6 @@
 //! The commands that are one job each, and `plugin check`.
 
-use crate::args::{EvalPpl, Extend, Global, Logits, Merge, PluginCheck, Pretrain};
+use crate::args::{EvalPpl, Export, Extend, Global, Logits, Merge, PluginCheck, Pretrain};
 use crate::failure::{Failure, Result};
 use crate::progress::{Reporter, catch_interrupts};
 use crate::{params, tables};
@@ -95,10 +95,49 @@ pub fn merge(args: &Merge, global: &Global) -> Result<Value> {
     let result = job("merge", &params::merge(args)?, global)?;
     show(global, || {
         format!(
-            "merged model  {}\npositions     {}, up to {} tokens\n",
+            "merged model  {}\npositions     {}, up to {} tokens\n{}",
             args.out.display(),
             result["rope"].as_str().unwrap_or("?"),
-            result["max_position_embeddings"]
+            result["max_position_embeddings"],
+            untied(&result)
+        )
+    });
+    Ok(result)
+}
+
+/// A line for a model that lost the tie between embedding and head.
+fn untied(result: &Value) -> &'static str {
+    if result["untied"] == true {
+        "head          its own from now on: it is no longer the embedding (tie_word_embeddings is false in config.json)\n"
+    } else {
+        ""
+    }
+}
+
+pub fn export(args: &Export, global: &Global) -> Result<Value> {
+    let result = job("export", &params::export(args)?, global)?;
+    show(global, || {
+        let text = |key: &str| result[key].as_str().unwrap_or("?").to_owned();
+        if result["format"] == "gguf" {
+            let notes = result["notes"].as_array().into_iter().flatten().filter_map(Value::as_str);
+            let notes: String = notes.map(|note| format!("note          {note}\n")).collect();
+            return format!(
+                "adapter       {}\nfor           {}, LoRA on {} linear layers\n{notes}",
+                text("file"),
+                text("architecture"),
+                result["modules"]
+            );
+        }
+        format!(
+            "base          {}: {} tensors are no longer the original's\nadapter       {}: LoRA on {} linear layers\n\
+             positions     {}, up to {} tokens\n{}",
+            text("base"),
+            result["patched"].as_array().map_or(0, Vec::len),
+            text("adapter"),
+            result["modules"],
+            text("rope"),
+            result["max_position_embeddings"],
+            untied(&result)
         )
     });
     Ok(result)

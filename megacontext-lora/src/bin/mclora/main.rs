@@ -48,6 +48,7 @@ fn run(cli: Cli) -> Result<Value> {
         Command::Extend(args) => commands::extend(&args, &global),
         Command::Eval(EvalCommand::Ppl(args)) => commands::eval_ppl(&args, &global),
         Command::Merge(args) => commands::merge(&args, &global),
+        Command::Export(args) => commands::export(&args, &global),
         Command::Logits(args) => commands::logits(&args, &global),
         Command::Pretrain(args) => commands::pretrain(&args, &global),
         Command::Bench(command) => bench::run(&command, &global),

@@ -4,7 +4,7 @@
 //! plugin checks: an unknown key in the file travels on and comes back as the plugin's error. Only what JSON cannot say
 //! is read here: the shorthand for stages, sizes with a unit, a group in tokens or as a part.
 
-use crate::args::{EvalPpl, Extend, Global, Logits, Merge, Pretrain};
+use crate::args::{EvalPpl, Export, Extend, Global, Logits, Merge, Pretrain};
 use crate::failure::{Failure, Result};
 use serde_json::{Map, Value, json};
 use std::path::{Path, PathBuf};
@@ -171,6 +171,17 @@ pub fn eval_ppl(args: &EvalPpl, global: &Global) -> Result<Value> {
 /// The parameters of `merge`.
 pub fn merge(args: &Merge) -> Result<Value> {
     let mut params = Params::default();
+    params.set_path("base", Some(&args.base))?;
+    params.set_path("adapter", Some(&args.adapter))?;
+    params.set_path("out", Some(&args.out))?;
+    params.set_some("dtype", args.dtype.as_deref());
+    Ok(params.into_value())
+}
+
+/// The parameters of `export`.
+pub fn export(args: &Export) -> Result<Value> {
+    let mut params = Params::default();
+    params.set("format", args.format.as_str());
     params.set_path("base", Some(&args.base))?;
     params.set_path("adapter", Some(&args.adapter))?;
     params.set_path("out", Some(&args.out))?;
