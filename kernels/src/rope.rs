@@ -6,8 +6,13 @@
 //!
 //! Shapes: x [B, T, H, D], cos and sin [T, D/2] shared by all rows of the batch, or [B·T, D/2]. Tables get no gradient.
 //! On slices x is stored in f32 or bf16; on candle tensors in f32.
+//!
+//! [`damping_gradient`] is what a learned uncertainty needs: with y the damped output and g its gradient,
+//! ∂y/∂sigma = −ω²·sigma·y in every band.
 
 use candle_core::{CpuStorage, CustomOp1, Layout, Shape, Tensor};
+
+use rayon::prelude::*;
 
 use crate::cpu::{contiguous, for_rows, multiversion, with_values};
 use crate::error::{KernelError, Result};
@@ -47,6 +52,49 @@ pub fn rotate<S: Store>(x: &mut [S], heads: usize, width: usize, cos: &[f32], si
             for head in entry.chunks_exact_mut(width) {
                 rotate_row(head, &cos[at..at + half], &sin[at..at + half], direction);
             }
+        }
+    });
+}
+
+multiversion! {
+    /// Σ over bands of ω²·(g₁·y₁ + g₂·y₂) of one head.
+    fn damped_product<S: Store>(y: &[S], g: &[f32], omega_squared: &[f32]) -> f32 {
+        const LANES: usize = 8;
+        let half = omega_squared.len();
+        let (y1, y2) = y.split_at(half);
+        let (g1, g2) = g.split_at(half);
+        let (y2, g2) = (&y2[..half], &g2[..half]);
+        // Fixed lanes, so that the sum is the same at every level.
+        let mut sums = [0f32; LANES];
+        for i in 0..half {
+            sums[i % LANES] += omega_squared[i] * (g1[i] * y1[i].get() + g2[i] * y2[i].get());
+        }
+        sums.iter().sum()
+    }
+}
+
+/// Adds to each of `sums`, one for every position, Σ over its heads and bands of ω²·(g₁·y₁ + g₂·y₂): times −sigma it is the
+/// gradient of that position's uncertainty. `y` are rotated entries of `heads`·`width` values, `g` the gradient of them;
+/// there may be several times as many entries as positions. `omega_squared` has half as many values as a head has rotated
+/// ones, which come first in it; 0 where a band is not damped.
+pub fn damping_gradient<S: Store>(
+    y: &[S],
+    g: &[f32],
+    heads: usize,
+    width: usize,
+    omega_squared: &[f32],
+    sums: &mut [f64],
+) {
+    let (positions, entry) = (sums.len(), heads * width);
+    if positions == 0 {
+        return;
+    }
+    let entries = y.len() / entry;
+    sums.par_iter_mut().enumerate().with_min_len(16).for_each(|(position, sum)| {
+        for at in (position..entries).step_by(positions) {
+            let at = at * entry..(at + 1) * entry;
+            let heads = y[at.clone()].chunks_exact(width).zip(g[at].chunks_exact(width));
+            *sum += heads.map(|(y, g)| f64::from(damped_product(y, g, omega_squared))).sum::<f64>();
         }
     });
 }

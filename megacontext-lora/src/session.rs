@@ -23,7 +23,7 @@ use candle_core::{Device, Tensor};
 use megacontext_base::decoder::{Decoder, Forward, stored_narrow};
 use megacontext_base::gradients::{Gradients, Optimizer};
 use megacontext_base::params::Group;
-use megacontext_base::rope::{RopeScaling, RopeTables, tables};
+use megacontext_base::rope::{Entries as Placed, RopeScaling, RopeTables};
 use megacontext_kernels::attention::{Pattern, Rows};
 use megacontext_kernels::linear::Weight;
 use megacontext_kernels::loss::IGNORE;
@@ -156,7 +156,7 @@ impl Session {
         let model = ModelDir::open(&dir)?;
         let (decoder, scaling, adapter) = model.decoder_with(config.adapter.as_deref(), config.dtype)?;
         let own = adapter.as_ref().and_then(|a| a.config.megacontext.as_ref());
-        let context_length = own.map_or(model.config.max_position_embeddings, |own| own.context_length);
+        let context_length = own.map_or(model.config.context(), |own| own.context_length);
         let changed = adapter
             .iter()
             .flat_map(|a| a.parameters(&model.config))
@@ -270,7 +270,8 @@ impl Session {
         check_positions(mu, sigma)?;
         size("rope tables: cos", mu.len() * c.head_dim / 2, out_cos.len())?;
         size("rope tables: sin", mu.len() * c.head_dim / 2, out_sin.len())?;
-        let (cos, sin) = tables(&c.rope(&l.scaling).frequencies(), mu, sigma);
+        let placed = Placed { mu, sigma, ..Placed::default() };
+        let (cos, sin) = c.rope(&l.scaling).values(&placed).map_err(model_error)?;
         out_cos.copy_from_slice(&cos);
         out_sin.copy_from_slice(&sin);
         Ok(())
@@ -420,7 +421,7 @@ impl Loaded {
         };
         size("mu", length, mu.len())?;
         check_positions(mu, context.sigma)?;
-        let rope = c.rope(&self.scaling).at(mu, context.sigma)?;
+        let rope = c.rope(&self.scaling).at(mu, context.sigma).map_err(model_error)?;
         Ok((x, rope))
     }
 

@@ -277,7 +277,7 @@ pub(super) fn plan_panels(
                 entry,
                 head,
                 keys: bounds.lo[entry] as usize..bounds.hi[entry] as usize,
-                position: entry as f32,
+                position: spec.position(entry),
             }),
         )
     })

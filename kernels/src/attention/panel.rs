@@ -31,12 +31,19 @@ pub(super) struct Spec<'a> {
     pub scale: f32,
     /// Slope of each query head.
     pub slopes: Option<&'a [f32]>,
+    /// Place of each entry of a row, for biases; none where it is its number.
+    pub positions: Option<&'a [f32]>,
 }
 
 impl Spec<'_> {
     /// scale·log2(e): from products to powers of two.
     pub fn factor(&self) -> f32 {
         self.scale * std::f32::consts::LOG2_E
+    }
+
+    /// Place of an entry of a row.
+    pub fn position(&self, entry: usize) -> f32 {
+        self.positions.map_or(entry as f32, |positions| positions[entry])
     }
 
     /// D padded for outputs of products.
@@ -51,17 +58,25 @@ pub(super) struct Making {
     pub scale: f32,
     /// Slope of each query head.
     pub slopes: Option<Vec<f32>>,
+    /// Place of each entry of a row, for biases; none where it is its number.
+    pub positions: Option<Vec<f32>>,
     pub products: Products,
 }
 
 impl Making {
     pub fn new(scale: f64) -> Self {
-        Self { scale: scale as f32, slopes: None, products: Products::F32 }
+        Self { scale: scale as f32, slopes: None, positions: None, products: Products::F32 }
     }
 
     /// The same for heads of this width on this machine.
     pub fn spec(&self, width: usize) -> Spec<'_> {
-        Spec { engine: Engine::new(self.products), width, scale: self.scale, slopes: self.slopes.as_deref() }
+        Spec {
+            engine: Engine::new(self.products),
+            width,
+            scale: self.scale,
+            slopes: self.slopes.as_deref(),
+            positions: self.positions.as_deref(),
+        }
     }
 }
 
@@ -209,14 +224,14 @@ impl Tile {
 
     /// Packs what the forward pass reads.
     pub fn pack_forward<S: Store>(&mut self, spec: &Spec<'_>, keys: &Keys<'_, S>) {
-        self.begin(keys);
+        self.begin(spec, keys);
         self.k = form(std::mem::take(&mut self.k), spec.engine, keys.k, KEYS, Self::ld(spec));
         self.vt = form(std::mem::take(&mut self.vt), spec.engine, keys.v.t(), spec.padded(), Self::ldt(spec));
     }
 
     /// Packs what the backward pass reads.
     pub fn pack_backward<S: Store>(&mut self, spec: &Spec<'_>, keys: &Keys<'_, S>) {
-        self.begin(keys);
+        self.begin(spec, keys);
         self.k = form(std::mem::take(&mut self.k), spec.engine, keys.k, KEYS, Self::ld(spec));
         self.v = form(std::mem::take(&mut self.v), spec.engine, keys.v, KEYS, Self::ld(spec));
         self.kt = form(std::mem::take(&mut self.kt), spec.engine, keys.k.t(), spec.padded(), Self::ldt(spec));
@@ -229,11 +244,11 @@ impl Tile {
         finite
     }
 
-    fn begin<S>(&mut self, keys: &Keys<'_, S>) {
+    fn begin<S>(&mut self, spec: &Spec<'_>, keys: &Keys<'_, S>) {
         self.range = keys.range.clone();
         self.finite.set(None);
         self.positions.clear();
-        self.positions.extend(keys.range.clone().map(|key| key as f32));
+        self.positions.extend(keys.range.clone().map(|key| spec.position(key)));
     }
 }
 

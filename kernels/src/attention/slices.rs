@@ -4,9 +4,9 @@ use super::Dims;
 use super::backward::{Operands, backward, delta};
 use super::forward::forward;
 use super::panel::Making;
-use super::pattern::{Pattern, Plan, Rows};
+use super::pattern::{OP, Pattern, Plan, Rows};
 use super::view::View;
-use crate::error::Result;
+use crate::error::{KernelError, Result};
 use crate::micro::Products;
 use crate::store::Store;
 
@@ -73,6 +73,22 @@ impl Prepared {
     pub fn with_slopes(mut self, slopes: &[f32]) -> Result<Self> {
         self.dims.check(Some(slopes))?;
         self.making.slopes = Some(slopes.to_vec());
+        Ok(self)
+    }
+
+    /// Places of the T entries of a row, the same in every row of the batch: with slopes, scores are lowered by
+    /// slopes\[h\]·|position(i) − position(j)|.
+    ///
+    /// # Errors
+    /// When there is not one finite position per entry.
+    pub fn with_positions(mut self, positions: &[f32]) -> Result<Self> {
+        if positions.len() != self.dims.entries || positions.iter().any(|p| !p.is_finite()) {
+            let what = format!("expected {} finite positions, one per entry of a row", self.dims.entries);
+            let bad = positions.iter().find(|p| !p.is_finite());
+            let got = bad.map_or_else(|| positions.len().to_string(), f32::to_string);
+            return Err(KernelError::argument(OP, format!("{what}, got {got}")));
+        }
+        self.making.positions = Some(positions.to_vec());
         Ok(self)
     }
 

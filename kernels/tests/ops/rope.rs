@@ -62,3 +62,63 @@ fn rope_refuses_tables_of_another_shape() -> Result<()> {
     refuses(rope::rope(&x, &table, &table), "cos and sin of shape [2, 2]");
     Ok(())
 }
+
+/// Σ probe·y over the rotated and damped output y of f64 inputs, by each position's sigma.
+fn damped(x: &[f64], probe: &[f64], sigma: &[f64], heads: usize, omega: &[f64]) -> f64 {
+    let (half, width) = (omega.len(), 2 * omega.len());
+    let mut sum = 0.0;
+    for (i, (head, probe)) in x.chunks(width).zip(probe.chunks(width)).enumerate() {
+        let position = (i / heads) % sigma.len();
+        for d in 0..half {
+            let keep = (-0.5 * (omega[d] * sigma[position]).powi(2)).exp();
+            let (s, c) = (1.7 * position as f64 * omega[d]).sin_cos();
+            sum += keep * probe[d] * (head[d] * c - head[half + d] * s);
+            sum += keep * probe[half + d] * (head[half + d] * c + head[d] * s);
+        }
+    }
+    sum
+}
+
+#[test]
+fn the_gradient_of_sigma_matches_differences() {
+    // Widths around the lanes of a sum, two rows of a batch over one table.
+    for (heads, half) in [(1, 1), (2, 3), (3, 8), (2, 13)] {
+        let (positions, rows) = (5, 2);
+        let omega: Vec<f64> = (0..half).map(|i| 10f64.powf(-(i as f64) / half as f64)).collect();
+        let sigma: Vec<f64> = (0..positions).map(|p| 0.3 * p as f64).collect();
+        let len = rows * positions * heads * 2 * half;
+        let (x, g) = (numbers(len, 3), numbers(len, 4));
+        let (mut cos, mut sin) = (Vec::new(), Vec::new());
+        for (position, sigma) in sigma.iter().enumerate() {
+            for w in &omega {
+                let keep = (-0.5 * (w * sigma).powi(2)).exp();
+                let (s, c) = (1.7 * position as f64 * w).sin_cos();
+                cos.push((keep * c) as f32);
+                sin.push((keep * s) as f32);
+            }
+        }
+        let mut y = x.clone();
+        rope::rotate(&mut y, heads, 2 * half, &cos, &sin, 1.0);
+        let squared: Vec<f32> = omega.iter().map(|w| (w * w) as f32).collect();
+        let mut sums = vec![0.0; positions];
+        rope::damping_gradient(&y, &g, heads, 2 * half, &squared, &mut sums);
+        let (x, g) = (wide(&x), wide(&g));
+        for position in 0..positions {
+            let value = |moved: f64| {
+                let mut sigma = sigma.clone();
+                sigma[position] += moved;
+                damped(&x, &g, &sigma, heads, &omega)
+            };
+            let want = (value(1e-5) - value(-1e-5)) / 2e-5;
+            let got = -sigma[position] * sums[position];
+            assert!((got - want).abs() < 1e-5, "{heads} heads, {half} bands, {position}: {got}, {want}");
+        }
+        // bf16 operands give what their values give.
+        let rounded = rounded(&y);
+        let (mut of_bf16, mut of_f32) = (vec![0.0; positions], vec![0.0; positions]);
+        let g: Vec<f32> = g.iter().map(|g| *g as f32).collect();
+        rope::damping_gradient(&rounded, &g, heads, 2 * half, &squared, &mut of_bf16);
+        rope::damping_gradient(&narrow(&rounded), &g, heads, 2 * half, &squared, &mut of_f32);
+        assert_eq!(of_bf16, of_f32);
+    }
+}

@@ -168,12 +168,12 @@ impl AdapterConfig {
             out["megacontext"] = json!({
                 "format": FORMAT,
                 "base_fingerprint": own.base_fingerprint,
-                "rope_scaling": own.rope_scaling.to_hf(),
+                "rope_scaling": own.rope_scaling.to_json(),
                 "original_max_position_embeddings": own.original_max_position_embeddings,
                 "context_length": own.context_length,
             });
             if let Some(base) = &own.base_rope_scaling {
-                out["megacontext"]["base_rope_scaling"] = base.to_hf();
+                out["megacontext"]["base_rope_scaling"] = base.to_json();
             }
         }
         out
@@ -237,9 +237,8 @@ fn own_key(value: &Value, path: &Path) -> Result<MegacontextKey> {
         ));
     }
     let scaling = |key: &str| {
-        let mut config = Map::new();
-        config.insert("rope_scaling".into(), raw.get(key).cloned().unwrap_or(Value::Null));
-        RopeScaling::from_hf(&config).map_err(|e| BaseError::adapter(path, format!("megacontext.{key}: {e}")))
+        RopeScaling::from_json(raw.get(key).unwrap_or(&Value::Null))
+            .map_err(|e| BaseError::adapter(path, format!("megacontext.{key}: {e}")))
     };
     if !raw.contains_key("rope_scaling") {
         return keys.fail("megacontext.rope_scaling: expected an object or null, the key is missing");

@@ -19,12 +19,14 @@
 use megacontext_kernels::attention::slices::Prepared;
 use megacontext_kernels::{mlp, norm, rope};
 
+use crate::architecture::Rotation;
 use crate::buffers::{Activation, Buffer, Saved, Workspace, sized};
 use crate::config::DecoderConfig;
 use crate::error::Result;
 use crate::gradients::Gradients;
 use crate::params::{Group, Held};
 use crate::projection::{Projection, Setting};
+use crate::rope::Spread;
 
 /// The linear layers of a block, in the order they are held here.
 const LINEARS: [&str; 7] = [
@@ -52,6 +54,8 @@ pub(crate) struct Pass<'a> {
     pub attention: &'a Prepared,
     pub cos: &'a [f32],
     pub sin: &'a [f32],
+    /// What the gradient of sigma needs, where it learns.
+    pub spread: Option<&'a Spread>,
 }
 
 /// A block's parameters, looked up once per pass.
@@ -59,6 +63,7 @@ pub(crate) struct Block<'a> {
     pass: &'a Pass<'a>,
     norms: [(String, Held<'a>); 2],
     linears: Vec<Projection<'a>>,
+    rotation: Rotation,
 }
 
 impl<'a> Block<'a> {
@@ -71,7 +76,8 @@ impl<'a> Block<'a> {
         };
         let linears = LINEARS.into_iter().map(|module| Projection::new(layer, &path(module), pass.setting));
         let linears = linears.collect::<Result<Vec<_>>>()?;
-        Ok(Self { pass, norms: [norm(NORMS[0])?, norm(NORMS[1])?], linears })
+        let rotation = pass.config.architecture.layers[layer].rotation;
+        Ok(Self { pass, norms: [norm(NORMS[0])?, norm(NORMS[1])?], linears, rotation })
     }
 
     fn norm<S: Activation>(&self, which: usize, x: &[S], out: &mut Buffer<S>) -> Result<()> {
@@ -170,6 +176,12 @@ impl<'a> Block<'a> {
         sized(&mut attention.k, saved.k.len());
         sized(&mut attention.v, saved.v.len());
         self.pass.attention.backward_into(&saved.q, &saved.k, &saved.v, &saved.mixed, d_mixed, attention);
+        if let Some(spread) = self.pass.spread {
+            let (rotation, heads) = (self.rotation, c.num_attention_heads);
+            spread.backward(rotation, &saved.q, &attention.q, heads, c.head_dim, gradients);
+            let heads = c.num_key_value_heads;
+            spread.backward(rotation, &saved.k, &attention.k, heads, c.head_dim, gradients);
+        }
         self.rotate(&mut attention.q, c.num_attention_heads, -1.0);
         self.rotate(&mut attention.k, c.num_key_value_heads, -1.0);
         self.norm(0, x, normed)?;

@@ -21,7 +21,7 @@ use crate::architecture::Architecture;
 use crate::error::{BaseError, Result};
 pub use crate::families::Family;
 pub use crate::names::{LinearPart, NormPart};
-use crate::rope::{Rope, RopeScaling};
+use crate::rope::{PositionOptions, Rope, RopeKeys, RopeScaling, Stretched};
 
 /// Sizes above these are damage rather than a model; below them no product of sizes overflows.
 const LARGEST: u64 = 1 << 24;
@@ -58,6 +58,8 @@ pub struct DecoderConfig {
     pub tie_word_embeddings: bool,
     /// How positions are stretched.
     pub rope_scaling: RopeScaling,
+    /// What else is not as in a plain model's positions: our own key `megacontext.positions`.
+    pub positions: PositionOptions,
     /// Begin-of-sequence token, if stated.
     pub bos_token_id: Option<u32>,
     /// End-of-sequence token, if stated; the first where several are.
@@ -141,9 +143,16 @@ impl DecoderConfig {
             return keys
                 .fail(format!("num_hidden_layers: expected at most {MOST_LAYERS}, got {num_hidden_layers}"));
         }
+        let architecture = family.architecture(&keys, num_hidden_layers, head_dim)?;
+        let RopeKeys { theta: rope_theta, scaling: rope_scaling } =
+            RopeKeys::read(keys.raw, 10000.0).map_err(|e| BaseError::config(path, e))?;
+        rope_scaling
+            .check(rope_theta, architecture.rotary_width)
+            .map_err(|e| BaseError::config(path, format!("rope_parameters: {e}")))?;
+        let positions = keys.positions(architecture.rotary_width / 2)?;
         let config = Self {
             family,
-            architecture: family.architecture(&keys, num_hidden_layers, head_dim)?,
+            architecture,
             vocab_size: keys.size("vocab_size")?,
             hidden_size,
             intermediate_size: keys.size("intermediate_size")?,
@@ -152,10 +161,11 @@ impl DecoderConfig {
             num_key_value_heads,
             head_dim,
             rms_norm_eps: keys.positive("rms_norm_eps", Some(1e-6))?,
-            rope_theta: keys.rope_theta()?,
+            rope_theta,
             max_position_embeddings: keys.size("max_position_embeddings")?,
             tie_word_embeddings: keys.flag_or("tie_word_embeddings", family.ties_by_default())?,
-            rope_scaling: keys.rope_scaling()?,
+            rope_scaling,
+            positions,
             bos_token_id: keys.token("bos_token_id")?,
             eos_token_id: keys.token("eos_token_id")?,
             raw: raw.clone(),
@@ -168,12 +178,10 @@ impl DecoderConfig {
                 ));
             }
         }
-        if let Some(original) = config.own("original_max_position_embeddings")
-            && original.as_u64().is_none_or(|n| n == 0 || n > LARGEST)
-        {
-            return keys.fail(format!(
-                "megacontext.original_max_position_embeddings: expected a positive number, got {original}"
-            ));
+        for key in ["original_max_position_embeddings", "context_length"] {
+            if let Some(bad) = config.own(key).filter(|v| v.as_u64().is_none_or(|n| n == 0 || n > LARGEST)) {
+                return keys.fail(format!("megacontext.{key}: expected a positive number, got {bad}"));
+            }
         }
         Ok(config)
     }
@@ -210,42 +218,44 @@ impl DecoderConfig {
         {
             put("eos_token_id", json!(self.eos_token_id));
         }
-        let scaling = self.rope_scaling.to_hf();
-        let mut parameters = scaling.as_object().cloned().unwrap_or_else(|| {
-            let mut plain = Map::new();
-            plain.insert("rope_type".into(), json!("default"));
-            plain
-        });
-        parameters.remove("type");
-        parameters.insert("rope_theta".into(), json!(self.rope_theta));
-        put("rope_theta", json!(self.rope_theta));
-        put("rope_scaling", scaling);
-        put("rope_parameters", Value::Object(parameters));
+        if self.positions != PositionOptions::default() {
+            own_keys(&mut out)["positions"] = json!(self.positions);
+        }
+        let rope = RopeKeys { theta: self.rope_theta, scaling: self.rope_scaling.clone() };
+        rope.write(&mut out, self.architecture.rotary_width);
         self.family.place(&mut out, self);
         Value::Object(out)
     }
 
     /// The length the model was pre-trained at, in tokens, from which every stretch is counted.
     ///
-    /// Our own record if there is one; else `max_position_embeddings`, which by the convention of Hugging Face stays
-    /// at the pre-trained length when linear scaling is added.
+    /// Our own record if there is one; else what its scaling states; else `max_position_embeddings`, which by the
+    /// convention of Hugging Face stays at the pre-trained length when linear scaling is added.
     pub fn original_context(&self) -> usize {
-        self.own("original_max_position_embeddings")
-            .and_then(Value::as_u64)
-            .map_or(self.max_position_embeddings, |n| n as usize)
+        self.own_length("original_max_position_embeddings")
+            .or(self.rope_scaling.original())
+            .unwrap_or(self.max_position_embeddings)
     }
 
-    /// The same model stretched: scaling and stated length replaced, the pre-trained length kept on record.
-    pub fn extended(&self, rope_scaling: RopeScaling, max_position_embeddings: usize) -> Self {
+    /// The length the model is for, in tokens: our own record if there is one, else `max_position_embeddings`.
+    pub fn context(&self) -> usize {
+        self.own_length("context_length").unwrap_or(self.max_position_embeddings)
+    }
+
+    fn own_length(&self, key: &str) -> Option<usize> {
+        self.own(key).and_then(Value::as_u64).map(|n| n as usize)
+    }
+
+    /// The same model stretched to `context` tokens: scaling and stated length replaced, the pre-trained length kept on
+    /// record.
+    pub fn extended(&self, rope_scaling: RopeScaling, context: usize) -> Self {
         let original = self.original_context();
         let mut out = self.clone();
-        let own = out.raw.entry("megacontext").or_insert_with(|| json!({}));
-        if !own.is_object() {
-            *own = json!({});
-        }
+        let own = own_keys(&mut out.raw);
         own["original_max_position_embeddings"] = json!(original);
+        own["context_length"] = json!(context);
+        out.max_position_embeddings = rope_scaling.stated_length(context, original);
         out.rope_scaling = rope_scaling;
-        out.max_position_embeddings = max_position_embeddings;
         out
     }
 
@@ -256,12 +266,21 @@ impl DecoderConfig {
 
     /// The model's rotary positions, stretched by `scaling`: its own is [`DecoderConfig::rope_scaling`].
     pub fn rope(&self, scaling: &RopeScaling) -> Rope {
-        let a = &self.architecture;
         Rope {
-            width: a.rotary_width,
+            options: self.positions.clone(),
+            local_theta: self.architecture.local_theta,
+            ..Rope::new(self.architecture.rotary_width, self.rope_theta, scaling.clone())
+        }
+    }
+
+    /// What a further stretch of this model begins with.
+    pub fn stretched(&self) -> Stretched<'_> {
+        Stretched {
+            own: &self.rope_scaling,
+            original: self.original_context(),
+            stated: self.max_position_embeddings,
             theta: self.rope_theta,
-            scaling: scaling.clone(),
-            local_theta: a.local_theta,
+            width: self.architecture.rotary_width,
         }
     }
 
@@ -308,6 +327,16 @@ impl<'a> Keys<'a> {
 
     pub fn has(&self, key: &str) -> bool {
         self.get(key).is_some()
+    }
+
+    fn positions(&self, bands: usize) -> Result<PositionOptions> {
+        let Some(value) = self.raw.get("megacontext").and_then(|own| own.get("positions")) else {
+            return Ok(PositionOptions::default());
+        };
+        let options: PositionOptions = serde_json::from_value(value.clone())
+            .map_err(|e| BaseError::config(self.path, format!("megacontext.positions: {e}")))?;
+        options.check(bands).map_err(|e| BaseError::config(self.path, format!("megacontext.{e}")))?;
+        Ok(options)
     }
 
     pub fn size(&self, key: &str) -> Result<usize> {
@@ -391,35 +420,15 @@ impl<'a> Keys<'a> {
             None => self.fail(format!("{key}: expected a token id or a list of them, got {value}")),
         }
     }
+}
 
-    fn rope_theta(&self) -> Result<f64> {
-        let nested = self.get("rope_parameters").and_then(|v| v.get("rope_theta")).filter(|v| !v.is_null());
-        match (nested, self.get("rope_theta")) {
-            (Some(inner), Some(outer)) if inner.as_f64() != outer.as_f64() => self.fail(format!(
-                "rope_theta: expected one value, got {outer} and rope_parameters.rope_theta = {inner}"
-            )),
-            (Some(inner), _) => self.positive_value("rope_parameters.rope_theta", inner),
-            (None, _) => self.positive("rope_theta", Some(10000.0)),
-        }
+/// Our own object among the keys of a file.
+fn own_keys(raw: &mut Map<String, Value>) -> &mut Value {
+    let own = raw.entry("megacontext").or_insert_with(|| json!({}));
+    if !own.is_object() {
+        *own = json!({});
     }
-
-    fn rope_scaling(&self) -> Result<RopeScaling> {
-        let read =
-            |raw: &Map<String, Value>| RopeScaling::from_hf(raw).map_err(|e| BaseError::config(self.path, e));
-        let found = read(self.raw)?;
-        if self.has("rope_parameters") && self.has("rope_scaling") {
-            let mut old = self.raw.clone();
-            old.remove("rope_parameters");
-            let old = read(&old)?;
-            if old != found {
-                return self.fail(format!(
-                    "rope_scaling: expected the same as rope_parameters ({found}), got {old}; \
-                     remove one of the two keys"
-                ));
-            }
-        }
-        Ok(found)
-    }
+    own
 }
 
 fn first_token(value: Option<&Value>) -> Option<u64> {

@@ -21,7 +21,7 @@
 
 use candle_core::{Device, Tensor};
 use megacontext_kernels::attention::slices::Prepared;
-use megacontext_kernels::attention::{Pattern, Rows};
+use megacontext_kernels::attention::{Pattern, Rows, alibi_slopes};
 use megacontext_kernels::cpu::Values;
 use megacontext_kernels::linear::{Layer, Scratch as LinearScratch};
 use megacontext_kernels::loss::{Gradient, head_cross_entropy};
@@ -38,7 +38,7 @@ use crate::lora::LoraConfig;
 use crate::params::{Group, ParamStore};
 use crate::projection::Setting;
 use crate::random::Random;
-use crate::rope::RopeTables;
+use crate::rope::{RopeTables, SIGMA, Spread};
 use crate::weights::Weights;
 
 mod merged;
@@ -237,6 +237,19 @@ impl Decoder {
         self.set_lora(Some(lora))
     }
 
+    /// Adds the trainable scales of sigma, 1 for each of `levels` levels, where there are none yet.
+    pub fn attach_sigma(&mut self, levels: usize) -> Result<()> {
+        if self.params.contains(SIGMA) {
+            return Ok(());
+        }
+        self.params.insert_values(SIGMA, Group::Sigma, vec![1f32; levels], &[levels])
+    }
+
+    /// The scales of sigma by level, if the model has them.
+    pub fn sigma_scales(&self) -> Option<Vec<f32>> {
+        self.params.values(SIGMA).ok().map(|scales| scales.to_f32())
+    }
+
     /// Sizes and settings.
     pub fn config(&self) -> &DecoderConfig {
         &self.config
@@ -308,7 +321,23 @@ impl Decoder {
         self.params.check_mapped()?;
         let sizes = [batch, length, c.num_attention_heads, c.num_key_value_heads, c.head_dim];
         let scale = 1.0 / (c.head_dim as f64).sqrt();
-        Ok(Prepared::new(sizes, scale, with.pattern, with.rows)?.with_products(self.precision.products()))
+        let prepared =
+            Prepared::new(sizes, scale, with.pattern, with.rows)?.with_products(self.precision.products());
+        if !c.positions.alibi {
+            return Ok(prepared);
+        }
+        let prepared = prepared.with_slopes(&alibi_slopes(c.num_attention_heads))?;
+        match with.rope.mu.as_deref() {
+            None => Ok(prepared),
+            Some(mu) if mu.len() == length => Ok(prepared.with_positions(mu)?),
+            Some(mu) => Err(BaseError::Input {
+                message: format!(
+                    "rope tables: with ALiBi expected one position for each of {length} entries, the same in every row, \
+                     got {}",
+                    mu.len()
+                ),
+            }),
+        }
     }
 
     /// Batch and length of a residual stream.
@@ -326,13 +355,27 @@ impl Decoder {
         attention: &'a Prepared,
         cos: &'a [f32],
         sin: &'a [f32],
+        spread: Option<&'a Spread>,
         entries: usize,
         dropout_seed: Option<u64>,
     ) -> Pass<'a> {
         let products = self.precision.products();
         let setting =
             Setting { params: &self.params, lora: self.lora.as_ref(), dropout_seed, products, entries };
-        Pass { config: &self.config, setting, attention, cos, sin }
+        Pass { config: &self.config, setting, attention, cos, sin, spread }
+    }
+
+    /// What the gradient of sigma needs, where it learns.
+    fn learning_spread<'a>(&self, rope: &'a RopeTables) -> Result<Option<&'a Spread>> {
+        let Some(spread) = rope.spread.as_deref().filter(|_| self.params.learns(Group::Sigma)) else {
+            return Ok(None);
+        };
+        let levels = self.params.shape(SIGMA).map_or(0, |shape| shape[0]);
+        if spread.levels() != levels {
+            let message = format!("rope tables: expected {levels} scales of sigma, got {}", spread.levels());
+            return Err(BaseError::Input { message });
+        }
+        Ok(Some(spread))
     }
 
     /// All blocks over the stream in `scratch.x`, which then holds the last one's output. The inputs of blocks from
@@ -377,7 +420,7 @@ impl Decoder {
     ) -> Result<&'s [S]> {
         let attention = self.prepare(batch, length, with)?;
         let (cos, sin) = (Values::of(&with.rope.cos_nd)?, Values::of(&with.rope.sin_nd)?);
-        let pass = self.pass(&attention, &cos, &sin, batch * length, None);
+        let pass = self.pass(&attention, &cos, &sin, None, batch * length, None);
         self.blocks(&pass, scratch, self.config.num_hidden_layers, true)?;
         let Scratch { workspace, x, .. } = scratch;
         self.final_norm(x, &mut workspace.normed)
@@ -495,6 +538,7 @@ impl Decoder {
         let lora = self.lora.as_ref().is_some_and(|l| l.target_modules.iter().any(|t| l.applies(layer, t)));
         self.params.learns(Group::Base)
             || self.params.learns(Group::Norms)
+            || (self.params.learns(Group::Sigma) && self.params.contains(SIGMA))
             || (lora && self.params.learns(Group::Lora))
     }
 
@@ -546,7 +590,8 @@ impl Decoder {
         let length = Self::length(tokens, step.batch)?;
         let attention = self.prepare(step.batch, length, with)?;
         let (cos, sin) = (Values::of(&with.rope.cos_nd)?, Values::of(&with.rope.sin_nd)?);
-        let pass = self.pass(&attention, &cos, &sin, tokens.len(), with.dropout_seed);
+        let spread = self.learning_spread(with.rope)?;
+        let pass = self.pass(&attention, &cos, &sin, spread, tokens.len(), with.dropout_seed);
         let layers = c.num_hidden_layers;
         let lowest = self.lowest_learning_block();
         self.gather(tokens, scratch.x.sized(tokens.len() * self.config.hidden_size)?)?;

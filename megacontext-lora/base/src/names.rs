@@ -298,6 +298,9 @@ impl DecoderConfig {
         if name.contains(".lora_") {
             return Group::Lora;
         }
+        if name == crate::rope::SIGMA {
+            return Group::Sigma;
+        }
         let names = self.names();
         let Some(module) = name.strip_suffix(".weight").or_else(|| name.strip_suffix(".bias")) else {
             return Group::Base;

@@ -226,7 +226,7 @@ impl Trainer {
         }
         let c = self.decoder.config();
         let last = self.stages[stage.index].context - 1;
-        let plain = c.rope(&RopeScaling::None).at(&[last as f64], None)?;
+        let plain = c.rope(&RopeScaling::None).at(&[last as f64], None).map_err(model_error)?;
         let used = stage.rope.sin_nd.narrow(0, last, 1)?;
         let difference = (used - plain.sin_nd)?.abs()?.max_all()?.to_scalar::<f32>()?;
         if difference == 0.0 {
