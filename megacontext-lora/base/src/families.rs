@@ -425,7 +425,7 @@ fn partial_share(raw: &Map<String, Value>) -> f64 {
 fn rotary_width(keys: &Keys<'_>, head_dim: usize) -> Result<usize> {
     let share = partial_share(keys.raw);
     let width = (head_dim as f64 * share) as usize;
-    if !(share > 0.0 && share <= 1.0) || width == 0 || width % 2 != 0 {
+    if !(share > 0.0 && share <= 1.0) || width == 0 || !width.is_multiple_of(2) {
         return keys.fail(format!(
             "rotary_pct: expected a share of head_dim = {head_dim} above 0 and at most 1 that is an even number of \
              elements, got {share}"

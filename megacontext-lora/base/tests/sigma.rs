@@ -36,7 +36,7 @@ impl Case {
         let mut decoder = Decoder::from_weights(config, &Weights::open(&dir)?, precision, &[])?;
         decoder.attach_sigma(LEVELS)?;
         let tokens: Vec<u32> = (0..2 * LOD.len() as u32).map(|i| (i * 29 + 3) % 64).collect();
-        let target = |i: usize| if (i + 1) % LOD.len() == 0 { IGNORE } else { tokens[i + 1] };
+        let target = |i: usize| if (i + 1).is_multiple_of(LOD.len()) { IGNORE } else { tokens[i + 1] };
         let targets = (0..tokens.len()).map(target).collect();
         Ok(Self { decoder, scaling, tokens, targets })
     }
