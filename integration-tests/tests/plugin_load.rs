@@ -155,6 +155,34 @@ fn logits_and_nll_are_those_of_transformers() {
 }
 
 #[test]
+fn a_host_switches_adapters_and_merges_one_without_opening_the_base_again() {
+    let (_folder, session) = open("llama/tied_f32");
+    let (length, tokens, with_peft) = golden("llama/tied_f32_peft");
+    let logits = || {
+        let mut out = vec![0f32; with_peft.len()];
+        let view = TensorViewMut::new(&mut out, &[length, 64]).unwrap();
+        session.logits(ContextView::tokens(&tokens), view).unwrap();
+        out
+    };
+    let bare = logits();
+    let told = session.load_adapter("peft", &fixture("llama/tied_f32_peft")).unwrap();
+    assert_eq!(told, json!({ "active": null, "adapters": ["peft"] }));
+    assert!(logits() == bare);
+    session.set_adapter(Some("peft")).unwrap();
+    let adapted = logits();
+    assert!(largest_difference(&adapted, &with_peft) < 1e-4);
+    session.merge_adapter().unwrap();
+    assert!(largest_difference(&logits(), &with_peft) < 1e-4);
+    session.unmerge_adapter().unwrap();
+    assert!(logits() == adapted);
+    session.set_adapter(None).unwrap();
+    assert!(logits() == bare);
+    session.unload_adapter("peft", false).unwrap();
+    let error = session.set_adapter(Some("peft")).unwrap_err();
+    assert!(error.kind() == ErrorKind::Usage && error.message().contains("peft"), "{error}");
+}
+
+#[test]
 fn embeddings_with_positions_are_the_same_context() {
     let name = "llama/tied_f32";
     let (_folder, session) = open(name);

@@ -37,7 +37,7 @@ use crate::session::{Context, Entries, Session};
 pub static ABI_LINE: [u8; VERSION_BYTES.len()] = VERSION_BYTES;
 
 /// What the plugin can do besides its jobs.
-const CAPABILITIES: [&str; 14] = [
+const CAPABILITIES: [&str; 15] = [
     "session:embed",
     "session:rope_tables",
     "session:logits",
@@ -45,6 +45,7 @@ const CAPABILITIES: [&str; 14] = [
     "session:lora_delta",
     "session:parameter",
     "session:phases",
+    "session:adapters",
     "model:llama",
     "rope:linear",
     "rope:gaussian",
@@ -395,6 +396,26 @@ impl RawSession for SessionImpl {
     fn check(&self) -> RResult<(), AbiError> {
         self.guard("check", |_| Ok(()))
     }
+
+    fn load_adapter(&self, params_json: RStr<'_>) -> RResult<RString, AbiError> {
+        self.guard_json("load_adapter", |s| s.load_adapter(parse("parameters", params_json)?))
+    }
+
+    fn set_adapter(&self, params_json: RStr<'_>) -> RResult<RString, AbiError> {
+        self.guard_json("set_adapter", |s| s.set_adapter(parse("parameters", params_json)?))
+    }
+
+    fn unload_adapter(&self, params_json: RStr<'_>) -> RResult<RString, AbiError> {
+        self.guard_json("unload_adapter", |s| s.unload_adapter(parse("parameters", params_json)?))
+    }
+
+    fn merge_adapter(&self) -> RResult<RString, AbiError> {
+        self.guard_json("merge_adapter", Session::merge_adapter)
+    }
+
+    fn unmerge_adapter(&self) -> RResult<RString, AbiError> {
+        self.guard_json("unmerge_adapter", Session::unmerge_adapter)
+    }
 }
 
 #[cfg(test)]
@@ -457,8 +478,13 @@ mod tests {
             kind(boxed.resume("x".into())),
             kind(boxed.export("x".into())),
             kind(boxed.check()),
+            kind(boxed.load_adapter("{}".into())),
+            kind(boxed.set_adapter("{}".into())),
+            kind(boxed.unload_adapter("{}".into())),
+            kind(boxed.merge_adapter()),
+            kind(boxed.unmerge_adapter()),
         ];
-        assert_eq!(answers, [ErrorKind::Poisoned; 17]);
+        assert_eq!(answers, [ErrorKind::Poisoned; 22]);
     }
 
     #[test]

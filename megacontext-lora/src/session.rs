@@ -2,8 +2,8 @@
 //!
 //! Reading calls (embeddings, tables, logits, NLL, deltas) run side by side; calls that learn exclude everything else.
 //! A phase names the groups that learn; the host brings the batches, the session does the steps (module `phases`).
-//! Optimiser state stays with its parameters when a phase ends. Checkpoints and the adapter are in the module `files`. A
-//! session opened without a base only runs jobs.
+//! Optimiser state stays with its parameters when a phase ends. Checkpoints and the adapter are in the module `files`,
+//! switching between adapters in `adapters`. A session opened without a base only runs jobs.
 //!
 //! In class `bf16` the base's matrices are stored in bf16; a group that a phase lets learn becomes f32 then, losing nothing,
 //! and stays f32. A roll-back brings the bf16 values back.
@@ -14,7 +14,7 @@
 //! Shapes: T entries, E model width, V vocabulary, D head width, N positions. Units: nats, tokens.
 //! Errors: sizes that do not fit, with what was expected; a call that needs a base or a phase there is none of.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
@@ -38,6 +38,7 @@ use crate::jobs::{self, ModelDir, model_error, parse};
 use crate::run::folder::config_hash;
 use crate::train::config::OptimizerConfig;
 
+mod adapters;
 mod files;
 mod phases;
 
@@ -87,6 +88,12 @@ struct Loaded {
     steps: u64,
     /// Parameters that may differ from the base folder: an adapter brought them, they learned or were resumed.
     changed: BTreeSet<String>,
+    /// The adapter on the model, by name.
+    active: Option<String>,
+    /// It was trained, and not exported since.
+    unsaved: AtomicBool,
+    /// Adapters beside the model.
+    adapters: BTreeMap<String, adapters::Resident>,
 }
 
 /// An open phase, and the session as it was before, for a roll-back.
@@ -108,6 +115,9 @@ struct Before {
     context_length: usize,
     /// The phase brought the LoRA factors with it.
     lora_attached: bool,
+    /// The adapter in use, and whether it had been trained and not exported.
+    active: Option<String>,
+    unsaved: bool,
     /// Copies of what the phase changes, fresh LoRA factors apart.
     parameters: Vec<(String, Tensor)>,
     optimizer: Option<Optimizer>,
@@ -159,7 +169,7 @@ impl Session {
         let context_length = own.map_or(model.config.context(), |own| own.context_length);
         let changed = adapter
             .iter()
-            .flat_map(|a| a.parameters(&model.config))
+            .flat_map(|a| a.parameters(decoder.config()))
             .map(|(name, _)| name.to_string())
             .collect();
         let loaded = Loaded {
@@ -173,6 +183,9 @@ impl Session {
             gradients: Gradients::new(),
             steps: 0,
             changed,
+            active: adapter.is_some().then(|| adapters::DEFAULT.to_string()),
+            unsaved: AtomicBool::new(false),
+            adapters: BTreeMap::new(),
         };
         Ok(Self { host, loaded: Some(RwLock::new(loaded)), changing: AtomicBool::new(false) })
     }
@@ -239,6 +252,9 @@ impl Session {
             "context": l.context_length,
             "rope": l.scaling.to_string(),
             "lora": l.decoder.lora(),
+            "merged": l.decoder.is_merged(),
+            "adapter": l.active,
+            "adapters": l.adapters_json()["adapters"],
             "fingerprint": l.model.weights.fingerprint(),
             "dtype": l.decoder.precision(),
             "phase": l.phase.as_ref().map(|p| p.groups.clone()),
@@ -316,6 +332,7 @@ impl Session {
     /// What LoRA adds to a module's weight, alpha/r·B·A, [out, in].
     pub fn lora_delta(&self, module: &str, out: &mut [f32]) -> Result<()> {
         let l = self.read()?;
+        l.refuse_merged("lora delta")?;
         let lora =
             l.decoder.lora().ok_or_else(|| PluginError::usage("lora delta: the model carries no LoRA"))?;
         let modules = lora.modules(l.decoder.config());
@@ -433,6 +450,7 @@ impl Loaded {
             "dtype": self.decoder.precision(),
             "context": self.context_length,
             "rope_factor": self.scaling.factor(),
+            "adapter": self.active.as_ref().filter(|name| *name != adapters::DEFAULT),
         }))
     }
 
@@ -456,6 +474,9 @@ impl Loaded {
     fn base_values(&self, name: &str) -> Result<Vec<f32>> {
         let shape = self.decoder.params().shape(name).unwrap_or(&[]);
         let weights = &self.model.weights;
+        // The head that an adapter gave to a tied model was the embedding.
+        let tied = self.model.config.tie_word_embeddings && name == self.model.config.untied_head_name();
+        let name = if tied { self.model.config.embedding_name() } else { name };
         if stored_narrow(self.model.config.group_of(name), self.decoder.precision()) {
             let values = weights.values::<bf16>(name, shape).map_err(model_error)?;
             return Ok(values.into_iter().map(Store::get).collect());

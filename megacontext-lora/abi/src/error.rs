@@ -83,6 +83,14 @@ impl AbiError {
         Self { kind, message: message.into().into(), context: RString::new() }
     }
 
+    /// What a plugin of an earlier build answers to a call that it does not have.
+    pub(crate) fn not_there(call: &str) -> Self {
+        Self::new(
+            ErrorKind::Usage,
+            format!("{call}: the plugin is of an earlier build, which does not have this call"),
+        )
+    }
+
     /// The same error with this context in place of its own.
     #[must_use]
     pub fn with_context(mut self, context: impl Into<String>) -> Self {

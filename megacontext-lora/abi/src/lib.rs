@@ -23,6 +23,7 @@
 //! | run a whole job (extend, evaluate, merge) | [`Session::run`] |
 //! | see its progress, stop it | [`Host`] |
 //! | run a working context yourself | [`Session::logits`], [`Session::nll`] with a [`ContextView`] |
+//! | switch between adapters of one base | [`Session::load_adapter`], [`Session::set_adapter`], [`Session::merge_adapter`] |
 //! | drive the training yourself | [`Session::enter_phase`], [`Session::step`], [`Session::leave_phase`] |
 //! | own the forward pass | [`Session::embed`], [`Session::rope_tables`], [`Session::lora_delta`], [`Session::parameter`] |
 //! | implement a plugin | [`raw`] |

@@ -95,6 +95,26 @@ pub trait RawSession: Send + Sync + 'static {
     fn check(&self) -> RResult<(), AbiError> {
         RResult::ROk(())
     }
+    /// Reads an adapter and keeps it beside the model.
+    fn load_adapter(&self, _params_json: RStr<'_>) -> RResult<RString, AbiError> {
+        RResult::RErr(AbiError::not_there("load_adapter"))
+    }
+    /// Puts another adapter in use, or none.
+    fn set_adapter(&self, _params_json: RStr<'_>) -> RResult<RString, AbiError> {
+        RResult::RErr(AbiError::not_there("set_adapter"))
+    }
+    /// Forgets an adapter.
+    fn unload_adapter(&self, _params_json: RStr<'_>) -> RResult<RString, AbiError> {
+        RResult::RErr(AbiError::not_there("unload_adapter"))
+    }
+    /// Merges the LoRA in use into the weights.
+    fn merge_adapter(&self) -> RResult<RString, AbiError> {
+        RResult::RErr(AbiError::not_there("merge_adapter"))
+    }
+    /// Takes it out again.
+    fn unmerge_adapter(&self) -> RResult<RString, AbiError> {
+        RResult::RErr(AbiError::not_there("unmerge_adapter"))
+    }
 }
 
 /// A session, owned by the host.

@@ -138,4 +138,36 @@ impl Session {
     pub fn export(&self, path: &Path) -> Result<Value> {
         json(self.raw.export(utf8(path)?.into()))
     }
+
+    /// Reads an adapter folder and keeps it beside the model under a name; it is not in use yet. The answer of this and the
+    /// next two calls: `{active, adapters}`.
+    pub fn load_adapter(&self, name: &str, path: &Path) -> Result<Value> {
+        let params = serde_json::json!({ "name": name, "path": utf8(path)? });
+        json(self.raw.load_adapter(params.to_string().as_str().into()))
+    }
+
+    /// Puts an adapter in use, or none: then the model is the base alone. The base is not read again. The adapter that the
+    /// session was opened with, or that its first phase began, is called `default`; what a phase trained stays with its
+    /// adapter. Not while a phase is open.
+    pub fn set_adapter(&self, name: Option<&str>) -> Result<Value> {
+        let params = serde_json::json!({ "name": name });
+        json(self.raw.set_adapter(params.to_string().as_str().into()))
+    }
+
+    /// Forgets an adapter. One that was trained and not exported since is only forgotten by `force`.
+    pub fn unload_adapter(&self, name: &str, force: bool) -> Result<Value> {
+        let params = serde_json::json!({ "name": name, "force": force });
+        json(self.raw.unload_adapter(params.to_string().as_str().into()))
+    }
+
+    /// Merges the LoRA in use into the weights, in memory: `{adapter, merged}`. Reading calls are cheaper then; training,
+    /// exporting and switching wait for [`Session::unmerge_adapter`].
+    pub fn merge_adapter(&self) -> Result<Value> {
+        json(self.raw.merge_adapter())
+    }
+
+    /// Takes it out again, every weight to the bit what it was: `{adapter, unmerged}`.
+    pub fn unmerge_adapter(&self) -> Result<Value> {
+        json(self.raw.unmerge_adapter())
+    }
 }

@@ -228,15 +228,12 @@ impl Adapter {
         if !base.tie_word_embeddings {
             return Ok(false);
         }
-        let (head, embedding) = (self.tensors.get(HEAD), self.tensors.get(EMBEDDING));
-        let on_one_end = |name: &str| {
-            name.starts_with(&HEAD.replace(".weight", ".lora_"))
-                || name.starts_with(&EMBEDDING.replace(".weight", ".lora_"))
-        };
-        if self.tensors.keys().any(|name| on_one_end(name)) {
+        let ends = [base.untied_head_name(), base.embedding_name()];
+        let lora = ends.map(|end| end.replace(".weight", ".lora_"));
+        if self.tensors.keys().any(|name| lora.iter().any(|lora| name.starts_with(lora))) {
             return Ok(true);
         }
-        match (head, embedding) {
+        match (self.tensors.get(ends[0]), self.tensors.get(ends[1])) {
             (None, None) => Ok(false),
             (Some(head), Some(embedding)) => Ok(!same_bits(head, embedding)?),
             // PEFT leaves the end that is not in the file at the base's values.

@@ -166,7 +166,7 @@ impl ParamStore {
     /// Adds or replaces a parameter that stays in its file for as long as its group is frozen.
     ///
     /// # Errors
-    /// When its group learns at the moment.
+    /// When its group learns at the moment, or it is not finite and the others have been looked at already.
     pub fn insert_mapped(
         &mut self,
         name: impl Into<String>,
@@ -178,9 +178,14 @@ impl ParamStore {
             let message = format!("expected a frozen group, got {group}, which learns: read it into memory");
             return Err(BaseError::Parameter { name, message });
         }
+        self.look_at(&tensor)?;
         self.params.insert(name, Param { group, value: Stored::Mapped(tensor) });
-        self.looked = OnceLock::new();
         Ok(())
+    }
+
+    /// Looks at a newcomer where the others have been looked at, so that nobody has to look at all of them again.
+    fn look_at(&self, tensor: &MappedTensor) -> Result<()> {
+        if self.looked.get().is_some() { tensor.check_finite() } else { Ok(()) }
     }
 
     /// Looks at every value that lies in a file, the first time it is called: the decoder does before its first pass, so
@@ -224,15 +229,17 @@ impl ParamStore {
     /// Puts a parameter that was taken out of a store in the place of whatever has this name.
     ///
     /// # Errors
-    /// When its group learns and it cannot, because it is not in memory or not in f32.
+    /// When its group learns and it cannot, because it is not in memory or not in f32; when it is not finite.
     pub fn put(&mut self, name: impl Into<String>, parameter: Parameter) -> Result<()> {
         let (name, Parameter { param, looked }) = (name.into(), parameter);
         if self.learns(param.group) && !param.value.can_learn() {
             let message = format!("expected a frozen group, got {}, which learns", param.group);
             return Err(BaseError::Parameter { name, message });
         }
-        if !looked && matches!(param.value, Stored::Mapped(_)) {
-            self.looked = OnceLock::new();
+        if let Stored::Mapped(tensor) = &param.value
+            && !looked
+        {
+            self.look_at(tensor)?;
         }
         self.params.insert(name, param);
         Ok(())

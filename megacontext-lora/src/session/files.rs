@@ -11,6 +11,7 @@
 
 use std::io::ErrorKind;
 use std::path::Path;
+use std::sync::atomic::Ordering;
 
 use candle_core::Tensor;
 use megacontext_base::adapter::{AdapterConfig, MegacontextKey, write_adapter};
@@ -143,6 +144,7 @@ impl Session {
             l.changed.insert(name);
         }
         l.steps = loaded.step;
+        *l.unsaved.get_mut() = true;
         if let Some(phase) = &mut l.phase {
             phase.before.parameters.extend(kept);
             phase.begun_at = saved.begun_at;
@@ -157,12 +159,14 @@ impl Session {
     /// `Usage` without LoRA, and where the base's own weights have been trained: an adapter cannot carry those.
     pub fn export(&self, dir: &Path) -> Result<Value> {
         let l = self.look("export")?;
+        l.refuse_merged("export")?;
         let lora = l
             .decoder
             .lora()
             .ok_or_else(|| PluginError::usage("export: the model carries no LoRA to write"))?;
         let params = l.decoder.params();
-        let base = &l.model.config;
+        // The model's own configuration: an adapter may have given it a head of its own.
+        let base = l.decoder.config();
         let mut tensors: Vec<(String, Tensor)> = Vec::new();
         for name in params.names() {
             if !l.differs(name)? {
@@ -196,6 +200,7 @@ impl Session {
         };
         let config = AdapterConfig::new(lora, base, whole, &l.dir, own).map_err(model_error)?;
         write_adapter(dir, &config, &tensors).map_err(model_error)?;
+        l.unsaved.store(false, Ordering::Release);
         to_value(json!({ "path": dir, "tensors": tensors.len() }))
     }
 }

@@ -7,6 +7,8 @@
 //! Units: nats, tokens, steps counted over the session's life. Errors: `Usage` for settings out of range and for calls at
 //! the wrong time, `Cancelled` when the host does not want the phase.
 
+use std::sync::atomic::{AtomicBool, Ordering};
+
 use candle_core::Tensor;
 use megacontext_base::buffers::Buffers;
 use megacontext_base::decoder::Forward;
@@ -156,6 +158,7 @@ impl Session {
             l.optimizer.as_mut().ok_or_else(|| PluginError::internal("a phase has no optimizer"))?;
         let grad_norm = optimizer.step(l.decoder.params(), &l.gradients, lr).map_err(model_error)?;
         l.steps += 1;
+        *l.unsaved.get_mut() = true;
         Ok(json!({
             "step": l.steps,
             "loss": loss.sum * scale,
@@ -196,6 +199,7 @@ impl Loaded {
                 phase.groups
             )));
         }
+        self.refuse_merged("enter_phase")?;
         let lora_learns = enter.groups.contains(&Group::Lora);
         if enter.groups.contains(&Group::Base) && (lora_learns || self.decoder.lora().is_some()) {
             return Err(PluginError::usage(
@@ -220,6 +224,8 @@ impl Loaded {
             scaling: self.scaling.clone(),
             context_length: self.context_length,
             lora_attached: false,
+            active: self.active.clone(),
+            unsaved: self.unsaved.load(Ordering::Acquire),
             parameters: self.copies(&enter.groups)?,
             optimizer: self.optimizer.clone(),
         };
@@ -230,6 +236,9 @@ impl Loaded {
                 return Err(model_error(error));
             }
             before.lora_attached = true;
+        }
+        if self.active.is_none() && !enter.groups.contains(&Group::Base) {
+            self.active = Some(self.free_name());
         }
         self.scaling = scaling;
         self.context_length = context_length;
@@ -286,6 +295,8 @@ impl Loaded {
             let group = self.model.config.group_of(&name);
             self.decoder.params_mut().insert(name, group, value).map_err(model_error)?;
         }
+        self.active = before.active;
+        self.unsaved = AtomicBool::new(before.unsaved);
         self.optimizer = before.optimizer;
         self.scaling = before.scaling;
         self.context_length = before.context_length;
