@@ -44,13 +44,25 @@ multiversion! {
 /// Rotates entries of `heads`·`width` values in place; `direction` is 1 forward and −1 for the transposed map. The
 /// tables hold one row of `width`/2 values per position and repeat when there are more entries than positions.
 pub fn rotate<S: Store>(x: &mut [S], heads: usize, width: usize, cos: &[f32], sin: &[f32], direction: f32) {
-    let half = width / 2;
+    rotate_part(x, heads, [width, width], cos, sin, direction);
+}
+
+/// [`rotate`] of the first `rotated` elements of each head; the others stay. The tables hold rows of `rotated`/2 values.
+pub fn rotate_part<S: Store>(
+    x: &mut [S],
+    heads: usize,
+    [width, rotated]: [usize; 2],
+    cos: &[f32],
+    sin: &[f32],
+    direction: f32,
+) {
+    let half = rotated / 2;
     let positions = cos.len() / half;
     for_rows(x, heads * width, |first, entries| {
         for (i, entry) in entries.chunks_exact_mut(heads * width).enumerate() {
             let at = (first + i) % positions * half;
             for head in entry.chunks_exact_mut(width) {
-                rotate_row(head, &cos[at..at + half], &sin[at..at + half], direction);
+                rotate_row(&mut head[..rotated], &cos[at..at + half], &sin[at..at + half], direction);
             }
         }
     });

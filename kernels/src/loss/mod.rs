@@ -137,6 +137,11 @@ pub struct Divergence {
     pub d_hidden: Option<Vec<f32>>,
 }
 
+/// Caps logits: z = cap·tanh(z/cap).
+pub fn softcap(z: &mut [f32], cap: f32) {
+    crate::cpu::for_rows(z, 1, |_, z| rows::cap_row(z, cap));
+}
+
 fn values(what: &str, expected: usize, got: usize) -> Result<()> {
     if expected != got {
         return Err(KernelError::shape(OP, format!("{what} of {expected} values"), format!("{got}")));

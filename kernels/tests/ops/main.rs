@@ -4,12 +4,14 @@
 #![allow(clippy::unwrap_used)]
 
 mod embedding;
+mod gelu;
 mod linear;
 mod loss;
 mod mlp;
 mod norm;
 mod optimiser;
 mod rope;
+mod rows;
 mod skinny;
 mod support;
 mod vjp;

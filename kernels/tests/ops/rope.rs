@@ -122,3 +122,19 @@ fn the_gradient_of_sigma_matches_differences() {
         assert_eq!(of_bf16, of_f32);
     }
 }
+
+#[test]
+fn a_part_of_a_head_turns_and_the_rest_stays() {
+    let (entries, heads, width, rotated) = (5, 2, 10, 4);
+    let x = numbers(entries * heads * width, 1);
+    let (cos, sin) = (numbers(entries * rotated / 2, 2), numbers(entries * rotated / 2, 3));
+    let mut turned = x.clone();
+    rope::rotate_part(&mut turned, heads, [width, rotated], &cos, &sin, 1.0);
+    for (i, (head, got)) in x.chunks(width).zip(turned.chunks(width)).enumerate() {
+        let mut part = head[..rotated].to_vec();
+        let at = i / heads * rotated / 2;
+        rope::rotate(&mut part, 1, rotated, &cos[at..at + rotated / 2], &sin[at..at + rotated / 2], 1.0);
+        assert_eq!(got[..rotated], part);
+        assert_eq!(got[rotated..], head[rotated..]);
+    }
+}

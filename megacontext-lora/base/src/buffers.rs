@@ -17,6 +17,7 @@ use megacontext_kernels::precision::Precision;
 use megacontext_kernels::store::{Store, bf16};
 use memmap2::MmapMut;
 
+use crate::architecture::{QkNorm, Residual};
 use crate::config::DecoderConfig;
 use crate::error::{BaseError, Result};
 use crate::lora::LoraConfig;
@@ -89,8 +90,16 @@ pub(crate) struct Saved<S> {
     pub q: Buffer<S>,
     pub k: Buffer<S>,
     pub v: Buffer<S>,
+    /// What the norms of queries and keys read, where there are such.
+    pub plain_q: Buffer<S>,
+    pub plain_k: Buffer<S>,
     pub mixed: Mixed<S>,
+    /// The stream between the halves of a block, where they do not stand side by side.
     pub h: Buffer<S>,
+    /// What the norms behind the halves read, where there are such.
+    pub attended: Buffer<S>,
+    pub fed: Buffer<S>,
+    /// Empty where nothing gates.
     pub gate: Buffer<S>,
     pub up: Buffer<S>,
 }
@@ -134,7 +143,9 @@ impl<S: Activation> Scratch<S> {
             (buffer.capacity() * size_of::<S>()) as u64
         }
         let saved = |s: &Saved<S>| {
-            let own: u64 = [&s.q, &s.k, &s.v, &s.h, &s.gate, &s.up].into_iter().map(Buffer::bytes).sum();
+            let halves = [&s.h, &s.attended, &s.fed, &s.gate, &s.up];
+            let heads = [&s.q, &s.k, &s.v, &s.plain_q, &s.plain_k];
+            let own: u64 = heads.into_iter().chain(halves).map(Buffer::bytes).sum();
             own + vector(&s.mixed.out) + vector(&s.mixed.lse)
         };
         let w = &self.workspace;
@@ -158,6 +169,11 @@ impl Buffers {
     /// Bytes held.
     pub fn bytes(&self) -> u64 {
         self.f32.bytes() + self.bf16.bytes()
+    }
+
+    /// The gradient of the stream that the last backward pass ended with.
+    pub(crate) fn stream_gradient(&self, bf16: bool) -> &[f32] {
+        if bf16 { &self.bf16.d } else { &self.f32.d }
     }
 }
 
@@ -205,29 +221,50 @@ struct Sizes {
     kv: u64,
     f: u64,
     heads: u64,
+    /// Queries and keys are kept from before their norms.
+    qk_norms: bool,
+    residual: Residual,
+    gated: bool,
+    /// The widest of what is made within a block: the feed-forward layer's, or q, k and v together.
+    wide: u64,
 }
 
 impl Sizes {
     fn of(config: &DecoderConfig, precision: Precision, entries: usize) -> Self {
+        let a = &config.architecture;
+        let q = (config.num_attention_heads * config.head_dim) as u64;
+        let f = config.intermediate_size as u64;
         Self {
             stored: if precision.stores_bf16() { 2 } else { 4 },
             n: entries as u64,
             e: config.hidden_size as u64,
-            q: (config.num_attention_heads * config.head_dim) as u64,
+            q,
             kv: (config.num_key_value_heads * config.head_dim) as u64,
-            f: config.intermediate_size as u64,
+            f,
             heads: config.num_attention_heads as u64,
+            qk_norms: a.qk_norm != QkNorm::None,
+            residual: a.residual,
+            gated: a.mlp.gated(),
+            wide: if a.fused_qkv { f.max(3 * q) } else { f },
         }
     }
 
-    /// What one block keeps: q, mixed values; k, v; the middle of the stream; gate, up; log-sum-exps.
+    /// What one block keeps: q, mixed values; k, v; q and k before their norms; the middle of the stream and what the norms
+    /// behind the halves read; gate, up; log-sum-exps.
     fn kept(&self) -> u64 {
-        self.n * (self.stored * (2 * self.q + 2 * self.kv + self.e + 2 * self.f) + 4 * self.heads)
+        let heads = 2 * self.q + 2 * self.kv + if self.qk_norms { self.q + self.kv } else { 0 };
+        let streams = match self.residual {
+            Residual::Parallel => 0,
+            Residual::Sequential => self.e,
+            Residual::Sandwich => 3 * self.e,
+        };
+        let fed = if self.gated { 2 * self.f } else { self.f };
+        self.n * (self.stored * (heads + streams + fed) + 4 * self.heads)
     }
 
-    /// The stream before and after a block, the normed input, the gated product.
+    /// The stream before and after a block, the normed input, the widest product.
     fn forward(&self) -> u64 {
-        self.n * self.stored * (3 * self.e + self.f)
+        self.n * self.stored * (3 * self.e + self.wide)
     }
 
     /// Logits and hidden states of a chunk, and every position's NLL and place; with gradients, those of the chunk's and
@@ -265,8 +302,8 @@ impl PassShape<'_> {
 pub fn training_bytes(config: &DecoderConfig, pass: PassShape, walked: usize, recompute: bool) -> PassBytes {
     let s = Sizes::of(config, pass.precision, pass.entries);
     let blocks = if recompute { 1 } else { walked.max(1) } as u64;
-    // The stream's gradient and the normed input's; the gated product's or the mixed values'; those of q, k and v.
-    let backward = 4 * s.n * (2 * s.e + s.f.max(s.q) + s.q + 2 * s.kv);
+    // The stream's gradient and the normed input's; the widest product's or the mixed values'; those of q, k and v.
+    let backward = 4 * s.n * (2 * s.e + s.wide.max(s.q) + s.q + 2 * s.kv);
     PassBytes {
         activations: s.n * s.stored * s.e * walked as u64 + blocks * s.kept(),
         workspace: s.forward() + backward + pass.lora(config, true),

@@ -1,7 +1,8 @@
-//! A trainable Llama-family decoder: forward, and backward block by block.
+//! A trainable decoder: forward, and backward block by block.
 //!
-//! Source: the Llama architecture as `transformers` defines it (RMSNorm, rotary positions, grouped-query attention,
-//! SwiGLU, no biases, tied or untied head). Attention pattern and positions are arguments of the forward pass.
+//! Source: what [`crate::architecture`] describes, as `transformers` computes it. Attention pattern and positions are
+//! arguments of the forward pass. Dense attention keeps to the windows of blocks that have one; every other pattern is taken
+//! as it is, in every block.
 //!
 //! Shapes: B batch, T entries, E model width, H query heads, G kv heads, D head width, F feed-forward width,
 //! V vocabulary; x_bte is the residual stream, tokens are row-major [B, T].
@@ -23,18 +24,19 @@ use candle_core::{Device, Tensor};
 use megacontext_kernels::attention::slices::Prepared;
 use megacontext_kernels::attention::{Pattern, Rows, alibi_slopes};
 use megacontext_kernels::cpu::Values;
-use megacontext_kernels::linear::{Layer, Scratch as LinearScratch};
-use megacontext_kernels::loss::{Gradient, head_cross_entropy};
+use megacontext_kernels::linear::{Layer, Scratch as LinearScratch, Weight};
+use megacontext_kernels::loss::{Gradient, Head, head_cross_entropy, softcap};
 use megacontext_kernels::precision::Precision;
 use megacontext_kernels::store::{Store, bf16};
-use megacontext_kernels::{embedding, norm};
+use megacontext_kernels::{embedding, rows};
 
-use crate::block::{Block, Pass};
+use crate::block::{Attentions, Block, Pass, Tables};
 use crate::buffers::{Activation, Buffer, Buffers, Scratch};
 use crate::config::DecoderConfig;
 use crate::error::{BaseError, Result};
 use crate::gradients::Gradients;
 use crate::lora::LoraConfig;
+use crate::norms::Norm;
 use crate::params::{Group, ParamStore};
 use crate::projection::Setting;
 use crate::random::Random;
@@ -44,8 +46,6 @@ use crate::weights::Weights;
 mod merged;
 
 use merged::Merged;
-
-const FINAL_NORM: &str = "model.norm.weight";
 
 /// What a forward pass is told besides its input.
 #[derive(Clone, Copy)]
@@ -105,16 +105,6 @@ fn read_parameter(
     }
 }
 
-/// Until blocks follow the whole description.
-fn only_llama(config: &DecoderConfig) -> Result<()> {
-    match config.family {
-        crate::config::Family::Llama => Ok(()),
-        other => {
-            Err(BaseError::Input { message: format!("expected a llama model, got {}", other.model_type()) })
-        }
-    }
-}
-
 impl Decoder {
     /// Opens a model folder's weights. Those that are frozen and stored as they are used stay in their files, mapped, and
     /// are read when they are needed (the first pass looks at all of them, see [`ParamStore::check_mapped`]); the others
@@ -126,7 +116,7 @@ impl Decoder {
         precision: Precision,
         learning: &[Group],
     ) -> Result<Self> {
-        only_llama(&config)?;
+        weights.refuse_others(&config)?;
         let mut params = ParamStore::new();
         for (name, shape) in config.tensors() {
             let group = config.group_of(&name);
@@ -285,15 +275,35 @@ impl Decoder {
         Ok(tokens.len() / batch)
     }
 
+    /// What token embeddings are multiplied by. In class bf16 it is rounded as transformers rounds it there.
+    fn embedding_scale(&self) -> Option<f32> {
+        let scale = self.config.architecture.embedding_scale? as f32;
+        Some(if self.precision.stores_bf16() { bf16::put(scale).get() } else { scale })
+    }
+
     /// Embeddings of tokens, row-major.
     fn gather<S: Store>(&self, tokens: &[u32], out: &mut [S]) -> Result<()> {
-        let width = self.config.hidden_size;
-        Ok(embedding::gather_into(
-            self.params.values(self.config.embedding_name())?.weight(),
-            width,
-            tokens,
-            out,
-        )?)
+        let table = self.params.values(self.config.embedding_name())?;
+        embedding::gather_into(table.weight(), self.config.hidden_size, tokens, out)?;
+        if let Some(scale) = self.embedding_scale() {
+            rows::scale(out, scale);
+        }
+        Ok(())
+    }
+
+    /// The norm of what enters the first block, where there is one.
+    fn entry_norm(&self) -> Option<Norm<'_>> {
+        let c = &self.config;
+        c.architecture.embedding_norm.then(|| Norm::plain(c.hidden_size, c.rms_norm_eps))
+    }
+
+    /// Makes the stream in `x` what the first block reads.
+    fn enter<S: Activation>(&self, x: &mut Buffer<S>, other: &mut Buffer<S>) -> Result<()> {
+        if let Some(norm) = self.entry_norm() {
+            norm.forward(x, other.sized(x.len())?)?;
+            std::mem::swap(x, other);
+        }
+        Ok(())
     }
 
     /// Embeddings of tokens, [B, T, E], outside any graph.
@@ -304,40 +314,51 @@ impl Decoder {
         Ok(Tensor::from_vec(rows, (batch, length, self.config.hidden_size), &Device::Cpu)?)
     }
 
-    fn prepare(&self, batch: usize, length: usize, with: &Forward) -> Result<Prepared> {
+    fn prepare(&self, batch: usize, length: usize, with: &Forward) -> Result<Attentions> {
         let c = &self.config;
-        let half = c.head_dim / 2;
-        let shape = |t: &Tensor| t.dims() == [length, half] || t.dims() == [batch * length, half];
-        if !shape(&with.rope.cos_nd) || with.rope.cos_nd.dims() != with.rope.sin_nd.dims() {
-            return Err(BaseError::Input {
-                message: format!(
-                    "rope tables: expected [{length}, {half}] or [{}, {half}], got {:?} and {:?}",
-                    batch * length,
-                    with.rope.cos_nd.dims(),
-                    with.rope.sin_nd.dims()
-                ),
-            });
+        let half = c.architecture.rotary_width / 2;
+        let local = with.rope.local.iter().flatten();
+        for table in [&with.rope.cos_nd, &with.rope.sin_nd].into_iter().chain(local) {
+            if table.dims() != [length, half] && table.dims() != [batch * length, half]
+                || table.dims() != with.rope.cos_nd.dims()
+            {
+                return Err(BaseError::Input {
+                    message: format!(
+                        "rope tables: expected [{length}, {half}] or [{}, {half}], got {:?} and {:?}",
+                        batch * length,
+                        with.rope.cos_nd.dims(),
+                        table.dims()
+                    ),
+                });
+            }
         }
         self.params.check_mapped()?;
         let sizes = [batch, length, c.num_attention_heads, c.num_key_value_heads, c.head_dim];
-        let scale = 1.0 / (c.head_dim as f64).sqrt();
-        let prepared =
-            Prepared::new(sizes, scale, with.pattern, with.rows)?.with_products(self.precision.products());
-        if !c.positions.alibi {
-            return Ok(prepared);
-        }
-        let prepared = prepared.with_slopes(&alibi_slopes(c.num_attention_heads))?;
-        match with.rope.mu.as_deref() {
-            None => Ok(prepared),
-            Some(mu) if mu.len() == length => Ok(prepared.with_positions(mu)?),
-            Some(mu) => Err(BaseError::Input {
-                message: format!(
-                    "rope tables: with ALiBi expected one position for each of {length} entries, the same in every row, \
-                     got {}",
-                    mu.len()
-                ),
-            }),
-        }
+        let prepared = |pattern| -> Result<Prepared> {
+            let prepared = Prepared::new(sizes, c.architecture.query_scale, pattern, with.rows)?
+                .with_products(self.precision.products());
+            if !c.positions.alibi {
+                return Ok(prepared);
+            }
+            let prepared = prepared.with_slopes(&alibi_slopes(c.num_attention_heads))?;
+            match with.rope.mu.as_deref() {
+                None => Ok(prepared),
+                Some(mu) if mu.len() == length => Ok(prepared.with_positions(mu)?),
+                Some(mu) => Err(BaseError::Input {
+                    message: format!(
+                        "rope tables: with ALiBi expected one position for each of {length} entries, the same in every \
+                         row, got {}",
+                        mu.len()
+                    ),
+                }),
+            }
+        };
+        let windows = if with.pattern == Pattern::Dense { c.architecture.windows() } else { Vec::new() };
+        let windowed = windows
+            .into_iter()
+            .map(|window| Ok((window, prepared(Pattern::SlidingWindow { window })?)))
+            .collect::<Result<Vec<_>>>()?;
+        Ok(Attentions { full: prepared(with.pattern)?, windowed })
     }
 
     /// Batch and length of a residual stream.
@@ -352,9 +373,8 @@ impl Decoder {
 
     fn pass<'a>(
         &'a self,
-        attention: &'a Prepared,
-        cos: &'a [f32],
-        sin: &'a [f32],
+        attention: Option<&'a Attentions>,
+        tables: Tables<'a>,
         spread: Option<&'a Spread>,
         entries: usize,
         dropout_seed: Option<u64>,
@@ -362,7 +382,7 @@ impl Decoder {
         let products = self.precision.products();
         let setting =
             Setting { params: &self.params, lora: self.lora.as_ref(), dropout_seed, products, entries };
-        Pass { config: &self.config, setting, attention, cos, sin, spread }
+        Pass { config: &self.config, setting, attention, tables, spread }
     }
 
     /// What the gradient of sigma needs, where it learns.
@@ -390,6 +410,7 @@ impl Decoder {
         let layers = self.config.num_hidden_layers;
         scratch.prepare(layers, lowest, recompute);
         let Scratch { inputs, saved, workspace, x, stream, .. } = scratch;
+        self.enter(x, stream)?;
         for layer in 0..layers {
             let place = if recompute { 0 } else { layer.saturating_sub(lowest) };
             Block::new(layer, pass)?.forward(x, stream, &mut saved[place], workspace)?;
@@ -402,11 +423,15 @@ impl Decoder {
         Ok(())
     }
 
+    fn last_norm(&self) -> Result<Norm<'_>> {
+        let c = &self.config;
+        Norm::new(c.architecture.norm, c.final_norm_module(), c.hidden_size, c.rms_norm_eps, &self.params)
+    }
+
     /// The final norm of the stream, in the buffer that blocks use for their normed input.
     fn final_norm<'s, S: Activation>(&self, x: &[S], normed: &'s mut Buffer<S>) -> Result<&'s [S]> {
-        let gain = self.params.values(FINAL_NORM)?;
         let normed = normed.sized(x.len())?;
-        norm::rms_forward_into(x, gain.f32()?, self.config.rms_norm_eps as f32, normed);
+        self.last_norm()?.forward(x, normed)?;
         Ok(normed)
     }
 
@@ -419,8 +444,8 @@ impl Decoder {
         scratch: &'s mut Scratch<S>,
     ) -> Result<&'s [S]> {
         let attention = self.prepare(batch, length, with)?;
-        let (cos, sin) = (Values::of(&with.rope.cos_nd)?, Values::of(&with.rope.sin_nd)?);
-        let pass = self.pass(&attention, &cos, &sin, None, batch * length, None);
+        let tables = HeldTables::of(with.rope)?;
+        let pass = self.pass(Some(&attention), tables.slices(), None, batch * length, None);
         self.blocks(&pass, scratch, self.config.num_hidden_layers, true)?;
         let Scratch { workspace, x, .. } = scratch;
         self.final_norm(x, &mut workspace.normed)
@@ -462,6 +487,9 @@ impl Decoder {
         let layer = Layer { weight: head.weight(), out: vocab, inp: width, lora: None, products };
         let mut logits = vec![0f32; hidden.len() / width * vocab];
         layer.forward(hidden, &mut logits, false, &mut LinearScratch::default());
+        if let Some(cap) = self.config.architecture.softcap {
+            softcap(&mut logits, cap as f32);
+        }
         Ok(logits)
     }
 
@@ -477,6 +505,11 @@ impl Decoder {
         Ok(Tensor::from_vec(logits, (batch, length, self.config.vocab_size), &Device::Cpu)?)
     }
 
+    /// The output head with its cap, for the loss.
+    fn capped<'a>(&self, weight: Weight<'a>) -> Head<'a> {
+        Head { weight, softcap: self.config.architecture.softcap.map(|cap| cap as f32) }
+    }
+
     /// Sizes of the output head's product for `entries` positions: [N, E, V].
     fn head_sizes(&self, entries: usize) -> [usize; 3] {
         [entries, self.config.hidden_size, self.config.vocab_size]
@@ -486,7 +519,8 @@ impl Decoder {
         let head = self.params.values(self.config.head_name())?;
         let sizes = self.head_sizes(targets.len());
         let products = self.precision.products();
-        Ok(head_cross_entropy(hidden, head.weight(), sizes, targets, Gradient::Skip, products)?.nll)
+        let head = self.capped(head.weight());
+        Ok(head_cross_entropy(hidden, head, sizes, targets, Gradient::Skip, products)?.nll)
     }
 
     /// NLL in nats of `targets` (row-major [B, T]; `IGNORE` gives 0) at every position; builds no graph.
@@ -569,12 +603,49 @@ impl Decoder {
         if [Group::Base, Group::Lora].into_iter().any(|group| self.params.learns(group)) {
             self.refuse_merged("accumulate_gradients")?;
         }
-        let step = Step { tokens, batch, targets, with, scale: scale as f32, recompute };
+        let length = Self::length(tokens, batch)?;
+        if targets.len() != tokens.len() {
+            let message = format!("targets: expected {batch} rows of {length}, got {} in all", targets.len());
+            return Err(BaseError::Input { message });
+        }
+        let input = StepInput::Tokens(tokens);
+        let step = Step { input, batch, targets, with, scale: scale as f32, recompute };
+        self.accumulate_step(&step, gradients)
+    }
+
+    /// As [`Decoder::accumulate_gradients`], of given entries [B, T, E]; the gradient of the entries comes with the loss.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn entry_gradients(
+        &self,
+        x_bte: &Tensor,
+        targets: &[u32],
+        with: &Forward,
+        scale: f64,
+        recompute: bool,
+        gradients: &mut Gradients,
+    ) -> Result<(StepLoss, Tensor)> {
+        let (batch, length) = self.stream(x_bte)?;
+        if targets.len() != batch * length {
+            let message = format!("targets: expected {batch} rows of {length}, got {} in all", targets.len());
+            return Err(BaseError::Input { message });
+        }
+        let x = x_bte.contiguous()?;
+        let input = Values::of(&x)?;
+        let input = StepInput::Entries(&input);
+        let step = Step { input, batch, targets, with, scale: scale as f32, recompute };
+        let loss = self.accumulate_step(&step, gradients)?;
+        let d = gradients.passes().stream_gradient(self.precision.stores_bf16()).to_vec();
+        Ok((loss, Tensor::from_vec(d, x_bte.shape(), &Device::Cpu)?))
+    }
+
+    fn accumulate_step(&self, step: &Step, gradients: &mut Gradients) -> Result<StepLoss> {
         let mut buffers = gradients.take_passes();
         let loss = if self.precision.stores_bf16() {
-            self.accumulate(&step, bf16::scratch(&mut buffers), gradients)
+            self.accumulate(step, bf16::scratch(&mut buffers), gradients)
         } else {
-            self.accumulate(&step, f32::scratch(&mut buffers), gradients)
+            self.accumulate(step, f32::scratch(&mut buffers), gradients)
         };
         gradients.put_passes(buffers);
         loss
@@ -586,26 +657,24 @@ impl Decoder {
         scratch: &mut Scratch<S>,
         gradients: &mut Gradients,
     ) -> Result<StepLoss> {
-        let (c, with, tokens) = (&self.config, step.with, step.tokens);
-        let length = Self::length(tokens, step.batch)?;
-        let attention = self.prepare(step.batch, length, with)?;
-        let (cos, sin) = (Values::of(&with.rope.cos_nd)?, Values::of(&with.rope.sin_nd)?);
+        let (c, with) = (&self.config, step.with);
+        let entries = step.targets.len();
+        let attention = self.prepare(step.batch, entries / step.batch, with)?;
+        let tables = HeldTables::of(with.rope)?;
         let spread = self.learning_spread(with.rope)?;
-        let pass = self.pass(&attention, &cos, &sin, spread, tokens.len(), with.dropout_seed);
+        let pass = self.pass(Some(&attention), tables.slices(), spread, entries, with.dropout_seed);
         let layers = c.num_hidden_layers;
-        let lowest = self.lowest_learning_block();
-        self.gather(tokens, scratch.x.sized(tokens.len() * self.config.hidden_size)?)?;
+        let given = matches!(step.input, StepInput::Entries(_));
+        let lowest = if given { 0 } else { self.lowest_learning_block() };
+        self.read_input(step.input, scratch.x.sized(entries * c.hidden_size)?)?;
         self.blocks(&pass, scratch, lowest, step.recompute)?;
         let Scratch { inputs, saved, workspace, x, stream, d } = scratch;
 
         let hidden = self.final_norm(x, &mut workspace.normed)?;
         let (loss, d_hidden) = self.head_loss(hidden, step, gradients)?;
-        let gain = self.params.values(FINAL_NORM)?;
-        let gain = gain.f32()?;
-        let d = d.sized(tokens.len() * c.hidden_size)?;
+        let d = d.sized(entries * c.hidden_size)?;
         d.fill(0.0);
-        let dw = self.params.learns(Group::Norms).then(|| &mut gradients.buffer(FINAL_NORM, gain.len())[..]);
-        norm::rms_backward_add(x, gain, &d_hidden, c.rms_norm_eps as f32, d, dw);
+        self.last_norm()?.backward(x, &d_hidden, d, gradients)?;
         drop(d_hidden);
         for layer in (lowest..layers).rev() {
             let block = Block::new(layer, &pass)?;
@@ -614,14 +683,41 @@ impl Decoder {
             if step.recompute && layer + 1 < layers {
                 block.forward(input, stream, &mut saved[place], workspace)?;
             }
-            let wanted = self.learns_below(layer);
+            let wanted = given || self.learns_below(layer);
             block.backward(input, d, &mut saved[place], workspace, gradients, wanted)?;
         }
-        if self.params.learns(Group::Embeddings) {
+        if !given && !self.params.learns(Group::Embeddings) {
+            return Ok(loss);
+        }
+        if let Some(norm) = self.entry_norm() {
+            // What it read is made again instead of kept.
+            let entered = stream.sized(entries * c.hidden_size)?;
+            self.read_input(step.input, entered)?;
+            let d_entered = workspace.d_normed.sized(entries * c.hidden_size)?;
+            d_entered.fill(0.0);
+            norm.backward(entered, d, d_entered, gradients)?;
+            d.copy_from_slice(d_entered);
+        }
+        if let StepInput::Tokens(tokens) = step.input {
+            if let Some(scale) = self.embedding_scale() {
+                rows::scale(d, scale);
+            }
             let table = gradients.buffer(c.embedding_name(), c.vocab_size * c.hidden_size);
             embedding::scatter_add(d, c.hidden_size, tokens, table)?;
         }
         Ok(loss)
+    }
+
+    fn read_input<S: Store>(&self, input: StepInput, out: &mut [S]) -> Result<()> {
+        match input {
+            StepInput::Tokens(tokens) => self.gather(tokens, out),
+            StepInput::Entries(values) => {
+                for (out, value) in out.iter_mut().zip(values) {
+                    *out = S::put(*value);
+                }
+                Ok(())
+            }
+        }
     }
 
     /// The loss over the output head, and the gradient of the hidden states.
@@ -642,7 +738,8 @@ impl Decoder {
         };
         let sizes = self.head_sizes(step.targets.len());
         let products = self.precision.products();
-        let loss = head_cross_entropy(hidden, head.weight(), sizes, step.targets, wanted, products)?;
+        let head = self.capped(head.weight());
+        let loss = head_cross_entropy(hidden, head, sizes, step.targets, wanted, products)?;
         let sum = loss.sum();
         if !sum.is_finite() {
             return Err(BaseError::NonFinite { what: "loss".to_string(), value: sum });
@@ -654,12 +751,42 @@ impl Decoder {
     }
 }
 
+/// What enters the first block.
+#[derive(Clone, Copy)]
+enum StepInput<'a> {
+    /// Tokens, whose embeddings may learn.
+    Tokens(&'a [u32]),
+    /// Embeddings [B, T, E], whose gradient is wanted.
+    Entries(&'a [f32]),
+}
+
 /// What [`Decoder::accumulate_gradients`] is given.
 struct Step<'a> {
-    tokens: &'a [u32],
+    input: StepInput<'a>,
     batch: usize,
     targets: &'a [u32],
     with: &'a Forward<'a>,
     scale: f32,
     recompute: bool,
+}
+
+/// Rotation tables, borrowed for a pass.
+pub(crate) struct HeldTables<'a> {
+    global: [Values<'a>; 2],
+    local: Option<[Values<'a>; 2]>,
+}
+
+impl<'a> HeldTables<'a> {
+    pub fn of(rope: &'a RopeTables) -> Result<Self> {
+        let pair = |a: &'a Tensor, b: &'a Tensor| -> Result<_> { Ok([Values::of(a)?, Values::of(b)?]) };
+        let local = rope.local.as_ref().map(|[cos, sin]| pair(cos, sin)).transpose()?;
+        Ok(Self { global: pair(&rope.cos_nd, &rope.sin_nd)?, local })
+    }
+
+    pub fn slices(&self) -> Tables<'_> {
+        Tables {
+            global: [&self.global[0], &self.global[1]],
+            local: self.local.as_ref().map(|[cos, sin]| [&**cos, &**sin]),
+        }
+    }
 }

@@ -27,6 +27,7 @@ pub mod lora;
 pub mod lora_only;
 pub mod merge;
 mod names;
+mod norms;
 pub mod params;
 mod projection;
 pub mod random;

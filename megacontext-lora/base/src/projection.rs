@@ -1,14 +1,17 @@
-//! One linear layer of a model in a pass: its weight, LoRA where it is attached, and where its gradients go.
+//! One linear layer of a model in a pass: its weight, its bias where it has one, LoRA where it is attached, and where its
+//! gradients go.
 //!
-//! Source: y = x·Wᵀ + s·drop(x)·Aᵀ·Bᵀ (Hu et al. 2021); the formulas and their backward are [`megacontext_kernels::linear`]'s.
+//! Source: y = x·Wᵀ + b + s·drop(x)·Aᵀ·Bᵀ (Hu et al. 2021); the formulas and their backward are
+//! [`megacontext_kernels::linear`]'s, those of the bias [`megacontext_kernels::rows`]'.
 //! This module finds the parameters by name and hands gradients to those that learn, and to no others.
 //!
-//! Shapes: N entries, W [out, in], A [r, in], B [out, r]; x [N, in], y [N, out]. Row-major. x and y are stored as S (f32 or
+//! Shapes: N entries, W [out, in], b [out], A [r, in], B [out, r]; x [N, in], y [N, out]. Row-major. x and y are stored as S (f32 or
 //! bf16), gradients of parameters and inputs are f32.
 //! Errors: a parameter that is missing or not a matrix.
 
 use megacontext_kernels::gemm::Products;
 use megacontext_kernels::linear::{Dropout, Layer, LayerGradients, LoraSlices, Scratch};
+use megacontext_kernels::rows;
 
 use crate::buffers::{Activation, Buffer};
 use crate::error::{BaseError, Result};
@@ -33,6 +36,7 @@ pub(crate) struct Projection<'a> {
     setting: Setting<'a>,
     name: String,
     weight: Held<'a>,
+    bias: Option<Held<'a>>,
     lora: Option<Lora<'a>>,
     out: usize,
     inp: usize,
@@ -56,6 +60,8 @@ impl<'a> Projection<'a> {
             let message = "expected a matrix [out, in]".to_string();
             return Err(BaseError::Parameter { name: weight_name, message });
         };
+        let bias = format!("{name}.bias");
+        let bias = if params.contains(&bias) { Some(params.values(&bias)?) } else { None };
         let target = name.rsplit('.').next().unwrap_or(name);
         let lora = match setting.lora.filter(|l| l.applies(layer, target)) {
             None => None,
@@ -71,7 +77,7 @@ impl<'a> Projection<'a> {
                 })
             }
         };
-        Ok(Self { setting, name: name.to_string(), weight, lora, out, inp })
+        Ok(Self { setting, name: name.to_string(), weight, bias, lora, out, inp })
     }
 
     fn layer(&self) -> Result<Layer<'_>> {
@@ -97,7 +103,10 @@ impl<'a> Projection<'a> {
         scratch: &mut Scratch,
     ) -> Result<()> {
         let y = y.sized(self.setting.entries * self.out)?;
-        self.layer()?.forward(x, y, false, scratch);
+        if let Some(bias) = &self.bias {
+            rows::fill(bias.weight(), y);
+        }
+        self.layer()?.forward(x, y, self.bias.is_some(), scratch);
         Ok(())
     }
 
@@ -108,6 +117,9 @@ impl<'a> Projection<'a> {
         y: &mut [S],
         scratch: &mut Scratch,
     ) -> Result<()> {
+        if let Some(bias) = &self.bias {
+            rows::add_bias(bias.weight(), y);
+        }
         self.layer()?.forward(x, y, true, scratch);
         Ok(())
     }
@@ -123,6 +135,9 @@ impl<'a> Projection<'a> {
         gradients: &mut Gradients,
     ) -> Result<()> {
         let learns = |group| self.setting.params.learns(group);
+        if self.bias.is_some() && learns(Group::Base) {
+            rows::sum_rows(g, gradients.buffer(&format!("{}.bias", self.name), self.out));
+        }
         let mut taken: Vec<(String, Vec<f32>)> = Vec::with_capacity(2);
         let mut take = |suffix: &str, len: usize| {
             let name = format!("{}.{suffix}", self.name);

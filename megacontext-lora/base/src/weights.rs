@@ -29,6 +29,7 @@ use serde::de::{Deserialize, Deserializer, IgnoredAny, MapAccess, Visitor};
 use serde_json::Value;
 use sha2::{Digest, Sha256};
 
+use crate::config::DecoderConfig;
 use crate::error::{BaseError, Result};
 
 const SINGLE: &str = "model.safetensors";
@@ -414,6 +415,23 @@ impl Weights {
                     name,
                     format!("expected shape {shape:?} from config.json, got {found:?}"),
                 ));
+            }
+        }
+        Ok(())
+    }
+
+    /// Refuses tensors that the model has no place for: the folder is then another model's. A head beside tied embeddings
+    /// and what the family's files carry besides parameters are passed over.
+    pub fn refuse_others(&self, config: &DecoderConfig) -> Result<()> {
+        let known: HashSet<String> = config.tensors().into_iter().map(|(name, _)| name).collect();
+        let buffers = config.family.names().buffers;
+        for name in self.names() {
+            let buffer = buffers.iter().any(|end| name.ends_with(end)) || name == config.untied_head_name();
+            if !known.contains(name) && !buffer {
+                let family = config.family.model_type();
+                let message =
+                    format!("expected only tensors of this {family} model, it has none of this name");
+                return Err(BaseError::tensor(&self.file(name)?.path, name, message));
             }
         }
         Ok(())
