@@ -58,7 +58,7 @@ fn exact(x: f32) -> (f32, f32) {
 #[inline(always)]
 fn tanh(x: f32) -> (f32, f32) {
     // 2·√(2/π).
-    const TWICE: f32 = 1.595_769_1;
+    const TWICE: f32 = 1.595_769;
     const CUBIC: f32 = 0.044_715;
     let z = x * x;
     let s = 1.0 / (1.0 + exp(-TWICE * x * (1.0 + CUBIC * z)));

@@ -69,7 +69,7 @@ impl Attentions {
 /// Where queries, keys and values come from.
 enum Heads<'a> {
     /// A layer each.
-    Apart([Projection<'a>; 3]),
+    Apart(Box<[Projection<'a>; 3]>),
     /// One layer, [H, 3, D].
     Together(Projection<'a>),
 }
@@ -109,7 +109,7 @@ impl<'a> Block<'a> {
         let heads = if a.fused_qkv {
             Heads::Together(linear(LinearPart::Qkv)?)
         } else {
-            Heads::Apart([linear(LinearPart::Q)?, linear(LinearPart::K)?, linear(LinearPart::V)?])
+            Heads::Apart(Box::new([linear(LinearPart::Q)?, linear(LinearPart::K)?, linear(LinearPart::V)?]))
         };
         Ok(Self {
             pass,
@@ -181,7 +181,8 @@ impl<'a> Block<'a> {
         let (first_q, first_k) =
             if self.qk_norms.is_some() { (&mut *plain_q, &mut *plain_k) } else { (&mut *q, &mut *k) };
         match &self.heads {
-            Heads::Apart([to_q, to_k, to_v]) => {
+            Heads::Apart(layers) => {
+                let [to_q, to_k, to_v] = &**layers;
                 to_q.forward(normed, first_q, linear)?;
                 to_k.forward(normed, first_k, linear)?;
                 to_v.forward(normed, v, linear)?;
