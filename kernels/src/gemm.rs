@@ -16,13 +16,14 @@
 //! Sources: Goto and van de Geijn 2008; the BLIS papers.
 
 use std::cell::RefCell;
+use std::marker::PhantomData;
 
 use gemm::Parallelism;
 use rayon::prelude::*;
 
 use crate::cpu::multiversion;
 pub use crate::micro::Products;
-use crate::micro::{Block, Engine, LANES, ROWS, pack};
+use crate::micro::{Aligned, Block, Engine, LANES, ROWS, pack};
 use crate::store::Store;
 
 /// Words of packed B alive at one time, about.
@@ -30,12 +31,44 @@ const SLAB_WORDS: usize = 1 << 20;
 /// Words of depth that a task's rows of A are packed for at once; a longer sum is made in several passes over C, where C
 /// is f32.
 const DEPTH_WORDS: usize = 2048;
-/// Words of depth between two visits to the block of C: a panel of B of this depth stays in the first cache level.
-const STEP_WORDS: usize = 192;
-/// Rows of A in a task.
-const TASK_ROWS: usize = 96;
+/// Steps of the depth are a multiple of this many words, if the depth is.
+const STEP_UNIT: usize = 16;
+/// Rows of a task are a multiple of this: two tiles.
+const TASK_UNIT: usize = 2 * ROWS;
 /// Products below this many multiply-adds are not worth a second thread.
 const SMALL: usize = 64 * 64 * 64;
+
+/// How a product is cut for an engine.
+struct Blocking {
+    /// Rows of A in a task, at most: they stay in the second cache level, and B is read once for each task.
+    task_rows: usize,
+    /// Words of depth between two visits to the block of C, at most: a panel of B of this depth stays in the first cache
+    /// level beside the rows of A that pass by.
+    step_words: usize,
+}
+
+impl Blocking {
+    /// Measured: the vectors' on a Zen 4 (32 KiB and 1 MiB), the tiles' on a Sapphire Rapids (48 KiB and 2 MiB).
+    fn of(engine: Engine) -> Self {
+        if engine.works_on_tiles() {
+            Self { task_rows: 256, step_words: 128 }
+        } else {
+            Self { task_rows: 96, step_words: 192 }
+        }
+    }
+
+    /// Rows of a task, and tasks, for `m` rows shared out evenly.
+    fn tasks(&self, m: usize) -> (usize, usize) {
+        let rows = m.div_ceil(m.div_ceil(self.task_rows)).next_multiple_of(TASK_UNIT).min(m);
+        (rows, m.div_ceil(rows))
+    }
+
+    /// Words of a step, and steps, for a depth of `words`.
+    fn steps(&self, words: usize) -> (usize, usize) {
+        let step = words.div_ceil(words.div_ceil(self.step_words)).next_multiple_of(STEP_UNIT).min(words);
+        (step, words.div_ceil(step))
+    }
+}
 
 /// A read-only matrix over a slice.
 #[derive(Clone, Copy, Debug)]
@@ -205,30 +238,51 @@ fn library(out: &mut [f32], a: Mat, b: Mat, scale: f32, accumulate: bool) {
 /// Per-thread buffers of a task.
 #[derive(Default)]
 struct Scratch {
-    a: Vec<u32>,
-    c: Vec<f32>,
+    a: Aligned<u32>,
+    c: Aligned<f32>,
+    /// The slab of B, of the thread that asks for the product.
+    b: Aligned<u32>,
 }
 
 thread_local! {
     static SCRATCH: RefCell<Scratch> = RefCell::default();
 }
 
-/// Rows of C that tasks write, each row and column by one of them.
-struct Rows<C> {
+/// C, of which tasks write parts, each row and column by one of them.
+struct Target<C> {
     data: *mut C,
     width: usize,
 }
 
 // SAFETY: tasks write disjoint parts (see `packed`).
-unsafe impl<C: Send> Sync for Rows<C> {}
+unsafe impl<C: Send> Sync for Target<C> {}
 
-impl<C> Rows<C> {
+impl<C> Target<C> {
+    /// The part of so many rows and columns that begins at a place.
+    ///
     /// # Safety
-    /// The part lies in the output, and no other reference to it exists while the result lives.
-    #[allow(clippy::mut_from_ref)]
-    unsafe fn part(&self, row: usize, col: usize, len: usize) -> &mut [C] {
+    /// It lies in the output, and is no one else's while it lives.
+    unsafe fn part(&self, [row, col]: [usize; 2], [rows, cols]: [usize; 2]) -> Part<'_, C> {
         // SAFETY: the caller's promise.
-        unsafe { std::slice::from_raw_parts_mut(self.data.add(row * self.width + col), len) }
+        let data = unsafe { self.data.add(row * self.width + col) };
+        Part { data, width: self.width, rows, cols, of: PhantomData }
+    }
+}
+
+/// Some rows of a few columns of C, held by one task.
+struct Part<'a, C> {
+    data: *mut C,
+    width: usize,
+    rows: usize,
+    cols: usize,
+    of: PhantomData<&'a mut C>,
+}
+
+impl<C> Part<'_, C> {
+    fn row(&mut self, row: usize) -> &mut [C] {
+        assert!(row < self.rows, "a row of the part");
+        // SAFETY: the row is inside, and whoever made the part promised that it is no one else's.
+        unsafe { std::slice::from_raw_parts_mut(self.data.add(row * self.width), self.cols) }
     }
 }
 
@@ -247,11 +301,12 @@ fn packed<A: Store, B: Store, C: Store>(
         let depth = first..k.min(first + depth);
         let words = engine.words(depth.len());
         let slab = (SLAB_WORDS / words / LANES).max(1) * LANES;
-        let mut panels = Vec::new();
+        // Kept from product to product: fresh pages cost more than packing into them.
+        let mut panels = SCRATCH.with_borrow_mut(|scratch| std::mem::take(&mut scratch.b));
         for lane in (0..n).step_by(slab) {
             let lanes = lane..n.min(lane + slab);
             let count = lanes.len().div_ceil(LANES);
-            panels.resize(count * words * LANES, 0u32);
+            panels.resize(count * words * LANES);
             let pack_panel = |(i, panel): (usize, &mut [u32])| {
                 let first = lanes.start + i * LANES;
                 let part = b.part(depth.clone(), first..lanes.end.min(first + LANES));
@@ -263,11 +318,10 @@ fn packed<A: Store, B: Store, C: Store>(
             } else {
                 panels.par_chunks_mut(words * LANES).enumerate().for_each(pack_panel);
             }
-            let rows = Rows { data: out.as_mut_ptr(), width: n };
-            let task_rows = TASK_ROWS.min(m);
-            // Columns are shared out too where there are too few rows to keep all threads busy.
-            let blocks = m.div_ceil(task_rows);
-            let pieces = (16usize.div_ceil(blocks)).min(count);
+            let target = Target { data: out.as_mut_ptr(), width: n };
+            let (task_rows, blocks) = Blocking::of(engine).tasks(m);
+            // Columns are shared out too where there are too few rows to keep all threads busy; each piece packs A anew.
+            let pieces = (4 * rayon::current_num_threads()).div_ceil(blocks).min(count);
             let run = |task: usize| {
                 let (block, piece) = (task / pieces, task % pieces);
                 let first = block * task_rows;
@@ -280,7 +334,7 @@ fn packed<A: Store, B: Store, C: Store>(
                         part,
                         &panels,
                         own,
-                        &rows,
+                        &target,
                         first,
                         &lanes,
                         scale,
@@ -294,6 +348,7 @@ fn packed<A: Store, B: Store, C: Store>(
                 (0..blocks * pieces).into_par_iter().with_max_len(1).for_each(run);
             }
         }
+        SCRATCH.with_borrow_mut(|scratch| scratch.b = panels);
     }
 }
 
@@ -306,33 +361,40 @@ unsafe fn task_product<A: Store, C: Store>(
     a: Mat<A>,
     panels: &[u32],
     own: std::ops::Range<usize>,
-    out: &Rows<C>,
+    out: &Target<C>,
     first_row: usize,
     lanes: &std::ops::Range<usize>,
     scale: f32,
     accumulate: bool,
 ) {
     let (m, words) = (a.rows, engine.words(a.cols));
-    // Rows that lie a multiple of 4096 bytes apart would share their places in the cache.
-    let lda = words + 16;
+    let padded = m.next_multiple_of(ROWS);
+    // For each step of the depth the rows of A lie close together.
+    let (step, steps) = Blocking::of(engine).steps(words);
     let _guard = engine.enter();
     SCRATCH.with_borrow_mut(|scratch| {
-        let padded = m.next_multiple_of(ROWS);
-        scratch.a.resize((padded * lda).max(scratch.a.len()), 0);
-        scratch.c.resize((padded * LANES).max(scratch.c.len()), 0.0);
-        pack::a_form(engine, a, &mut scratch.a, lda);
+        // Rows that lie a multiple of 4096 bytes apart would share their places in the cache.
+        let lda = if step % 64 == 0 { step + 16 } else { step };
+        let slice = padded * lda;
+        scratch.a.reserve(steps * slice);
+        scratch.c.reserve(padded * LANES);
+        for (i, slice) in scratch.a.chunks_exact_mut(slice).take(steps).enumerate() {
+            let values = step * engine.values();
+            let part = a.part(0..m, i * values..a.cols.min((i + 1) * values));
+            pack::a_form(engine, part, slice, lda);
+        }
         for panel in own {
             let b = &panels[panel * words * LANES..][..words * LANES];
-            for start in (0..words).step_by(STEP_WORDS) {
-                let step = STEP_WORDS.min(words - start);
-                // SAFETY: A is padded to whole tiles of rows and `lda` words, B holds `words` rows of LANES words, C
-                // is padded like A; `step` is a multiple of 16 where tiles need it, as `words` and STEP_WORDS are.
+            for (i, start) in (0..words).step_by(step).enumerate() {
+                // SAFETY: a slice of A is padded to whole tiles of rows and holds `lda` words of each, B holds `words` rows
+                // of LANES words, C is padded like A; lengths of steps are multiples of 16 where tiles need it, as `words`
+                // and STEP_UNIT are.
                 unsafe {
                     engine.block(Block {
                         rows: m,
                         lanes: LANES,
-                        words: step,
-                        a: scratch.a.as_ptr().add(start),
+                        words: step.min(words - start),
+                        a: scratch.a.as_ptr().add(i * slice),
                         lda,
                         b: b.as_ptr().add(start * LANES),
                         ldb: LANES,
@@ -344,25 +406,27 @@ unsafe fn task_product<A: Store, C: Store>(
             }
             let first = lanes.start + panel * LANES;
             let count = LANES.min(lanes.end - first);
-            for (row, sums) in scratch.c.chunks_exact(LANES).take(m).enumerate() {
-                // SAFETY: the caller's promise.
-                let out = unsafe { out.part(first_row + row, first, count) };
-                write(out, &sums[..count], scale, accumulate);
-            }
+            // SAFETY: the caller's promise.
+            let part = unsafe { out.part([first_row, first], [m, count]) };
+            write(part, &scratch.c, scale, accumulate);
         }
     });
 }
 
 multiversion! {
-    /// out (+)= scale·sums.
-    fn write<C: Store>(out: &mut [C], sums: &[f32], scale: f32, accumulate: bool) {
-        if accumulate {
-            for (out, sum) in out.iter_mut().zip(sums) {
-                *out = C::put(out.get() + scale * sum);
-            }
-        } else {
-            for (out, sum) in out.iter_mut().zip(sums) {
-                *out = C::put(scale * sum);
+    /// `out` (+)= scale·sums, whose rows are [`LANES`] apart.
+    fn write<C: Store>(out: Part<'_, C>, sums: &[f32], scale: f32, accumulate: bool) {
+        let mut part = out;
+        for (row, sums) in sums.chunks_exact(LANES).take(part.rows).enumerate() {
+            let out = part.row(row);
+            if accumulate {
+                for (out, sum) in out.iter_mut().zip(sums) {
+                    *out = C::put(out.get() + scale * sum);
+                }
+            } else {
+                for (out, sum) in out.iter_mut().zip(sums) {
+                    *out = C::put(scale * sum);
+                }
             }
         }
     }

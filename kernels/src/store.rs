@@ -35,6 +35,8 @@ pub trait Store:
     fn as_f32(values: &[Self]) -> Option<&[f32]>;
     /// The same slice where this type is f32.
     fn as_f32_mut(values: &mut [Self]) -> Option<&mut [f32]>;
+    /// The same slice where this type is bf16.
+    fn as_bf16(values: &[Self]) -> Option<&[bf16]>;
 }
 
 impl Store for f32 {
@@ -74,6 +76,10 @@ impl Store for f32 {
     fn as_f32_mut(values: &mut [Self]) -> Option<&mut [f32]> {
         Some(values)
     }
+
+    fn as_bf16(_: &[Self]) -> Option<&[bf16]> {
+        None
+    }
 }
 
 impl Store for bf16 {
@@ -112,6 +118,10 @@ impl Store for bf16 {
 
     fn as_f32_mut(_: &mut [Self]) -> Option<&mut [f32]> {
         None
+    }
+
+    fn as_bf16(values: &[Self]) -> Option<&[bf16]> {
+        Some(values)
     }
 }
 

@@ -23,7 +23,7 @@ use super::softmax::{PerLane, backward as softmax_backward, finish_scores};
 use super::view::{Output, View};
 use crate::gemm::Mat;
 use crate::math::{add_row, dot};
-use crate::micro::{Engine, LANES, ROWS, bits, pack};
+use crate::micro::{Aligned, Engine, LANES, ROWS, bits, pack};
 use crate::store::Store;
 
 /// Entries in a block: more of them share more packing, fewer give more tasks.
@@ -55,27 +55,27 @@ pub(super) struct Queries {
     lse: Vec<PerLane>,
     delta: Vec<PerLane>,
     /// Qᵀ and dOᵀ in B-form, a panel after the other.
-    qt: Vec<u32>,
-    dot: Vec<u32>,
+    qt: Aligned<u32>,
+    dot: Aligned<u32>,
     /// Q and dO in B-form over the queries, a panel after the other.
-    q: Vec<u32>,
-    d_out: Vec<u32>,
+    q: Aligned<u32>,
+    d_out: Aligned<u32>,
     /// dQᵀ [D, 32] of each panel.
-    dq: Vec<f32>,
+    dq: Aligned<f32>,
     finite: bool,
     /// Q and dO [32, D] of each panel, as they came.
-    rows: Vec<f32>,
-    gradient_rows: Vec<f32>,
+    rows: Aligned<f32>,
+    gradient_rows: Aligned<f32>,
 }
 
 /// Per-thread buffers of products between queries and a tile.
 #[derive(Default)]
 pub(super) struct Products {
-    scores: Vec<f32>,
-    ds: Vec<f32>,
-    p_a: Vec<u32>,
-    ds_a: Vec<u32>,
-    ds_b: Vec<u32>,
+    scores: Aligned<f32>,
+    ds: Aligned<f32>,
+    p_a: Aligned<u32>,
+    ds_a: Aligned<u32>,
+    ds_b: Aligned<u32>,
 }
 
 /// Per-thread buffers, kept between tasks.
@@ -84,9 +84,9 @@ pub(super) struct Scratch {
     pub tiles: Vec<Tile>,
     pub queries: Queries,
     pub products: Products,
-    pub dk: Vec<f32>,
-    pub dv: Vec<f32>,
-    pub rows: Vec<f32>,
+    pub dk: Aligned<f32>,
+    pub dv: Aligned<f32>,
+    pub rows: Aligned<f32>,
 }
 
 thread_local! {
@@ -125,14 +125,13 @@ impl Queries {
         let (engine, depth, padded) = (spec.engine, spec.engine.words(spec.width), spec.padded());
         self.panels = panels;
         let n = self.panels.len();
-        self.qt.resize(PANELS * depth * LANES, 0);
-        self.dot.resize(PANELS * depth * LANES, 0);
-        self.q.resize(PANELS * panel_words(engine) * padded, 0);
-        self.d_out.resize(PANELS * panel_words(engine) * padded, 0);
-        self.dq.clear();
-        self.dq.resize(n * padded * LANES, 0.0);
-        self.rows.resize(n * LANES * spec.width, 0.0);
-        self.gradient_rows.resize(n * LANES * spec.width, 0.0);
+        self.qt.resize(PANELS * depth * LANES);
+        self.dot.resize(PANELS * depth * LANES);
+        self.q.resize(PANELS * panel_words(engine) * padded);
+        self.d_out.resize(PANELS * panel_words(engine) * padded);
+        self.dq.resize_zeroed(n * padded * LANES);
+        self.rows.resize(n * LANES * spec.width);
+        self.gradient_rows.resize(n * LANES * spec.width);
         self.finite = true;
         self.lse.clear();
         self.delta.clear();
@@ -172,7 +171,7 @@ impl Queries {
     ///
     /// # Safety
     /// No one else holds the rows of these queries.
-    pub unsafe fn finish(&self, spec: &Spec<'_>, b: usize, out: &Output<'_, f32>, rows: &mut Vec<f32>) {
+    pub unsafe fn finish(&self, spec: &Spec<'_>, b: usize, out: &Output<'_, f32>, rows: &mut Aligned<f32>) {
         for (panel, dq) in self.panels.iter().zip(self.dq.chunks_exact(spec.padded() * LANES)) {
             turn(dq, rows);
             for lane in 0..panel.count {
@@ -336,12 +335,12 @@ impl Queries {
 impl Products {
     fn prepare(&mut self, engine: Engine) {
         let wide = PANELS * LANES;
-        self.scores.resize(KEYS * wide, 0.0);
-        self.ds.resize(KEYS * wide, 0.0);
+        self.scores.resize(KEYS * wide);
+        self.ds.resize(KEYS * wide);
         if let Engine::Pairs(_) = engine {
-            self.p_a.resize(KEYS * PANELS * panel_words(engine), 0);
-            self.ds_a.resize(KEYS * PANELS * panel_words(engine), 0);
-            self.ds_b.resize(engine.words(KEYS) * LANES, 0);
+            self.p_a.resize(KEYS * PANELS * panel_words(engine));
+            self.ds_a.resize(KEYS * PANELS * panel_words(engine));
+            self.ds_b.resize(engine.words(KEYS) * LANES);
         }
     }
 
@@ -444,8 +443,7 @@ fn pair<S: Store>(
     let (group, padded) = (dims.heads / dims.kv_heads, spec.padded());
     let Scratch { tiles: packed, queries: block, products, dk, dv, rows } = scratch;
     for gradient in [&mut *dk, &mut *dv] {
-        gradient.clear();
-        gradient.resize((keys.len() + ROWS) * padded, 0.0);
+        gradient.resize_zeroed((keys.len() + ROWS) * padded);
     }
     let parts: Vec<Keys<'_, S>> = tiles(keys.clone())
         .map(|range| Keys { k: x.k.rows(b, &range, kv_head), v: x.v.rows(b, &range, kv_head), range })

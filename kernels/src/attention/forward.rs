@@ -16,26 +16,26 @@ use super::softmax::{PerLane, Running, finish_scores, online, scale_lanes};
 use super::view::{Output, View};
 use super::{Dims, forward_panels};
 use crate::gemm::Mat;
-use crate::micro::{Engine, LANES, bits, bits_mut, pack, transpose};
+use crate::micro::{Aligned, Engine, LANES, bits, bits_mut, pack, transpose};
 use crate::store::Store;
 
 /// One panel with what it has gathered.
 pub(super) struct Gathering {
     pub panel: Panel,
     /// Qᵀ in B-form.
-    q: Vec<u32>,
+    q: Aligned<u32>,
     running: Running,
     /// Oᵀ [D, 32].
-    out: Vec<f32>,
+    out: Aligned<f32>,
 }
 
 /// Per-thread buffers, kept between tasks.
 #[derive(Default)]
 pub(super) struct Scratch {
     tile: Tile,
-    scores: Vec<f32>,
-    p: Vec<u32>,
-    rows: Vec<f32>,
+    scores: Aligned<f32>,
+    p: Aligned<u32>,
+    rows: Aligned<f32>,
 }
 
 thread_local! {
@@ -51,11 +51,11 @@ impl Gathering {
         scratch: &mut Scratch,
     ) -> Self {
         let words = spec.engine.words(spec.width);
-        let mut packed = vec![0u32; words * LANES];
-        scratch.rows.resize((LANES * spec.width).max(scratch.rows.len()), 0.0);
+        let mut packed = Aligned::zeroed(words * LANES);
+        scratch.rows.reserve(LANES * spec.width);
         let rows = query_rows(spec, &panel, b, q, &mut scratch.rows[..LANES * spec.width]);
         pack::b_form(spec.engine, rows.t(), &mut packed, LANES, LANES);
-        Self { panel, q: packed, running: Running::new(), out: vec![0f32; spec.padded() * LANES] }
+        Self { panel, q: packed, running: Running::new(), out: Aligned::zeroed(spec.padded() * LANES) }
     }
 
     /// Takes in the keys of a tile.
@@ -128,7 +128,7 @@ impl Gathering {
         b: usize,
         out: &Output<'_, S>,
         lse: &Output<'_, f32>,
-        rows: &mut Vec<f32>,
+        rows: &mut Aligned<f32>,
     ) {
         let mut inverse: PerLane = [0.0; LANES];
         for lane in 0..LANES {
@@ -154,9 +154,9 @@ impl Gathering {
 }
 
 /// [D, 32] to [32, D]; D is a multiple of 16.
-pub(super) fn turn(columns: &[f32], rows: &mut Vec<f32>) {
+pub(super) fn turn(columns: &[f32], rows: &mut Aligned<f32>) {
     let width = columns.len() / LANES;
-    rows.resize(columns.len().max(rows.len()), 0.0);
+    rows.reserve(columns.len());
     for d in (0..width).step_by(16) {
         for lane in (0..LANES).step_by(16) {
             let out = &mut bits_mut(rows)[lane * width + d..];
@@ -196,8 +196,8 @@ pub(super) fn run<'a, S: Store>(
     SCRATCH.with_borrow_mut(|scratch| {
         let mut gathering: Vec<Gathering> =
             panels.into_iter().map(|panel| Gathering::new(spec, panel, b, q, scratch)).collect();
-        scratch.scores.resize(KEYS * LANES, 0.0);
-        scratch.p.resize(spec.engine.words(KEYS) * LANES, 0);
+        scratch.scores.resize(KEYS * LANES);
+        scratch.p.resize(spec.engine.words(KEYS) * LANES);
         let Scratch { tile, scores, p, rows } = scratch;
         for keys in keys {
             if gathering.iter().all(|g| g.panel.rows(&keys.range).is_empty()) {

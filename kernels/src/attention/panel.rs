@@ -14,7 +14,7 @@ use std::ops::Range;
 use super::softmax::{Bias, Mask, PerLane};
 use crate::cpu::multiversion;
 use crate::gemm::Mat;
-use crate::micro::{Block, Engine, LANES, Products, ROWS, pack};
+use crate::micro::{Aligned, Block, Engine, LANES, Products, ROWS, pack};
 use crate::store::Store;
 
 /// Keys in a tile.
@@ -204,10 +204,10 @@ pub(super) struct Tile {
     pub positions: Vec<f32>,
     /// Whether all of V (and, packed for backward, of K) is finite, once someone has asked.
     finite: Cell<Option<bool>>,
-    pub k: Vec<u32>,
-    pub v: Vec<u32>,
-    pub kt: Vec<u32>,
-    pub vt: Vec<u32>,
+    pub k: Aligned<u32>,
+    pub v: Aligned<u32>,
+    pub kt: Aligned<u32>,
+    pub vt: Aligned<u32>,
 }
 
 impl Tile {
@@ -225,16 +225,16 @@ impl Tile {
     /// Packs what the forward pass reads.
     pub fn pack_forward<S: Store>(&mut self, spec: &Spec<'_>, keys: &Keys<'_, S>) {
         self.begin(spec, keys);
-        self.k = form(std::mem::take(&mut self.k), spec.engine, keys.k, KEYS, Self::ld(spec));
-        self.vt = form(std::mem::take(&mut self.vt), spec.engine, keys.v.t(), spec.padded(), Self::ldt(spec));
+        form(&mut self.k, spec.engine, keys.k, KEYS, Self::ld(spec));
+        form(&mut self.vt, spec.engine, keys.v.t(), spec.padded(), Self::ldt(spec));
     }
 
     /// Packs what the backward pass reads.
     pub fn pack_backward<S: Store>(&mut self, spec: &Spec<'_>, keys: &Keys<'_, S>) {
         self.begin(spec, keys);
-        self.k = form(std::mem::take(&mut self.k), spec.engine, keys.k, KEYS, Self::ld(spec));
-        self.v = form(std::mem::take(&mut self.v), spec.engine, keys.v, KEYS, Self::ld(spec));
-        self.kt = form(std::mem::take(&mut self.kt), spec.engine, keys.k.t(), spec.padded(), Self::ldt(spec));
+        form(&mut self.k, spec.engine, keys.k, KEYS, Self::ld(spec));
+        form(&mut self.v, spec.engine, keys.v, KEYS, Self::ld(spec));
+        form(&mut self.kt, spec.engine, keys.k.t(), spec.padded(), Self::ldt(spec));
     }
 
     /// Whether its values are finite, by `look` where no one has asked yet.
@@ -253,10 +253,9 @@ impl Tile {
 }
 
 /// A-form of `mat` in a buffer of `rows` rows.
-fn form<S: Store>(mut out: Vec<u32>, engine: Engine, mat: Mat<'_, S>, rows: usize, ld: usize) -> Vec<u32> {
-    out.resize((rows * ld).max(out.len()), 0);
-    pack::a_form(engine, mat, &mut out, ld);
-    out
+fn form<S: Store>(out: &mut Aligned<u32>, engine: Engine, mat: Mat<'_, S>, rows: usize, ld: usize) {
+    out.reserve(rows * ld);
+    pack::a_form(engine, mat, out, ld);
 }
 
 /// Whether every value is finite, in bf16 too.

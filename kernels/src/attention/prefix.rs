@@ -282,8 +282,7 @@ impl PrefixAttention {
                 tiles.resize_with(tiles.len().max(1), Tile::default);
                 let tile = &mut tiles[0];
                 for gradient in [&mut *dk_rows, &mut *dv_rows] {
-                    gradient.clear();
-                    gradient.resize((length + ROWS) * padded, 0.0);
+                    gradient.resize_zeroed((length + ROWS) * padded);
                 }
                 for part in &keys {
                     tile.pack_backward(&spec, part);

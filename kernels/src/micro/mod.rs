@@ -14,6 +14,7 @@
 //!
 //! Sources: Goto and van de Geijn 2008 (packing, register blocks); Intel's optimisation manual (AMX tiles, pairs).
 
+mod aligned;
 #[cfg(target_arch = "x86_64")]
 pub(crate) mod amx;
 pub(crate) mod pack;
@@ -21,6 +22,7 @@ mod tiles;
 mod vectors;
 mod words;
 
+pub(crate) use aligned::Aligned;
 pub(crate) use words::transpose;
 
 use crate::cpu::{self, Level};
@@ -82,6 +84,11 @@ impl Engine {
             Self::F32(_) => words,
             Self::Pairs(_) => words.next_multiple_of(16),
         }
+    }
+
+    /// Whether blocks are multiplied in tiles.
+    pub fn works_on_tiles(self) -> bool {
+        matches!(self, Self::Pairs(Level::Amx | Level::SoftwareTiles))
     }
 
     /// Makes this thread ready; undone when the guard is dropped. Around a whole task, not around a block.

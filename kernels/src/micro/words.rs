@@ -7,7 +7,7 @@
 use super::Engine;
 use crate::cpu::{Level, multiversion, vectors};
 use crate::gemm::Mat;
-use crate::store::Store;
+use crate::store::{Store, bf16};
 
 /// Words along the rows of `mat`, whose values lie side by side: `out[row·ld + word]`, zero from the end of the row to
 /// `words`.
@@ -24,6 +24,10 @@ pub(super) fn along<S: Store>(engine: Engine, mat: Mat<'_, S>, out: &mut [u32], 
             if let (Some(values), true) = (S::as_f32(mat.values()), converts()) {
                 // SAFETY: the machine has AVX-512 with bf16.
                 return unsafe { convert::along(mat.over(values), out, ld, words) };
+            }
+            #[cfg(target_endian = "little")]
+            if let Some(values) = S::as_bf16(mat.values()) {
+                return copy_pairs(mat.over(values), out, ld, words);
             }
             pairs_along(mat, out, ld, words);
         }
@@ -106,6 +110,23 @@ multiversion! {
     }
 }
 
+/// Rows of bf16 are their own words.
+#[cfg(target_endian = "little")]
+fn copy_pairs(mat: Mat<'_, bf16>, out: &mut [u32], ld: usize, words: usize) {
+    for row in 0..mat.rows() {
+        let values = mat.row(row);
+        let values = &values[..values.len().min(2 * words)];
+        let out = &mut out[row * ld..][..words];
+        let (filled, rest) = out.split_at_mut(values.len().div_ceil(2));
+        if let ([.., last], [_]) = (&mut *filled, values.chunks_exact(2).remainder()) {
+            *last = 0;
+        }
+        let bytes: &[u8] = bytemuck::cast_slice(values);
+        bytemuck::cast_slice_mut::<u32, u8>(filled)[..bytes.len()].copy_from_slice(bytes);
+        rest.fill(0);
+    }
+}
+
 multiversion! {
     fn pairs_along<S: Store>(mat: Mat<'_, S>, out: &mut [u32], ld: usize, words: usize) {
         for row in 0..mat.rows() {
@@ -172,6 +193,10 @@ mod convert {
     use super::pair;
     use crate::gemm::Mat;
 
+    /// Values by which rows are asked for ahead of their use: rows packed together are too many for the processor's own
+    /// prefetching.
+    const AHEAD: usize = 128;
+
     /// 32 values as 16 words.
     ///
     /// # Safety
@@ -193,9 +218,12 @@ mod convert {
             let out = &mut out[row * ld..][..words];
             let whole = (values.len() / 32 * 16).min(words / 16 * 16);
             for word in (0..whole).step_by(16) {
-                // SAFETY: 2·word + 32 ≤ 2·whole values and word + 16 ≤ whole words, inside both rows.
+                // SAFETY: 2·word + 32 ≤ 2·whole values and word + 16 ≤ whole words, inside both rows. A prefetch reads
+                // nothing, wherever it points.
                 unsafe {
                     let x = values.as_ptr().add(2 * word);
+                    _mm_prefetch::<_MM_HINT_T0>(x.wrapping_add(AHEAD).cast());
+                    _mm_prefetch::<_MM_HINT_T0>(x.wrapping_add(AHEAD + 16).cast());
                     _mm512_storeu_si512(out.as_mut_ptr().add(word).cast(), round(x, x.add(16)));
                 }
             }
