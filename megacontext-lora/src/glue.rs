@@ -37,7 +37,7 @@ use crate::session::{Context, Entries, Session};
 pub static ABI_LINE: [u8; VERSION_BYTES.len()] = VERSION_BYTES;
 
 /// What the plugin can do besides its jobs.
-const CAPABILITIES: [&str; 15] = [
+const CAPABILITIES: [&str; 21] = [
     "session:embed",
     "session:rope_tables",
     "session:logits",
@@ -48,7 +48,13 @@ const CAPABILITIES: [&str; 15] = [
     "session:adapters",
     "model:llama",
     "rope:linear",
+    "rope:ntk",
+    "rope:dynamic",
+    "rope:yarn",
+    "rope:longrope",
+    "rope:llama3",
     "rope:gaussian",
+    "rope:sigma",
     "attention:dense",
     "attention:s2",
     "adapter:peft",

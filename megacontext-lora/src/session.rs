@@ -449,7 +449,7 @@ impl Loaded {
             "lora": self.decoder.lora(),
             "dtype": self.decoder.precision(),
             "context": self.context_length,
-            "rope_factor": self.scaling.factor(),
+            "rope": self.scaling.to_json(),
             "adapter": self.active.as_ref().filter(|name| *name != adapters::DEFAULT),
         }))
     }

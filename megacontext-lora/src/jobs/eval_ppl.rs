@@ -5,16 +5,16 @@
 
 use std::path::PathBuf;
 
-use megacontext_base::rope::RopeScaling;
+use megacontext_base::rope::ScalingChoice;
 use megacontext_kernels::precision::Precision;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use crate::data::documents::tokenize;
-use crate::error::{PluginError, Result};
+use crate::error::Result;
 use crate::host::HostApi;
 use crate::jobs::{ModelDir, parse, to_value, with_threads};
-use crate::train::config::{Attention, GroupSize, check_evaluation, pattern};
+use crate::train::config::{Attention, GroupSize, check_evaluation, pattern, stretched};
 use crate::train::eval::{Protocol, batch_rows, perplexity, select};
 use crate::train::plan::check_forward;
 
@@ -38,7 +38,10 @@ pub struct EvalPpl {
     pub attention: Attention,
     /// Group size for S²-Attn.
     pub group: GroupSize,
-    /// Interpolation factor instead of the adapter's or the model's own.
+    /// How positions are stretched, instead of as the adapter or the model says: a name, or a table as in `rope_scaling`.
+    pub scaling: Option<ScalingChoice>,
+    /// Stretch from the original context, instead of the adapter's or the model's own; with `scaling` alone that of the
+    /// longest context.
     pub factor: Option<f64>,
     /// Precision class.
     pub dtype: Precision,
@@ -57,6 +60,7 @@ impl Default for EvalPpl {
             max_tokens: 65_536,
             attention: Attention::Dense,
             group: GroupSize::Part(0.25),
+            scaling: None,
             factor: None,
             dtype: Precision::F32,
             threads: None,
@@ -78,8 +82,8 @@ fn evaluate(job: &EvalPpl, host: &dyn HostApi) -> Result<Value> {
     check_forward("the evaluation", &model.config, job.dtype, entries, 0)?;
     let documents = super::extend::load_data(&job.data, host)?;
     let (decoder, mut scaling, _) = model.decoder_with(job.adapter.as_deref(), job.dtype)?;
-    if let Some(factor) = job.factor {
-        scaling = RopeScaling::from_factor(factor).map_err(PluginError::usage)?;
+    if job.factor.is_some() || job.scaling.is_some() {
+        scaling = stretched(&model.config, job.scaling.as_ref(), job.factor, longest)?;
     }
     let mut protocols = Vec::new();
     for &context in &job.contexts {

@@ -415,7 +415,7 @@ impl<'h> Run<'h> {
                     context: settings.context,
                     attention,
                     group,
-                    factor: settings.scaling(self.original())?.factor(),
+                    factor: settings.scaling(&self.model.config)?.factor(),
                     steps: settings.steps as u64,
                     wall_time: wall_time(),
                 }))?;
@@ -459,7 +459,7 @@ impl<'h> Run<'h> {
         let before = self.state.seconds;
         let last =
             self.config.stages.last().cloned().ok_or_else(|| PluginError::usage("stages: got none"))?;
-        let scaling = last.scaling(self.original())?;
+        let scaling = last.scaling(&self.model.config)?;
         if self.trainer.step_count() == 0 && self.state.perplexity.base.is_empty() {
             self.say("measuring the base model as it came");
             let own = self.model.config.rope_scaling.clone();
@@ -565,7 +565,8 @@ impl<'h> Run<'h> {
                 context: stage.context,
                 attention,
                 group,
-                factor: stage.scaling(self.original())?.factor(),
+                factor: stage.scaling(&self.model.config)?.factor(),
+                rope: stage.scaling(&self.model.config)?.to_string(),
                 steps: stage.steps as u64,
                 tokens: (rows * micro * stage.context * stage.steps) as u64,
                 first_loss: mean(&losses[..edge]),

@@ -8,6 +8,7 @@
 //! | `export` | [`export::Export`] | what was written for readers of LoRA alone |
 //! | `merge` | [`merge::Merge`] | what was merged and where it is |
 //! | `logits` | [`logits::LogitsJob`] | where the logits are |
+//! | `rope` | [`rope::RopeJob`] | the rotary bands of a model, before and after a scaling |
 //! | `bench` | [`mod@bench`] | one measurement |
 //!
 //! Errors: an unknown kind, naming the ones there are; a parameter that does not exist, by name.
@@ -36,9 +37,10 @@ pub mod extend;
 pub mod logits;
 pub mod merge;
 pub mod pretrain;
+pub mod rope;
 
 /// Names of all jobs.
-pub const KINDS: [&str; 7] = ["extend", "pretrain", "eval_ppl", "merge", "export", "logits", "bench"];
+pub const KINDS: [&str; 8] = ["extend", "pretrain", "eval_ppl", "merge", "export", "logits", "rope", "bench"];
 
 /// Runs a job to its end.
 ///
@@ -52,6 +54,7 @@ pub fn run(kind: &str, params: Value, host: &dyn HostApi) -> Result<Value> {
         "merge" => merge::run(params, host),
         "export" => export::run(params, host),
         "logits" => logits::run(params, host),
+        "rope" => rope::run(params, host),
         "bench" => bench::run(params, host),
         other => Err(PluginError::usage(format!("job: expected one of {KINDS:?}, got \"{other}\""))),
     }

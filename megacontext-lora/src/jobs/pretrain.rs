@@ -270,6 +270,7 @@ fn pretrain(c: &PretrainConfig, roots: &Roots, host: &dyn HostApi) -> Result<Val
         attention: crate::train::config::Attention::Dense,
         group: crate::train::config::GroupSize::Part(1.0),
         factor: None,
+        scaling: None,
         steps: c.steps,
     };
     let mut trainer =

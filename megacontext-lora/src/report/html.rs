@@ -207,7 +207,7 @@ fn training_section(report: &RunReport) -> String {
     }
     if !s.stages.is_empty() {
         out += "<div class=\"scroll\"><table>\n<thead><tr><th>Stage</th><th>Tokens of context</th><th class=\"text\">Attention</th>\
-                <th>RoPE factor</th><th>Steps</th><th>Tokens trained</th><th>Loss, first \u{2192} last</th><th>Time</th>\
+                <th>RoPE scaling</th><th>Steps</th><th>Tokens trained</th><th>Loss, first \u{2192} last</th><th>Time</th>\
                 </tr></thead>\n<tbody>\n";
         for (i, stage) in s.stages.iter().enumerate() {
             let group = stage.group.map(|g| format!(", groups of {}", count(g as u64))).unwrap_or_default();
@@ -218,7 +218,11 @@ fn training_section(report: &RunReport) -> String {
                 i + 1,
                 context(stage.context),
                 escape(attention_name(&stage.attention)),
-                stage.factor,
+                escape(&if stage.rope.is_empty() {
+                    format!("x{}", stage.factor)
+                } else {
+                    stage.rope.clone()
+                }),
                 count(stage.steps),
                 short_count(stage.tokens),
                 stage.first_loss,

@@ -13,6 +13,7 @@ mod axes;
 mod format;
 mod html;
 mod plots;
+mod rope;
 mod verdict;
 
 use std::path::Path;
@@ -25,6 +26,7 @@ use crate::run::metrics::{self, METRICS, Record};
 use crate::run::summary::{SUMMARY, Summary};
 
 pub use html::render;
+pub use rope::{RopePicture, rope_picture};
 pub use verdict::{Verdict, verdict};
 
 /// The file's name in a run folder.

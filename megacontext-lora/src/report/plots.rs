@@ -274,7 +274,11 @@ fn bounds(values: impl Iterator<Item = f64>) -> Option<(f64, f64)> {
 }
 
 /// Moves labels apart to `gap`, inside the limits where they fit.
-fn spread<A, B>(mut labels: Vec<(f64, A, B)>, gap: f64, (top, bottom): (f64, f64)) -> Vec<(f64, A, B)> {
+pub(super) fn spread<A, B>(
+    mut labels: Vec<(f64, A, B)>,
+    gap: f64,
+    (top, bottom): (f64, f64),
+) -> Vec<(f64, A, B)> {
     labels.sort_by(|a, b| a.0.total_cmp(&b.0));
     let mut free = top;
     for label in &mut labels {

@@ -82,6 +82,9 @@ pub struct StageSummary {
     pub group: Option<usize>,
     /// RoPE factor.
     pub factor: f64,
+    /// RoPE scaling in words; empty in summaries of older versions.
+    #[serde(default)]
+    pub rope: String,
     /// Optimiser steps.
     pub steps: u64,
     /// Tokens trained on.

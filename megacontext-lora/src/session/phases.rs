@@ -16,7 +16,7 @@ use megacontext_base::gradients::{AdamWConfig, Gradients, Optimizer};
 use megacontext_base::lora::LoraConfig;
 use megacontext_base::params::Group;
 use megacontext_base::random::mix;
-use megacontext_base::rope::RopeScaling;
+use megacontext_base::rope::ScalingChoice;
 use megacontext_kernels::attention::{Pattern, Rows};
 use megacontext_kernels::loss::IGNORE;
 use serde::Deserialize;
@@ -26,7 +26,9 @@ use super::{Before, Loaded, Phase, Session};
 use crate::error::{PluginError, Result};
 use crate::host::Answer;
 use crate::jobs::{model_error, parse};
-use crate::train::config::{Attention, GroupSize, LONGEST_CONTEXT, OptimizerConfig, Schedule, pattern};
+use crate::train::config::{
+    Attention, GroupSize, LONGEST_CONTEXT, OptimizerConfig, Schedule, pattern, stretched,
+};
 
 /// What a phase is entered with.
 #[derive(Deserialize)]
@@ -39,6 +41,10 @@ struct Enter {
     optimizer: OptimizerConfig,
     #[serde(default)]
     context: Option<usize>,
+    #[serde(default)]
+    scaling: Option<ScalingChoice>,
+    #[serde(default)]
+    factor: Option<f64>,
     #[serde(default)]
     steps: Option<usize>,
     #[serde(default)]
@@ -69,13 +75,19 @@ impl Enter {
         if let Some(bad) = self.context.filter(|c| !(2..=LONGEST_CONTEXT).contains(c)) {
             return usage(format!("context: expected 2 to {LONGEST_CONTEXT} tokens, got {bad}"));
         }
+        if self.context.is_none() && (self.scaling.is_some() || self.factor.is_some()) {
+            return usage(
+                "scaling and factor: expected a context to stretch to beside them, got none".into(),
+            );
+        }
         Ok(())
     }
 }
 
 impl Session {
     /// Begins a phase: `{groups: ["lora", …], lora: {…}, optimizer: {…}, context: N, steps: N, seed: N}`. LoRA is
-    /// attached fresh when it shall learn and the model carries none; `context` stretches the positions to that length;
+    /// attached fresh when it shall learn and the model carries none; `context` stretches the positions to that length, by
+    /// `scaling` (a name or a table) and `factor` where they are given;
     /// `steps` is the length that a cosine schedule needs. The optimiser's settings are this phase's, its moments those
     /// that the parameters already had.
     ///
@@ -209,10 +221,7 @@ impl Loaded {
         let config = self.decoder.config();
         let (scaling, context_length) = match enter.context {
             None => (self.scaling.clone(), self.context_length),
-            Some(context) => {
-                let factor = (context as f64 / config.original_context() as f64).max(1.0);
-                (RopeScaling::from_factor(factor).map_err(PluginError::usage)?, context)
-            }
+            Some(context) => (stretched(config, enter.scaling.as_ref(), enter.factor, context)?, context),
         };
         let fresh =
             (lora_learns && self.decoder.lora().is_none()).then(|| enter.lora.clone().unwrap_or_default());

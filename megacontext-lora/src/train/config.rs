@@ -13,7 +13,7 @@ use megacontext_base::config::DecoderConfig;
 use megacontext_base::gradients::AdamWConfig;
 use megacontext_base::lora::LoraConfig;
 use megacontext_base::params::Group;
-use megacontext_base::rope::RopeScaling;
+use megacontext_base::rope::{RopeScaling, ScalingChoice};
 use megacontext_kernels::attention::Pattern;
 use megacontext_kernels::precision::Precision;
 use serde::{Deserialize, Serialize};
@@ -43,6 +43,11 @@ pub struct ExtendConfig {
     pub context: usize,
     /// Seed of initial values, data order and hold-out.
     pub seed: u64,
+    /// How positions are stretched: a name (linear, ntk, dynamic, yarn, longrope, llama3), or a table as in `rope_scaling`
+    /// of a `config.json`; none means the model's own kind, linear where it has none.
+    pub scaling: Option<ScalingChoice>,
+    /// Stretch from the original context for every stage that names none; none means context / original context.
+    pub factor: Option<f64>,
     /// Share of the documents kept for evaluation.
     pub holdout: f64,
     /// LoRA on the attention projections.
@@ -81,6 +86,8 @@ impl Default for ExtendConfig {
             out: PathBuf::from("runs/extend"),
             context: 0,
             seed: 0,
+            scaling: None,
+            factor: None,
             holdout: 0.1,
             lora: LoraConfig::default(),
             train_embeddings: true,
@@ -249,9 +256,13 @@ pub struct StageConfig {
     /// Group size of S²-Attn.
     #[serde(default = "quarter")]
     pub group: GroupSize,
-    /// Interpolation factor, from the original context; none means context / original context.
+    /// Stretch from the original context; none means the run's, then context / original context (1 for dynamic, which looks
+    /// at the length itself).
     #[serde(default)]
     pub factor: Option<f64>,
+    /// How positions are stretched; none means as the run says.
+    #[serde(default)]
+    pub scaling: Option<ScalingChoice>,
     /// Optimiser steps.
     pub steps: usize,
 }
@@ -304,11 +315,20 @@ impl StageConfig {
         }
     }
 
-    /// The scaling of this stage on a base of the given original context.
-    pub fn scaling(&self, original: usize) -> Result<RopeScaling> {
-        let factor = self.factor.unwrap_or(self.context as f64 / original as f64).max(1.0);
-        RopeScaling::from_factor(factor).map_err(PluginError::usage)
+    /// The scaling of this stage on a model.
+    pub fn scaling(&self, model: &DecoderConfig) -> Result<RopeScaling> {
+        stretched(model, self.scaling.as_ref(), self.factor, self.context)
     }
+}
+
+/// The scaling that stretches a model to a context as asked.
+pub fn stretched(
+    model: &DecoderConfig,
+    choice: Option<&ScalingChoice>,
+    factor: Option<f64>,
+    context: usize,
+) -> Result<RopeScaling> {
+    model.stretched().scaling(choice, factor, context).map_err(PluginError::usage)
 }
 
 /// Perplexity evaluation.
@@ -367,8 +387,14 @@ pub fn default_stages(original: usize, context: usize, steps: usize) -> Vec<Stag
     }
     let early = lengths.len();
     let share = (steps / 2).checked_div(early).map_or(0, |share| share.max(1));
-    let stage =
-        |context, steps| StageConfig { context, attention: s2(), group: quarter(), factor: None, steps };
+    let stage = |context, steps| StageConfig {
+        context,
+        attention: s2(),
+        group: quarter(),
+        factor: None,
+        scaling: None,
+        steps,
+    };
     let mut stages: Vec<StageConfig> = lengths.into_iter().map(|c| stage(c, share)).collect();
     stages.push(stage(context, steps.saturating_sub(share * early).max(1)));
     stages
@@ -446,11 +472,14 @@ impl ExtendConfig {
             }
             pattern(stage.attention, stage.group, stage.context)
                 .map_err(|e| PluginError::usage(format!("{at}.{e}")))?;
-            if let Some(factor) = stage.factor {
-                RopeScaling::from_factor(factor)
-                    .map_err(|e| PluginError::usage(format!("{at}.factor: {e}")))?;
+            stage.factor = stage.factor.or(self.factor);
+            stage.scaling = stage.scaling.take().or_else(|| self.scaling.clone());
+            let scaling =
+                stage.scaling(model).map_err(|e| PluginError::usage(format!("{at}.{}", e.message)))?;
+            stage.factor = Some(scaling.factor());
+            if stage.scaling.is_none() && scaling != RopeScaling::None {
+                stage.scaling = Some(ScalingChoice::Kind(scaling.kind().to_string()));
             }
-            stage.factor = Some(stage.scaling(original)?.factor());
         }
         let sum = self.stages.iter().map(|s| s.steps).sum();
         if let Some(steps) = self.steps.filter(|steps| *steps != sum) {

@@ -137,7 +137,9 @@ pub fn perplexity(
             }
             scored += window.targets().len();
         }
-        let rope = c.rope(&protocol.scaling).sequence(longest)?;
+        // Scalings that look at the length see the context's, however short the documents of a batch are.
+        let mu: Vec<f64> = (0..longest).map(|p| p as f64).collect();
+        let rope = c.rope(&protocol.scaling).sequence_in(&mu, context).map_err(model_error)?;
         let rows =
             Rows { lengths: Some(batch.iter().map(|(_, w)| w.inputs().len()).collect()), segments: None };
         let with = Forward { pattern: protocol.pattern, rope: &rope, rows: &rows, dropout_seed: None };

@@ -9,6 +9,7 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
+use candle_core::Tensor;
 use megacontext_base::decoder::{Decoder, Forward};
 use megacontext_base::error::BaseError;
 use megacontext_base::gradients::{Gradients, Optimizer};
@@ -63,7 +64,6 @@ pub struct Trainer {
     settings: OptimizerConfig,
     batch: BatchConfig,
     stages: Vec<StageConfig>,
-    original: usize,
     stream: Vec<u32>,
     seed: u64,
     recompute: bool,
@@ -87,7 +87,6 @@ impl Trainer {
         if decoder.params().trainable().is_empty() {
             return Err(PluginError::usage("parameter groups: expected at least one that learns, got none"));
         }
-        let original = decoder.config().original_context();
         let optimizer = Optimizer::new(settings.adamw());
         let trainer = Self {
             decoder,
@@ -96,7 +95,6 @@ impl Trainer {
             settings,
             batch,
             stages,
-            original,
             stream,
             seed,
             recompute,
@@ -140,15 +138,15 @@ impl Trainer {
     /// Scaling of the stage that runs next, or of the last one.
     pub fn scaling(&self) -> Result<RopeScaling> {
         let index = self.position().map_or(self.stages.len().saturating_sub(1), |(index, _)| index);
-        self.stages.get(index).map_or(Ok(RopeScaling::None), |s| s.scaling(self.original))
+        self.stages.get(index).map_or(Ok(RopeScaling::None), |s| s.scaling(self.decoder.config()))
     }
 
     fn build_stage(&self, index: usize) -> Result<Stage> {
         let stage = &self.stages[index];
         let (rows, micro) = self.batch.shape(stage.context);
         let batches = Batches::new(self.stream.len(), stage.context, rows, self.seed, index)?;
-        let scaling = stage.scaling(self.original)?;
         let c = self.decoder.config();
+        let scaling = stage.scaling(c)?;
         let rope = c.rope(&scaling).sequence(stage.context)?;
         Ok(Stage { index, batches, rope, pattern: stage.pattern(), scaling, micro })
     }
@@ -219,19 +217,25 @@ impl Trainer {
         })
     }
 
-    /// A stage that names a scaling has to see other angles than the base model's: checked on the tables in use.
+    /// A stage that names a scaling has to see other angles than the model's own, or, where it names the same, than those of
+    /// a model that is not scaled: checked on the tables in use, before the first step of the stage.
     fn assert_positions_changed(&self, stage: &Stage) -> Result<()> {
-        if stage.scaling == RopeScaling::None {
+        let c = self.decoder.config();
+        let context = self.stages[stage.index].context;
+        let before = if c.rope_scaling == stage.scaling { &RopeScaling::None } else { &c.rope_scaling };
+        // Kinds that look at the length leave a short context alone.
+        if stage.scaling == *before || context <= stage.scaling.unscaled_up_to() {
             return Ok(());
         }
-        let c = self.decoder.config();
-        let last = self.stages[stage.index].context - 1;
-        let plain = c.rope(&RopeScaling::None).at(&[last as f64], None).map_err(model_error)?;
-        let used = stage.rope.sin_nd.narrow(0, last, 1)?;
-        let difference = (used - plain.sin_nd)?.abs()?.max_all()?.to_scalar::<f32>()?;
-        if difference == 0.0 {
+        let last = context - 1;
+        let other = c.rope(before).sequence_in(&[last as f64], context).map_err(model_error)?;
+        let differs = |used: &Tensor, other: &Tensor| -> candle_core::Result<f32> {
+            (used.narrow(0, last, 1)? - other)?.abs()?.max_all()?.to_scalar::<f32>()
+        };
+        let rope = &stage.rope;
+        if differs(&rope.cos_nd, &other.cos_nd)?.max(differs(&rope.sin_nd, &other.sin_nd)?) == 0.0 {
             return Err(PluginError::internal(format!(
-                "rope scaling {} changed no angle at position {last}",
+                "rope scaling {} changed no angle at position {last} against {before}",
                 stage.scaling
             )));
         }

@@ -139,6 +139,11 @@ impl Rope {
         self.place(&Entries { mu, sigma, ..Entries::default() })
     }
 
+    /// Tables of certain positions in a sequence of `length` tokens, whatever the largest of them is.
+    pub fn sequence_in(&self, mu: &[f64], length: usize) -> Result<RopeTables> {
+        self.place(&Entries { mu, length: Some(length), ..Entries::default() })
+    }
+
     /// Tables of entries.
     pub fn place(&self, entries: &Entries) -> Result<RopeTables> {
         check(entries)?;

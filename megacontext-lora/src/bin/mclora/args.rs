@@ -20,6 +20,7 @@ use std::path::PathBuf;
   mclora eval ppl --base DIR --adapter runs/mine/adapter --data held-out.txt --contexts 2048,8192
   mclora merge --base DIR --adapter runs/mine/adapter --out merged/
   mclora export --format lora-only --base DIR --adapter runs/mine/adapter --out exported/
+  mclora rope --base DIR --scaling yarn --factor 8 --plot bands.svg
   mclora bench attention --n 2048,8192 --threads 2
 
 Exit codes: 0 done, 2 a wrong flag or setting, 130 interrupted, 1 anything else."
@@ -60,6 +61,8 @@ pub enum Command {
     Export(Export),
     /// Write the logits of given tokens, to compare with another implementation
     Logits(Logits),
+    /// Show a model's rotary bands, before and after a scaling
+    Rope(Rope),
     /// Train a small model from nothing, on the Rust sources and documentation of this machine
     Pretrain(Pretrain),
     /// Measure this machine: kernels, training steps, loading; one JSON line each
@@ -98,6 +101,9 @@ pub struct Quickstart {
     /// Take up an interrupted run in that folder
     #[arg(long)]
     pub resume: bool,
+    /// How positions are stretched: linear, ntk, dynamic, yarn or llama3 [default: linear]
+    #[arg(long, value_name = "NAME")]
+    pub scaling: Option<String>,
     /// Precision: f32, mixed (products in bf16) or bf16 (frozen weights and activations too) [default: f32]
     #[arg(long, value_name = "NAME")]
     pub dtype: Option<String>,
@@ -168,6 +174,14 @@ pub struct Extend {
     /// of the context such as 0.25 [default: the context doubles until it is reached]
     #[arg(long, value_name = "LIST", help_heading = "How")]
     pub stages: Option<String>,
+    /// How positions are stretched: linear, ntk, dynamic, yarn, longrope or llama3, or a JSON object as in rope_scaling of a
+    /// config.json [default: the model's own kind, or linear]
+    #[arg(long, value_name = "NAME", help_heading = "How")]
+    pub scaling: Option<String>,
+    /// Stretch from the original context, in every stage [default: the stage's context / the original context; 1 for dynamic,
+    /// which looks at the length itself]
+    #[arg(long, value_name = "F", help_heading = "How")]
+    pub factor: Option<f64>,
     /// Optimiser steps, shared out over the default stages [default: 300]
     #[arg(long, value_name = "N", help_heading = "How")]
     pub steps: Option<u64>,
@@ -253,7 +267,12 @@ pub struct EvalPpl {
     /// Group of s2: tokens, or a part of the context [default: 0.25]
     #[arg(long, value_name = "G")]
     pub group: Option<String>,
-    /// Interpolate positions by this factor [default: the adapter's, or the model's own]
+    /// How positions are stretched: linear, ntk, dynamic, yarn, longrope or llama3, or a JSON object as in rope_scaling of a
+    /// config.json [default: as the adapter, or the model, says]
+    #[arg(long, value_name = "NAME")]
+    pub scaling: Option<String>,
+    /// Stretch from the original context [default: as the adapter, or the model, says; with --scaling alone that of the
+    /// longest context]
     #[arg(long, value_name = "F")]
     pub factor: Option<f64>,
     /// Precision: f32, mixed (products in bf16) or bf16 (storage too) [default: f32]
@@ -328,6 +347,37 @@ pub struct Logits {
     /// Precision: f32, mixed (products in bf16) or bf16 (storage too) [default: f32]
     #[arg(long, value_name = "NAME")]
     pub dtype: Option<String>,
+}
+
+/// Show a model's rotary bands: wavelengths before and after a scaling, and what is left of each band for entries that stand
+/// for spans (MegaContext's gists). Needs config.json alone.
+#[derive(Debug, Clone, Args)]
+#[command(after_help = "Examples:
+  mclora rope --base models/small
+  mclora rope --base models/small --scaling yarn --factor 8 --plot bands.svg")]
+pub struct Rope {
+    /// Model folder
+    #[arg(long, value_name = "DIR")]
+    pub base: PathBuf,
+    /// linear, ntk, dynamic, yarn, longrope or llama3, or a JSON object as in rope_scaling of a config.json [default: the
+    /// model's own]
+    #[arg(long, value_name = "NAME")]
+    pub scaling: Option<String>,
+    /// Stretch from the original context
+    #[arg(long, value_name = "F")]
+    pub factor: Option<f64>,
+    /// Length of the sequence in tokens, which dynamic and longrope look at [default: original context * factor]
+    #[arg(long, value_name = "N")]
+    pub context: Option<u64>,
+    /// Tokens that a gist stands for [default: 32]
+    #[arg(long, value_name = "K")]
+    pub block: Option<u64>,
+    /// Take span / sqrt(12) as a span's spread instead of the span
+    #[arg(long)]
+    pub uniform: bool,
+    /// Write a picture, SVG
+    #[arg(long, value_name = "FILE")]
+    pub plot: Option<PathBuf>,
 }
 
 /// Train a small model from nothing: tokenizer, Llama, comparison with n-gram models of the same tokens.

@@ -1,6 +1,6 @@
 //! The commands that are one job each, and `plugin check`.
 
-use crate::args::{EvalPpl, Export, Extend, Global, Logits, Merge, PluginCheck, Pretrain};
+use crate::args::{EvalPpl, Export, Extend, Global, Logits, Merge, PluginCheck, Pretrain, Rope};
 use crate::failure::{Failure, Result};
 use crate::progress::{Reporter, catch_interrupts};
 use crate::{params, tables};
@@ -146,6 +146,12 @@ pub fn export(args: &Export, global: &Global) -> Result<Value> {
 pub fn logits(args: &Logits, global: &Global) -> Result<Value> {
     let result = job("logits", &params::logits(args)?, global)?;
     show(global, || format!("logits {} written to {}\n", result["shape"], args.out.display()));
+    Ok(result)
+}
+
+pub fn rope(args: &Rope, global: &Global) -> Result<Value> {
+    let result = job("rope", &params::rope(args)?, global)?;
+    show(global, || tables::rope(&result));
     Ok(result)
 }
 

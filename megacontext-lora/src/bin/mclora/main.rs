@@ -50,6 +50,7 @@ fn run(cli: Cli) -> Result<Value> {
         Command::Merge(args) => commands::merge(&args, &global),
         Command::Export(args) => commands::export(&args, &global),
         Command::Logits(args) => commands::logits(&args, &global),
+        Command::Rope(args) => commands::rope(&args, &global),
         Command::Pretrain(args) => commands::pretrain(&args, &global),
         Command::Bench(command) => bench::run(&command, &global),
         Command::Plugin(PluginCommand::Check(args)) => commands::plugin_check(&args, &global),

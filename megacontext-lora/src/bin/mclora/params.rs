@@ -4,7 +4,7 @@
 //! plugin checks: an unknown key in the file travels on and comes back as the plugin's error. Only what JSON cannot say
 //! is read here: the shorthand for stages, sizes with a unit, a group in tokens or as a part.
 
-use crate::args::{EvalPpl, Export, Extend, Global, Logits, Merge, Pretrain};
+use crate::args::{EvalPpl, Export, Extend, Global, Logits, Merge, Pretrain, Rope};
 use crate::failure::{Failure, Result};
 use serde_json::{Map, Value, json};
 use std::path::{Path, PathBuf};
@@ -85,6 +85,16 @@ impl Params {
         self.0.shift_remove(key);
     }
 
+    /// Forgets keys of every stage.
+    fn forget_in_stages(&mut self, keys: &[&str]) {
+        let stages = self.0.get_mut("stages").and_then(Value::as_array_mut);
+        for stage in stages.into_iter().flatten().filter_map(Value::as_object_mut) {
+            keys.iter().for_each(|key| {
+                stage.shift_remove(*key);
+            });
+        }
+    }
+
     /// The finished object.
     pub fn into_value(self) -> Value {
         Value::Object(self.0)
@@ -124,6 +134,12 @@ pub fn extend(args: &Extend, global: &Global) -> Result<(Value, PathBuf)> {
     }
     params.set_some("stages", args.stages.as_deref().map(stages).transpose()?);
     params.set_some("steps", args.steps);
+    if args.scaling.is_some() || args.factor.is_some() {
+        // The file's stages hold what it resolved for itself.
+        params.forget_in_stages(&["scaling", "factor"]);
+    }
+    params.set_some("scaling", args.scaling.as_deref().map(scaling).transpose()?);
+    params.set_some("factor", args.factor);
     params.set_some("optimizer.lr", args.lr);
     params.set_some("optimizer.schedule", args.schedule.as_deref());
     params.set_some("optimizer.warmup_steps", args.warmup);
@@ -162,6 +178,7 @@ pub fn eval_ppl(args: &EvalPpl, global: &Global) -> Result<Value> {
     params.set_some("max_tokens", args.max_tokens);
     params.set_some("attention", args.attention.as_deref());
     params.set_some("group", args.group.as_deref().map(group).transpose()?);
+    params.set_some("scaling", args.scaling.as_deref().map(scaling).transpose()?);
     params.set_some("factor", args.factor);
     params.set_some("dtype", args.dtype.as_deref());
     params.set_some("threads", global.threads);
@@ -200,6 +217,19 @@ pub fn logits(args: &Logits) -> Result<Value> {
     Ok(params.into_value())
 }
 
+/// The parameters of `rope`.
+pub fn rope(args: &Rope) -> Result<Value> {
+    let mut params = Params::default();
+    params.set_path("base", Some(&args.base))?;
+    params.set_some("scaling", args.scaling.as_deref().map(scaling).transpose()?);
+    params.set_some("factor", args.factor);
+    params.set_some("context", args.context);
+    params.set_some("block", args.block);
+    params.set_some("uniform", args.uniform.then_some(true));
+    params.set_path("plot", args.plot.as_ref())?;
+    Ok(params.into_value())
+}
+
 /// The parameters of `pretrain`.
 pub fn pretrain(args: &Pretrain, global: &Global) -> Result<Value> {
     let mut params = args.config.as_deref().map(Params::from_toml).transpose()?.unwrap_or_default();
@@ -221,6 +251,16 @@ pub fn pretrain(args: &Pretrain, global: &Global) -> Result<Value> {
     params.set_some("dtype", args.dtype.as_deref());
     params.set_some("threads", global.threads);
     Ok(params.into_value())
+}
+
+/// A scaling: a name, or the JSON object that describes it.
+pub fn scaling(text: &str) -> Result<Value> {
+    if !text.trim_start().starts_with('{') {
+        return Ok(json!(text));
+    }
+    serde_json::from_str(text).map_err(|e| {
+        Failure::usage(format!("--scaling: expected a name or a JSON object, got \"{text}\": {e}"))
+    })
 }
 
 /// `512:150,1024:150:s2:0.25` as a list of stages.
@@ -350,6 +390,26 @@ mod tests {
         );
         let given = with("--context 1024 --steps 20 --stages 1024:3");
         assert_eq!(given["stages"], json!([{ "context": 1024, "steps": 3 }]));
+    }
+
+    #[test]
+    fn a_scaling_goes_over_what_the_file_resolved_for_its_stages() {
+        let file = toml_file("[[stages]]\ncontext = 512\nsteps = 9\nfactor = 2.0\nscaling = \"linear\"\n");
+        let line = format!("mclora extend --config {} --scaling yarn --factor 4", file.path().display());
+        assert_eq!(
+            extend_of(&line).unwrap(),
+            json!({ "stages": [{ "context": 512, "steps": 9 }], "scaling": "yarn", "factor": 4.0 })
+        );
+    }
+
+    #[test]
+    fn a_scaling_is_a_name_or_an_object() {
+        assert_eq!(scaling("yarn").unwrap(), json!("yarn"));
+        let object = r#"{"rope_type": "yarn", "beta_fast": 16}"#;
+        assert_eq!(scaling(object).unwrap(), json!({ "rope_type": "yarn", "beta_fast": 16 }));
+        let error = scaling("{rope_type}").unwrap_err();
+        assert!(error.to_string().contains("--scaling: expected a name or a JSON object"), "{error}");
+        assert_eq!(error.exit_code(), 2);
     }
 
     #[test]

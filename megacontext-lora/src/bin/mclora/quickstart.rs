@@ -74,6 +74,9 @@ pub fn run(args: &Quickstart, global: &Global) -> Result<Value> {
     params.set("resume", resume);
     params.set_some("threads", global.threads);
     params.set_some("dtype", args.dtype.as_deref());
+    if !resume {
+        params.set_some("scaling", args.scaling.as_deref());
+    }
     write_base(&base)?;
     if !global.json && !resume {
         eprintln!(

@@ -100,6 +100,58 @@ pub fn evaluation(result: &Value) -> String {
     format!("{}\n  positions: {rope}; lower is better\n", table(&header, &rows))
 }
 
+/// The result of `rope`.
+pub fn rope(result: &Value) -> String {
+    let number = |value: &Value| value.as_f64().unwrap_or(f64::NAN);
+    let short = |v: f64| match v {
+        v if v >= 1e7 => format!("{v:.2e}"),
+        v if v >= 100.0 => thousands(v.round() as u64),
+        v => format!("{v:.2}"),
+    };
+    let rows: Vec<Vec<String>> = result["bands"]
+        .as_array()
+        .into_iter()
+        .flatten()
+        .map(|band| {
+            let mut row = vec![
+                band["band"].to_string(),
+                short(number(&band["wavelength_before"])),
+                short(number(&band["wavelength_after"])),
+                format!("{:.3e}", number(&band["omega_before"])),
+                format!("{:.3e}", number(&band["omega_after"])),
+                format!("{:.3}", number(&band["stretch"])),
+            ];
+            let kept = band["damping"].as_array().into_iter().flatten();
+            row.extend(kept.map(|kept| format!("{:.4}", number(kept))));
+            row
+        })
+        .collect();
+    let header =
+        ["band", "wavelength", "scaled", "omega", "scaled", "stretch", "left at lod 0", "lod 1", "lod 2"];
+    let sigma: Vec<String> =
+        result["sigma"].as_array().into_iter().flatten().map(|s| short(number(s))).collect();
+    let mut text = format!(
+        "\n{}\n  scaling {} of {}, base {}, rotated width {}; trained to {} tokens, shown at {}\n",
+        table(&header, &rows),
+        result["scaling"].as_str().unwrap_or("?"),
+        result["own"].as_str().map_or("?".into(), |own| format!("a model with scaling {own}")),
+        result["theta"],
+        result["width"],
+        thousands(result["original_context"].as_u64().unwrap_or(0)),
+        thousands(result["context"].as_u64().unwrap_or(0)),
+    );
+    text += &format!(
+        "  cosines and sines times {:.4}; sigma by level {} tokens (K {})\n",
+        number(&result["attention_factor"]),
+        sigma.join(", "),
+        result["block"],
+    );
+    if let Some(plot) = result["plot"].as_str() {
+        text += &format!("\npicture   {plot}\n");
+    }
+    text
+}
+
 /// The three models of a finished extension by context length, from its summary.
 pub fn three_models(summary: &Value) -> String {
     let of = |model: &str, context: &str| {

@@ -116,7 +116,14 @@ impl StepBench {
     }
 
     fn stage(&self, steps: usize) -> StageConfig {
-        StageConfig { context: self.n, attention: self.attn, group: self.group, factor: None, steps }
+        StageConfig {
+            context: self.n,
+            attention: self.attn,
+            group: self.group,
+            factor: None,
+            scaling: None,
+            steps,
+        }
     }
 
     fn tokens(&self) -> BatchConfig {
