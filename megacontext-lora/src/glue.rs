@@ -245,6 +245,7 @@ struct OwnedContext<'a> {
     embeddings: Option<Cow<'a, [f32]>>,
     mu: Option<Cow<'a, [f64]>>,
     sigma: Option<Cow<'a, [f64]>>,
+    lod: Option<Cow<'a, [u32]>>,
     targets: Option<Cow<'a, [u32]>>,
     length: usize,
 }
@@ -269,6 +270,7 @@ impl<'a> OwnedContext<'a> {
             ("entries", Some(entries.byte_range())),
             ("mu", optional(view.mu())),
             ("sigma", optional(view.sigma())),
+            ("lod", optional(view.lod())),
             ("targets", optional(view.targets())),
         ];
         let inputs: Vec<_> = ranges.into_iter().filter_map(|(name, range)| Some((name, range?))).collect();
@@ -279,6 +281,7 @@ impl<'a> OwnedContext<'a> {
             embeddings,
             mu: view.mu().map(|v| v.read("mu", &dims)).transpose()?,
             sigma: view.sigma().map(|v| v.read("sigma", &dims)).transpose()?,
+            lod: view.lod().map(|v| v.read("lod", &dims)).transpose()?,
             targets: view.targets().map(|v| v.read("targets", &dims)).transpose()?,
             length,
         })
@@ -294,6 +297,7 @@ impl<'a> OwnedContext<'a> {
             entries,
             mu: self.mu.as_deref(),
             sigma: self.sigma.as_deref(),
+            lod: self.lod.as_deref(),
             targets: self.targets.as_deref(),
         }
     }

@@ -23,7 +23,9 @@ use candle_core::{Device, Tensor};
 use megacontext_base::decoder::{Decoder, Forward, stored_narrow};
 use megacontext_base::gradients::{Gradients, Optimizer};
 use megacontext_base::params::Group;
-use megacontext_base::rope::{Entries as Placed, RopeScaling, RopeTables};
+use megacontext_base::rope::{
+    Entries as Placed, MOST_LEVELS, PositionOptions, RopeScaling, RopeTables, SIGMA,
+};
 use megacontext_kernels::attention::{Pattern, Rows};
 use megacontext_kernels::linear::Weight;
 use megacontext_kernels::loss::IGNORE;
@@ -52,7 +54,12 @@ pub struct SessionConfig {
     pub adapter: Option<PathBuf>,
     /// Precision class.
     pub dtype: Precision,
+    /// What is not as in a plain model's positions, instead of what the base's `config.json` says.
+    pub positions: Option<PositionOptions>,
 }
+
+/// Levels of sigma's scales in a session where nothing else says: tokens, gists, gists of gists, and one more.
+const SIGMA_LEVELS: usize = 4;
 
 /// The entries of a working context.
 #[derive(Clone, Copy, Debug)]
@@ -72,6 +79,10 @@ pub struct Context<'a> {
     pub mu: Option<&'a [f64]>,
     /// Spread of each entry in tokens; none means 0.
     pub sigma: Option<&'a [f64]>,
+    /// Level of each entry; none means tokens. Given, it stands in for what else is not: entries follow one another without
+    /// `mu`, and spreads are those of their spans without `sigma`, by the rule of the session's positions; spreads are
+    /// multiplied by the learned scales of their levels.
+    pub lod: Option<&'a [u32]>,
     /// The token after each entry, `u32::MAX` where none is scored.
     pub targets: Option<&'a [u32]>,
 }
@@ -163,7 +174,11 @@ impl Session {
             }
             return Ok(Self { host, loaded: None, changing: AtomicBool::new(false) });
         };
-        let model = ModelDir::open(&dir)?;
+        let mut model = ModelDir::open(&dir)?;
+        if let Some(positions) = config.positions {
+            positions.check(model.config.architecture.rotary_width / 2).map_err(PluginError::usage)?;
+            model.config.positions = positions;
+        }
         let (decoder, scaling, adapter) = model.decoder_with(config.adapter.as_deref(), config.dtype)?;
         let own = adapter.as_ref().and_then(|a| a.config.megacontext.as_ref());
         let context_length = own.map_or(model.config.context(), |own| own.context_length);
@@ -251,6 +266,8 @@ impl Session {
             "original_context": c.original_context(),
             "context": l.context_length,
             "rope": l.scaling.to_string(),
+            "positions": c.positions,
+            "sigma_scales": l.decoder.sigma_scales(),
             "lora": l.decoder.lora(),
             "merged": l.decoder.is_merged(),
             "adapter": l.active,
@@ -428,18 +445,46 @@ impl Loaded {
             }
         };
         let length = x.dims()[1];
-        let counted: Vec<f64>;
-        let mu = match context.mu {
-            Some(mu) => mu,
-            None => {
-                counted = (0..length).map(|p| p as f64).collect();
-                &counted
-            }
-        };
-        size("mu", length, mu.len())?;
-        check_positions(mu, context.sigma)?;
-        let rope = c.rope(&self.scaling).at(mu, context.sigma).map_err(model_error)?;
+        let rope = self.tables(length, context.mu, context.sigma, context.lod)?;
         Ok((x, rope))
+    }
+
+    /// Rotation tables of `length` entries; what is not given follows from the levels, or is 0, 1, 2, … and certain.
+    fn tables(
+        &self,
+        length: usize,
+        mu: Option<&[f64]>,
+        sigma: Option<&[f64]>,
+        lod: Option<&[u32]>,
+    ) -> Result<RopeTables> {
+        let c = self.decoder.config();
+        let rope = c.rope(&self.scaling);
+        let rule = &c.positions.sigma;
+        for (what, got) in
+            [("mu", mu.map(<[f64]>::len)), ("sigma", sigma.map(<[f64]>::len)), ("lod", lod.map(<[u32]>::len))]
+        {
+            if let Some(got) = got {
+                size(what, length, got)?;
+            }
+        }
+        if mu.is_none() && sigma.is_none() && lod.is_none() {
+            return Ok(rope.sequence(length)?);
+        }
+        let scales = self.decoder.sigma_scales().filter(|_| lod.is_some());
+        if let Some(lod) = lod {
+            let levels = scales.as_ref().map_or(MOST_LEVELS, Vec::len);
+            if let Some(bad) = lod.iter().find(|l| **l as usize >= levels) {
+                return Err(PluginError::usage(format!("lod: expected a level below {levels}, got {bad}")));
+            }
+        }
+        let tiled = lod.map(|lod| rule.tile(lod).0);
+        let counted = || (0..length).map(|p| p as f64).collect();
+        let mu = mu.map_or_else(|| tiled.unwrap_or_else(counted), <[f64]>::to_vec);
+        let of_spans = lod.map(|lod| lod.iter().map(|l| rule.sigma(*l)).collect::<Vec<f64>>());
+        let sigma = sigma.or(of_spans.as_deref());
+        check_positions(&mu, sigma)?;
+        let placed = Placed { mu: &mu, sigma, lod, scales: scales.as_deref(), length: None };
+        rope.place(&placed).map_err(model_error)
     }
 
     /// What two sessions must share so that one can take up the other's checkpoint.
@@ -456,8 +501,11 @@ impl Loaded {
 
     /// Is a parameter no longer what the base folder holds, to the bit? LoRA's factors always are something else.
     fn differs(&self, name: &str) -> Result<bool> {
-        if self.model.config.group_of(name) == Group::Lora {
-            return Ok(true);
+        match self.model.config.group_of(name) {
+            Group::Lora => return Ok(true),
+            // No tensor of the folder.
+            Group::Sigma => return Ok(self.decoder.sigma_scales() != Some(self.base_values(name)?)),
+            _ => {}
         }
         if !self.changed.contains(name) {
             return Ok(false);
@@ -473,6 +521,10 @@ impl Loaded {
     /// A parameter as this session reads it from the base folder.
     fn base_values(&self, name: &str) -> Result<Vec<f32>> {
         let shape = self.decoder.params().shape(name).unwrap_or(&[]);
+        if name == SIGMA {
+            let neutral = vec![1.0; shape.iter().product()];
+            return Ok(self.model.config.sigma_scales().unwrap_or(neutral));
+        }
         let weights = &self.model.weights;
         // The head that an adapter gave to a tied model was the embedding.
         let tied = self.model.config.tie_word_embeddings && name == self.model.config.untied_head_name();

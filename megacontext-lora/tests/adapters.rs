@@ -44,7 +44,7 @@ fn on(fixture: &Fixture, adapter: Option<&str>) -> Session {
 fn logits(session: &Session) -> Vec<f32> {
     let ids: Vec<u32> = (0..24).map(|i| 1 + (i * 11) % 290).collect();
     let mut out = vec![0f32; ids.len() * VOCAB];
-    let context = Context { entries: Entries::Tokens(&ids), mu: None, sigma: None, targets: None };
+    let context = Context { entries: Entries::Tokens(&ids), mu: None, sigma: None, lod: None, targets: None };
     session.logits(context, &mut out).unwrap();
     out
 }

@@ -82,7 +82,7 @@ fn open(fixture: &Fixture, adapter: Option<&str>, host: Arc<Recorder>) -> Sessio
 }
 
 fn tokens(context: &[u32]) -> Context<'_> {
-    Context { entries: Entries::Tokens(context), mu: None, sigma: None, targets: None }
+    Context { entries: Entries::Tokens(context), mu: None, sigma: None, lod: None, targets: None }
 }
 
 fn batch() -> Value {

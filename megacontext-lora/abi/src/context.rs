@@ -1,8 +1,9 @@
 //! A working context as a host hands it over: its entries, where they stand, and what follows them.
 //!
-//! An entry is (embedding, mu, sigma). Tokens are entries whose embedding the plugin looks up. Positions may stretch and
+//! An entry is (embedding, mu, sigma, lod). Tokens are entries whose embedding the plugin looks up. Positions may stretch and
 //! blur: mu is the centre of an entry in tokens, sigma its spread (0 for a token, positive for a gist that stands for a
-//! span). Source: MegaContext's working context.
+//! span). lod is its level: 0 for a token, l for a gist of K^l tokens; with levels alone, entries follow one another and the
+//! session's rule says where they stand and how vaguely. Source: MegaContext's working context.
 //!
 //! Shapes: T entries, E model width. Units: mu and sigma in tokens (f64: a position of ten million must stay exact).
 
@@ -28,6 +29,7 @@ pub struct ContextView<'a> {
     mu: ROption<TensorView<'a>>,
     sigma: ROption<TensorView<'a>>,
     targets: ROption<TensorView<'a>>,
+    lod: ROption<TensorView<'a>>,
 }
 
 /// The target of an entry whose next token is not scored.
@@ -41,7 +43,7 @@ impl<'a> ContextView<'a> {
 
     /// A context of these entries at the positions 0, 1, 2, …
     pub fn new(entries: EntriesView<'a>) -> Self {
-        Self { entries, mu: RNone, sigma: RNone, targets: RNone }
+        Self { entries, mu: RNone, sigma: RNone, targets: RNone, lod: RNone }
     }
 
     /// The centre of every entry, F64 `[T]`.
@@ -55,6 +57,14 @@ impl<'a> ContextView<'a> {
     #[must_use]
     pub fn with_sigma(mut self, sigma: TensorView<'a>) -> Self {
         self.sigma = RSome(sigma);
+        self
+    }
+
+    /// The level of every entry, U32 `[T]`. Without mu the entries follow one another, without sigma their spreads are those
+    /// of their spans; learned scales of the levels multiply either.
+    #[must_use]
+    pub fn with_lod(mut self, lod: TensorView<'a>) -> Self {
+        self.lod = RSome(lod);
         self
     }
 
@@ -79,6 +89,11 @@ impl<'a> ContextView<'a> {
     /// The spreads, if they are not 0.
     pub fn sigma(&self) -> Option<TensorView<'a>> {
         self.sigma.into_option()
+    }
+
+    /// The levels, if they are given.
+    pub fn lod(&self) -> Option<TensorView<'a>> {
+        self.lod.into_option()
     }
 
     /// The targets, if they are given.

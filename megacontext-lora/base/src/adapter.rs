@@ -24,7 +24,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use candle_core::Tensor;
-use serde_json::Value;
+use serde_json::{Value, json};
 
 pub use crate::adapter_config::{AdapterConfig, MegacontextKey};
 use crate::atomic::{AtomicDir, is_vacant, previous};
@@ -32,8 +32,8 @@ use crate::config::DecoderConfig;
 use crate::error::{BaseError, Result};
 use crate::hf_export::{write_json, write_safetensors};
 use crate::lora::LoraConfig;
-use crate::params::ParamStore;
-use crate::rope::RopeScaling;
+use crate::params::{Group, ParamStore};
+use crate::rope::{RopeScaling, SIGMA};
 use crate::weights::{Dtype, MappedFile};
 
 /// Name of the description inside an adapter folder.
@@ -199,6 +199,15 @@ impl Adapter {
                 )));
             }
         }
+        let positions = self.config.megacontext.as_ref().map(|own| &own.positions);
+        if let Some(positions) = positions.filter(|positions| **positions != base.positions) {
+            return Err(self.refuse(format!(
+                "made for the positions {}, got a base with {}; they are the key megacontext.positions of its config.json, \
+                 or a session's setting",
+                json!(positions),
+                json!(base.positions)
+            )));
+        }
         let expected = self.expected(base)?;
         for (name, shape) in &expected {
             let Some(tensor) = self.tensors.get(name) else {
@@ -256,6 +265,9 @@ impl Adapter {
     pub fn load_into(&self, base: &DecoderConfig, params: &mut ParamStore) -> Result<()> {
         for (name, tensor) in self.parameters(base) {
             params.insert(name, base.group_of(name), tensor.clone())?;
+        }
+        if let Some(scales) = self.config.megacontext.as_ref().and_then(|own| own.sigma_scales.as_ref()) {
+            params.insert_values(SIGMA, Group::Sigma, scales.clone(), &[scales.len()])?;
         }
         Ok(())
     }

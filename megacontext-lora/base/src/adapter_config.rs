@@ -12,7 +12,7 @@ use serde_json::{Map, Value, json};
 use crate::config::DecoderConfig;
 use crate::error::{BaseError, Result};
 use crate::lora::LoraConfig;
-use crate::rope::RopeScaling;
+use crate::rope::{PositionOptions, RopeScaling, sigma_scales};
 
 const FORMAT: u64 = 1;
 const TYING: [&str; 2] = ["embed_tokens", "lm_head"];
@@ -50,6 +50,10 @@ pub struct MegacontextKey {
     pub original_max_position_embeddings: usize,
     /// Length the adapter was trained for.
     pub context_length: usize,
+    /// What else was not as in a plain model's positions.
+    pub positions: PositionOptions,
+    /// Learned scales of sigma by level, where they were learned.
+    pub sigma_scales: Option<Vec<f32>>,
 }
 
 /// What an adapter folder says about itself.
@@ -172,6 +176,12 @@ impl AdapterConfig {
                 "original_max_position_embeddings": own.original_max_position_embeddings,
                 "context_length": own.context_length,
             });
+            if own.positions != PositionOptions::default() {
+                out["megacontext"]["positions"] = json!(own.positions);
+            }
+            if let Some(scales) = &own.sigma_scales {
+                out["megacontext"]["sigma_scales"] = json!(scales);
+            }
             if let Some(base) = &own.base_rope_scaling {
                 out["megacontext"]["base_rope_scaling"] = base.to_json();
             }
@@ -259,6 +269,16 @@ fn own_key(value: &Value, path: &Path) -> Result<MegacontextKey> {
         },
         original_max_position_embeddings: keys.count("original_max_position_embeddings")?,
         context_length: keys.count("context_length")?,
+        positions: match keys.get("positions") {
+            None => PositionOptions::default(),
+            Some(value) => serde_json::from_value(value.clone())
+                .map_err(|e| BaseError::adapter(path, format!("megacontext.positions: {e}")))?,
+        },
+        sigma_scales: keys
+            .get("sigma_scales")
+            .map(sigma_scales)
+            .transpose()
+            .map_err(|e| BaseError::adapter(path, format!("megacontext.sigma_scales: {e}")))?,
     })
 }
 

@@ -21,7 +21,7 @@ use crate::architecture::Architecture;
 use crate::error::{BaseError, Result};
 pub use crate::families::Family;
 pub use crate::names::{LinearPart, NormPart};
-use crate::rope::{PositionOptions, Rope, RopeKeys, RopeScaling, Stretched};
+use crate::rope::{PositionOptions, Rope, RopeKeys, RopeScaling, Stretched, sigma_scales};
 
 /// Sizes above these are damage rather than a model; below them no product of sizes overflows.
 const LARGEST: u64 = 1 << 24;
@@ -183,6 +183,10 @@ impl DecoderConfig {
                 return keys.fail(format!("megacontext.{key}: expected a positive number, got {bad}"));
             }
         }
+        if let Some(scales) = config.own("sigma_scales") {
+            sigma_scales(scales)
+                .map_err(|e| BaseError::config(path, format!("megacontext.sigma_scales: {e}")))?;
+        }
         Ok(config)
     }
 
@@ -256,6 +260,18 @@ impl DecoderConfig {
         own["context_length"] = json!(context);
         out.max_position_embeddings = rope_scaling.stated_length(context, original);
         out.rope_scaling = rope_scaling;
+        out
+    }
+
+    /// Learned scales of sigma by level, where the model has them.
+    pub fn sigma_scales(&self) -> Option<Vec<f32>> {
+        self.own("sigma_scales").and_then(|value| sigma_scales(value).ok())
+    }
+
+    /// The same model with these scales of sigma.
+    pub fn with_sigma_scales(&self, scales: &[f32]) -> Self {
+        let mut out = self.clone();
+        own_keys(&mut out.raw)["sigma_scales"] = json!(scales);
         out
     }
 

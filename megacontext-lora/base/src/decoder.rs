@@ -122,6 +122,10 @@ impl Decoder {
             let group = config.group_of(&name);
             read_parameter(&mut params, weights, name, group, &shape, precision, learning.contains(&group))?;
         }
+        if let Some(scales) = config.sigma_scales() {
+            let levels = scales.len();
+            params.insert_values(SIGMA, Group::Sigma, scales, &[levels])?;
+        }
         Ok(Self { config, params, lora: None, precision, merged: None })
     }
 

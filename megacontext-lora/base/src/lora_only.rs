@@ -99,7 +99,9 @@ pub fn export_lora_only(
         rope_scaling: source.config.rope_scaling.clone(),
         base_rope_scaling: Some(source.config.rope_scaling.clone()),
         original_max_position_embeddings: source.config.original_context(),
-        context_length: source.config.max_position_embeddings,
+        context_length: source.config.context(),
+        positions: source.config.positions.clone(),
+        sigma_scales: source.config.sigma_scales(),
     });
     write_adapter(&adapter_dir, &config, &kept)?;
     let modules = modules.len();

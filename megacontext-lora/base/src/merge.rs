@@ -99,6 +99,8 @@ impl<'a> MergedTensors<'a> {
             Some(own) => model.extended(own.rope_scaling.clone(), own.context_length),
             None => model,
         };
+        let scales = adapter.config.megacontext.as_ref().and_then(|own| own.sigma_scales.as_ref());
+        let config = scales.map_or(config.clone(), |scales| config.with_sigma_scales(scales));
         Ok(Self { weights, adapter, lora: adapter.lora(), config, untied })
     }
 

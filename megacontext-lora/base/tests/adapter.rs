@@ -67,6 +67,8 @@ impl Made {
             base_rope_scaling: Some(base.rope_scaling.clone()),
             original_max_position_embeddings: base.original_context(),
             context_length: 128,
+            positions: Default::default(),
+            sigma_scales: None,
         };
         let trained: Vec<&str> =
             tensors.iter().map(|(name, _)| name.as_str()).filter(|name| !name.contains("lora_")).collect();

@@ -82,6 +82,8 @@ fn merged_equals_adapted(name: &str, lora: LoraConfig, tensors: &[(String, Tenso
         base_rope_scaling: Some(RopeScaling::None),
         original_max_position_embeddings: 32,
         context_length: 128,
+        positions: Default::default(),
+        sigma_scales: None,
     };
     let config = AdapterConfig::new(&lora, &base, trained, &fixture(name), own).unwrap();
     let dir = root.path().join("adapter");

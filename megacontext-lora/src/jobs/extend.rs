@@ -528,6 +528,8 @@ impl<'h> Run<'h> {
             base_rope_scaling: Some(base.rope_scaling.clone()),
             original_max_position_embeddings: base.original_context(),
             context_length: self.config.context,
+            positions: base.positions.clone(),
+            sigma_scales: decoder.sigma_scales(),
         };
         let config = AdapterConfig::new(&self.config.lora, base, whole, &self.config.base, own)
             .map_err(model_error)?;

@@ -20,7 +20,7 @@ use megacontext_base::adapter::read_adapter;
 use megacontext_base::gradients::{Gradients, Optimizer};
 use megacontext_base::lora::LoraConfig;
 use megacontext_base::params::{Group, ParamStore, Parameter};
-use megacontext_base::rope::RopeScaling;
+use megacontext_base::rope::{RopeScaling, SIGMA};
 use serde::Deserialize;
 use serde_json::{Value, json};
 
@@ -223,7 +223,7 @@ impl Loaded {
         Ok(Resident {
             lora: Some(adapter.lora()),
             scaling: own.map_or(&config.rope_scaling, |own| &own.rope_scaling).clone(),
-            context_length: own.map_or(config.max_position_embeddings, |own| own.context_length),
+            context_length: own.map_or(config.context(), |own| own.context_length),
             parameters,
             optimizer: None,
             unsaved: false,
@@ -235,7 +235,7 @@ impl Loaded {
         let own = self.decoder.config().tensors();
         let is_own = |name: &str| own.iter().any(|(known, _)| known == name);
         let params = self.decoder.params();
-        let is_lora = |name: &str| params.group(name) == Some(Group::Lora);
+        let is_lora = |name: &str| matches!(params.group(name), Some(Group::Lora | Group::Sigma));
         let names: Vec<String> = params
             .names()
             .filter(|name| is_lora(name) || is_own(name) && self.changed.contains(*name))
@@ -249,6 +249,11 @@ impl Loaded {
             if is_own(&name) {
                 self.decoder.reread(&self.model.weights, &name).map_err(model_error)?;
             }
+            if let Some(scales) = self.model.config.sigma_scales().filter(|_| name == SIGMA) {
+                let levels = scales.len();
+                let params = self.decoder.params_mut();
+                params.insert_values(SIGMA, Group::Sigma, scales, &[levels]).map_err(model_error)?;
+            }
             self.changed.remove(&name);
             parameters.push((name, parameter));
         }
@@ -256,7 +261,7 @@ impl Loaded {
         let resident = Resident {
             lora,
             scaling: std::mem::replace(&mut self.scaling, config.rope_scaling.clone()),
-            context_length: std::mem::replace(&mut self.context_length, config.max_position_embeddings),
+            context_length: std::mem::replace(&mut self.context_length, config.context()),
             parameters,
             optimizer: self.optimizer.take(),
             unsaved: std::mem::take(self.unsaved.get_mut()),

@@ -16,6 +16,7 @@ use std::sync::atomic::Ordering;
 use candle_core::Tensor;
 use megacontext_base::adapter::{AdapterConfig, MegacontextKey, write_adapter};
 use megacontext_base::params::Group;
+use megacontext_base::rope::SIGMA;
 use serde::Deserialize;
 use serde_json::{Value, json};
 
@@ -172,7 +173,8 @@ impl Session {
             if !l.differs(name)? {
                 continue;
             }
-            let Some(tensor) = params.get(name) else { continue };
+            // The scales of sigma are a line of adapter_config.json.
+            let Some(tensor) = params.get(name).filter(|_| name != SIGMA) else { continue };
             if base.group_of(name) == Group::Base && name != base.untied_head_name() {
                 return Err(PluginError::usage(format!(
                     "export: the base's own weights were trained, {name} is no longer as in {}; an adapter cannot carry \
@@ -197,6 +199,8 @@ impl Session {
             base_rope_scaling: Some(base.rope_scaling.clone()),
             original_max_position_embeddings: base.original_context(),
             context_length: l.context_length,
+            positions: base.positions.clone(),
+            sigma_scales: l.decoder.sigma_scales().filter(|scales| scales.iter().any(|s| *s != 1.0)),
         };
         let config = AdapterConfig::new(lora, base, whole, &l.dir, own).map_err(model_error)?;
         write_adapter(dir, &config, &tensors).map_err(model_error)?;

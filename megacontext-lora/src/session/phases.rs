@@ -16,13 +16,13 @@ use megacontext_base::gradients::{AdamWConfig, Gradients, Optimizer};
 use megacontext_base::lora::LoraConfig;
 use megacontext_base::params::Group;
 use megacontext_base::random::mix;
-use megacontext_base::rope::ScalingChoice;
+use megacontext_base::rope::{RopeTables, ScalingChoice};
 use megacontext_kernels::attention::{Pattern, Rows};
 use megacontext_kernels::loss::IGNORE;
 use serde::Deserialize;
 use serde_json::{Value, json};
 
-use super::{Before, Loaded, Phase, Session};
+use super::{Before, Loaded, Phase, SIGMA_LEVELS, Session};
 use crate::error::{PluginError, Result};
 use crate::host::Answer;
 use crate::jobs::{model_error, parse};
@@ -58,7 +58,7 @@ impl Enter {
         if self.groups.is_empty() {
             return usage("groups: expected at least one, got none".into());
         }
-        let known = [Group::Base, Group::Embeddings, Group::Norms, Group::Lora];
+        let known = [Group::Base, Group::Embeddings, Group::Norms, Group::Lora, Group::Sigma];
         if let Some(bad) = self.groups.iter().find(|g| !known.contains(g)) {
             return usage(format!("groups: the model has no parameters in \"{bad}\""));
         }
@@ -129,7 +129,9 @@ impl Session {
     }
 
     /// One optimiser step: `{tokens: [[…], …], attention: "s2"|"dense", group: 0.25, lr: …}`; rows of one length. The last
-    /// token of a row is a target only, and may be `u32::MAX`: then it is not scored.
+    /// token of a row is a target only, and may be `u32::MAX`: then it is not scored. `mu`, `sigma` and `lod`, a value for
+    /// every token of a row and the same for all rows, say where entries stand, as in a [`super::Context`]; where the group
+    /// `sigma` learns, its scales get their gradient from entries with a `lod`.
     pub fn step(&self, params: Value) -> Result<Value> {
         let batch: Batch = parse(params)?;
         let sequences = batch.split()?;
@@ -139,8 +141,7 @@ impl Session {
             return Err(PluginError::usage("step: enter a phase first, so that something learns"));
         };
         sequences.check(l)?;
-        let c = l.decoder.config();
-        let rope = c.rope(&l.scaling).sequence(sequences.length)?;
+        let rope = batch.tables(l, sequences.length)?;
         let rows = Rows::default();
         let with = Forward {
             pattern: batch.pattern(sequences.length)?,
@@ -186,8 +187,7 @@ impl Session {
         let sequences = batch.split()?;
         let l = self.read()?;
         sequences.check(&l)?;
-        let c = l.decoder.config();
-        let rope = c.rope(&l.scaling).sequence(sequences.length)?;
+        let rope = batch.tables(&l, sequences.length)?;
         let rows = Rows::default();
         let pattern = batch.pattern(sequences.length)?;
         let with = Forward { pattern, rope: &rope, rows: &rows, dropout_seed: None };
@@ -227,6 +227,10 @@ impl Loaded {
             (lora_learns && self.decoder.lora().is_none()).then(|| enter.lora.clone().unwrap_or_default());
         if let Some(lora) = &fresh {
             lora.validate(config).map_err(model_error)?;
+        }
+        if enter.groups.contains(&Group::Sigma) {
+            // Scales of 1 change nothing.
+            self.decoder.attach_sigma(SIGMA_LEVELS).map_err(model_error)?;
         }
         let mut before = Before {
             steps: self.steps,
@@ -325,6 +329,13 @@ struct Batch {
     group: Option<GroupSize>,
     #[serde(default)]
     lr: Option<f64>,
+    /// Where the entries of every row stand, as in a working context; for tokens of which the last is a target only.
+    #[serde(default)]
+    mu: Option<Vec<f64>>,
+    #[serde(default)]
+    sigma: Option<Vec<f64>>,
+    #[serde(default)]
+    lod: Option<Vec<u32>>,
 }
 
 /// A batch as the decoder takes it.
@@ -362,6 +373,18 @@ impl Batch {
             return Err(PluginError::usage("tokens: expected at least one target to score, got none"));
         }
         Ok(Sequences { tokens, targets, length: length - 1, scored })
+    }
+
+    /// Rotation tables of the inputs, `length` of each row.
+    fn tables(&self, l: &Loaded, length: usize) -> Result<RopeTables> {
+        fn inputs<'v, T>(what: &str, values: Option<&'v Vec<T>>, length: usize) -> Result<Option<&'v [T]>> {
+            let Some(values) = values else { return Ok(None) };
+            super::size(what, length + 1, values.len())?;
+            Ok(Some(&values[..length]))
+        }
+        let (mu, sigma) =
+            (inputs("mu", self.mu.as_ref(), length)?, inputs("sigma", self.sigma.as_ref(), length)?);
+        l.tables(length, mu, sigma, inputs("lod", self.lod.as_ref(), length)?)
     }
 
     fn pattern(&self, context: usize) -> Result<Pattern> {

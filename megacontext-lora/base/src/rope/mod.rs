@@ -29,5 +29,5 @@ pub use choice::{ScalingChoice, Stretched};
 pub use keys::RopeKeys;
 pub use options::PositionOptions;
 pub use scaling::RopeScaling;
-pub use sigma::{MOST_LEVELS, SIGMA, SigmaPreset, SigmaRule, Spread};
+pub use sigma::{MOST_LEVELS, SIGMA, SigmaPreset, SigmaRule, Spread, sigma_scales};
 pub use tables::{Entries, Rope, RopeTables, damping};

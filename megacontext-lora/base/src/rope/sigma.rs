@@ -16,6 +16,7 @@
 use megacontext_kernels::rope::damping_gradient;
 use megacontext_kernels::store::Store;
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 
 use crate::architecture::Rotation;
 use crate::gradients::Gradients;
@@ -99,6 +100,16 @@ impl SigmaRule {
     }
 }
 
+/// Reads learned scales from a file of ours: a list of finite numbers, one for every level.
+pub fn sigma_scales(value: &Value) -> Result<Vec<f32>, String> {
+    let list = value.as_array().filter(|list| (1..=MOST_LEVELS).contains(&list.len()));
+    let number = |v: &Value| v.as_f64().map(|x| x as f32).filter(|x| x.is_finite());
+    let scales = list.and_then(|list| list.iter().map(number).collect::<Option<Vec<f32>>>());
+    scales.ok_or_else(|| {
+        format!("expected 1 to {MOST_LEVELS} finite numbers, one for every level, got {value}")
+    })
+}
+
 /// What the gradient of the scales needs of a pass.
 #[derive(Clone, Debug)]
 pub struct Spread {
@@ -173,6 +184,15 @@ mod tests {
         let (mu, sigma) = SigmaRule { block: 4, ..SigmaRule::default() }.tile(&[2, 1, 0, 0]);
         assert_eq!(mu, [8.0, 18.0, 20.0, 21.0]);
         assert_eq!(sigma, [16.0, 4.0, 0.0, 0.0]);
+    }
+
+    #[test]
+    fn scales_that_are_no_list_of_numbers_are_refused() {
+        for bad in ["3", "[]", "[1.0, \"a\"]", "[1e300]"] {
+            let error = sigma_scales(&serde_json::from_str(bad).unwrap()).unwrap_err();
+            assert!(error.contains("one for every level"), "{error}");
+        }
+        assert_eq!(sigma_scales(&serde_json::json!([1.0, 0.5])).unwrap(), [1.0, 0.5]);
     }
 
     #[test]
