@@ -202,7 +202,7 @@ mod tests {
     fn a_band_that_never_turns_is_left_out() {
         let svg = rope_picture(&RopePicture {
             scaling: "none",
-            waves: &[(6.28, 6.28), (f64::INFINITY, f64::INFINITY)],
+            waves: &[(6.0, 6.0), (f64::INFINITY, f64::INFINITY)],
             damping: &[vec![1.0], vec![1.0]],
             spans: &[1.0],
             lengths: (256, 256),
