@@ -58,6 +58,11 @@ pub fn add_assign<S: Store>(x: &[S], y: &mut [S]) {
     for_rows(y, 1, |first, y| add(&x[first..first + y.len()], y));
 }
 
+/// `y` = `x`, of one length, by all threads: one alone does not fill the memory's bandwidth.
+pub fn copy<S: Store>(x: &[S], y: &mut [S]) {
+    for_rows(y, 1, |first, y| y.copy_from_slice(&x[first..first + y.len()]));
+}
+
 /// `x` *= `factor`.
 pub fn scale<S: Store>(x: &mut [S], factor: f32) {
     for_rows(x, 1, |_, x| scale_chunk(x, factor));

@@ -196,6 +196,8 @@ mod convert {
     /// Values by which rows are asked for ahead of their use: rows packed together are too many for the processor's own
     /// prefetching.
     const AHEAD: usize = 128;
+    /// The same down the rows of an operand, a stride apart.
+    const ROWS_AHEAD: usize = 24;
 
     /// 32 values as 16 words.
     ///
@@ -247,7 +249,10 @@ mod convert {
             let (first, second) = (row(2 * word), row(2 * word + 1));
             let out = &mut out[word * ld..][..width];
             let whole = first.len().min(second.len()) / 16 * 16;
+            let ahead = ROWS_AHEAD * mat.row_stride;
             for lane in (0..whole).step_by(16) {
+                _mm_prefetch::<_MM_HINT_T0>(first.as_ptr().wrapping_add(ahead + lane).cast());
+                _mm_prefetch::<_MM_HINT_T0>(second.as_ptr().wrapping_add(ahead + lane).cast());
                 // SAFETY: lane + 16 ≤ whole, inside both rows and, as width is at least mat.cols(), inside the output.
                 unsafe {
                     let halves = round(first.as_ptr().add(lane), second.as_ptr().add(lane));

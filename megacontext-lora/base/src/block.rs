@@ -158,11 +158,47 @@ impl<'a> Block<'a> {
         saved: &mut Saved<S>,
         ws: &mut Workspace<S>,
     ) -> Result<()> {
+        self.mix(x, saved, ws)?;
+        self.rest(x, y, saved, ws)
+    }
+
+    /// What backward needs of `x` [N, E] into `saved` once more, as [`Block::forward`] left it. The output is of no use then,
+    /// so the last product is left out where nothing behind it is kept; `y` holds no output afterwards.
+    pub(crate) fn remake<S: Activation>(
+        &self,
+        x: &[S],
+        y: &mut Buffer<S>,
+        saved: &mut Saved<S>,
+        ws: &mut Workspace<S>,
+    ) -> Result<()> {
+        self.mix(x, saved, ws)?;
+        let Workspace { normed, linear, .. } = ws;
+        let Saved { mixed, h, gate, up, .. } = &mut *saved;
+        match self.pass.config.architecture.residual {
+            Residual::Sequential => {
+                let h = h.sized(x.len())?;
+                rows::copy(x, h);
+                self.out.forward_add(&mixed.out, h, linear)?;
+                let normed = normed.sized(x.len())?;
+                self.mlp_in.forward(h, normed)?;
+                self.widen(normed, gate, up, linear)
+            }
+            Residual::Parallel => {
+                let normed = normed.sized(x.len())?;
+                self.mlp_in.forward(x, normed)?;
+                self.widen(normed, gate, up, linear)
+            }
+            Residual::Sandwich => self.rest(x, y, saved, ws),
+        }
+    }
+
+    /// Queries, keys and values of `x` [N, E] and what attention mixes of them, into `saved`.
+    fn mix<S: Activation>(&self, x: &[S], saved: &mut Saved<S>, ws: &mut Workspace<S>) -> Result<()> {
         self.qkv(x, saved, ws)?;
         sized(&mut saved.mixed.out, saved.q.len());
         sized(&mut saved.mixed.lse, self.pass.setting.entries * self.pass.config.num_attention_heads);
         self.attention()?.forward_into(&saved.q, &saved.k, &saved.v, &mut saved.mixed);
-        self.rest(x, y, saved, ws)
+        Ok(())
     }
 
     /// Queries, keys and values of `x` [N, E], normed and rotated, into `saved`.
@@ -226,16 +262,16 @@ impl<'a> Block<'a> {
         match self.pass.config.architecture.residual {
             Residual::Sequential => {
                 let h = h.sized(x.len())?;
-                h.copy_from_slice(x);
+                rows::copy(x, h);
                 self.out.forward_add(&mixed.out, h, linear)?;
                 self.mlp_in.forward(h, normed)?;
-                y.copy_from_slice(h);
+                rows::copy(h, y);
                 self.feed(normed, gate, up, gated, linear)?;
                 self.down.forward_add(gated, y, linear)
             }
             Residual::Parallel => {
                 self.mlp_in.forward(x, normed)?;
-                y.copy_from_slice(x);
+                rows::copy(x, y);
                 self.out.forward_add(&mixed.out, y, linear)?;
                 self.feed(normed, gate, up, gated, linear)?;
                 self.down.forward_add(gated, y, linear)
@@ -269,11 +305,22 @@ impl<'a> Block<'a> {
         gated: &mut Buffer<S>,
         linear: &mut megacontext_kernels::linear::Scratch,
     ) -> Result<()> {
+        self.widen(normed, gate, up, linear)?;
+        self.activate(gate, up, gated)
+    }
+
+    /// The feed-forward layer's first linear layers.
+    fn widen<S: Activation>(
+        &self,
+        normed: &[S],
+        gate: &mut Buffer<S>,
+        up: &mut Buffer<S>,
+        linear: &mut megacontext_kernels::linear::Scratch,
+    ) -> Result<()> {
         if let Some(to_gate) = &self.gate {
             to_gate.forward(normed, gate, linear)?;
         }
-        self.up.forward(normed, up, linear)?;
-        self.activate(gate, up, gated)
+        self.up.forward(normed, up, linear)
     }
 
     fn activate<S: Activation>(&self, gate: &[S], up: &[S], out: &mut Buffer<S>) -> Result<()> {
@@ -443,7 +490,7 @@ impl<'a> Block<'a> {
                 let dx = d_wide.sized(d.len())?;
                 dx.fill(0.0);
                 norms[which].backward(plain, d, dx, gradients)?;
-                d.copy_from_slice(dx);
+                rows::copy(dx, d);
             }
             if after {
                 self.rotate_back(turned, d, heads, gradients)?;

@@ -685,7 +685,7 @@ impl Decoder {
             let input = &inputs[layer - lowest];
             let place = if step.recompute { 0 } else { layer - lowest };
             if step.recompute && layer + 1 < layers {
-                block.forward(input, stream, &mut saved[place], workspace)?;
+                block.remake(input, stream, &mut saved[place], workspace)?;
             }
             let wanted = given || self.learns_below(layer);
             block.backward(input, d, &mut saved[place], workspace, gradients, wanted)?;
