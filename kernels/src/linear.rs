@@ -1,23 +1,28 @@
-//! Linear layers: frozen, trained, and frozen with LoRA.
+//! Linear layers: frozen, trained, and frozen with LoRA, DoRA or PiSSA beside them.
 //!
-//! Source: y = x·Wᵀ; LoRA (Hu et al. 2021) y = x·Wᵀ + s·drop(x)·Aᵀ·Bᵀ with s = alpha/r.
-//! Backward for the gradient g of y:
+//! Sources: LoRA (Hu et al. 2021) y = x·Wᵀ + s·drop(x)·Aᵀ·Bᵀ with s = alpha/r. Backward for the gradient g of y:
 //!   dx = g·W + s·drop(g·B·A),  dA = s·(g·B)ᵀ·drop(x),  dB = s·gᵀ·(drop(x)·Aᵀ),  dW = gᵀ·x only where W learns.
 //! A frozen weight gets no gradient product, and an input nothing learns from gets none either.
+//! DoRA (Liu et al. 2024) scales every result by m/n: see [`Dora`].
+//! PiSSA (Meng et al. 2024) trains B·A from the best approximation B₀·A₀ of W and freezes what is left of W. Here W stays as
+//! it is and the fixed s·B₀·A₀ is taken off in the product, y = x·Wᵀ + s·(drop(x)·Aᵀ·Bᵀ − x·A₀ᵀ·B₀ᵀ): two thin products more,
+//! and W needs no second copy, no rounding of the rest, and can stay where it is mapped.
 //!
-//! [`Layer`] works on slices and holds these formulas; [`linear`] is the same on candle's tape, where a frozen weight is
-//! held by the operation, not by the graph.
+//! [`Layer`] works on slices and holds these formulas; [`linear`] is the same on candle's tape.
 //!
 //! Shapes: x [.., I], W [O, I], A [r, I], B [O, r], y [.., O]. On slices x, W, y and g are stored in f32 or bf16; A, B and
 //! all gradients are f32. Products with W are taken as the layer says, those with A and B in f32. A y stored in bf16 is
 //! rounded once, with LoRA's part in it: added to a rounded value, small factors would be lost.
 //! Dropout masks come from a counter: the same seed gives the same mask when a block is recomputed.
 
-use candle_core::{CpuStorage, CustomOp1, CustomOp2, CustomOp3, Layout, Shape, Tensor};
+mod dora;
+mod tape;
+
 use rayon::prelude::*;
 
-use crate::cpu::{contiguous, for_rows, multiversion, tensor, with_values};
-use crate::error::{KernelError, Result};
+pub use self::dora::{Dora, row_norms};
+pub use self::tape::{Lora, linear};
+use crate::cpu::{for_rows, multiversion};
 use crate::gemm::{Mat, Products, matmul_with};
 use crate::math::convert;
 use crate::skinny;
@@ -25,7 +30,7 @@ use crate::store::{Store, bf16};
 
 const OP: &str = "linear";
 const MASK_CHUNK: usize = 16_384;
-/// Values of a bf16 result that are held in f32 at a time while LoRA's part is added.
+/// Values of a result that are held in f32 at a time, where it is rounded or scaled after LoRA's part is added.
 const ROUNDED_LATER: usize = 2 << 20;
 
 /// Zeroes inputs at random and scales the others up, so that the expectation stays.
@@ -131,6 +136,19 @@ pub struct LoraSlices<'a> {
     pub scale: f32,
     /// Dropout on LoRA's input, while training.
     pub dropout: Option<Dropout>,
+    /// PiSSA's fixed part: factors whose product is taken off the weight. Not together with DoRA.
+    pub initial: Option<Factors<'a>>,
+    /// DoRA's magnitudes.
+    pub dora: Option<Dora<'a>>,
+}
+
+/// Two factors of the rank of those that learn.
+#[derive(Clone, Copy, Debug)]
+pub struct Factors<'a> {
+    /// A [r, I].
+    pub a: &'a [f32],
+    /// B [O, r].
+    pub b: &'a [f32],
 }
 
 /// A linear layer over slices. Sizes are the caller's to check: a slice that is too short panics.
@@ -157,15 +175,30 @@ pub struct LayerGradients<'a> {
     pub a: Option<&'a mut [f32]>,
     /// dB [O, r].
     pub b: Option<&'a mut [f32]>,
+    /// dm [O], of DoRA's magnitudes.
+    pub magnitude: Option<&'a mut [f32]>,
 }
 
-/// Buffers of a layer, used again from call to call: 2·n·r values, and where y is stored in bf16 and there is LoRA at most
-/// 8 MiB more.
+/// Buffers of a layer, used again from call to call: 2·n·r values, and where y is stored in bf16 or scaled by DoRA and there
+/// is LoRA at most 8 MiB more.
 #[derive(Default)]
 pub struct Scratch {
     low: Vec<f32>,
     low_gradient: Vec<f32>,
     rows: Vec<f32>,
+}
+
+/// What decides the buffers of a layer with LoRA.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct LoraShape {
+    /// O.
+    pub out: usize,
+    /// r.
+    pub rank: usize,
+    /// Whether it has DoRA's magnitudes.
+    pub dora: bool,
+    /// Whether it has PiSSA's fixed part.
+    pub initial: bool,
 }
 
 impl Scratch {
@@ -175,13 +208,20 @@ impl Scratch {
         (values * size_of::<f32>()) as u64
     }
 
-    /// What layers of these result widths hold for `rows` rows once all have been walked forward and back; `rounded`
-    /// where the results are stored in bf16.
-    pub fn planned_bytes(rows: usize, rank: usize, widths: &[usize], rounded: bool) -> u64 {
-        let held = |out: usize| rows.min((ROUNDED_LATER / out.max(1)).max(1)) * out;
-        let held = if rounded { widths.iter().map(|out| held(*out)).max().unwrap_or(0) } else { 0 };
-        ((2 * rows * rank + held) * size_of::<f32>()) as u64
+    /// What these layers hold for `rows` rows once all have been walked forward and, where `backward`, back; `rounded` where
+    /// the results are stored in bf16.
+    pub fn planned_bytes(rows: usize, layers: &[LoraShape], rounded: bool, backward: bool) -> u64 {
+        let most = |of: &dyn Fn(&LoraShape) -> usize| layers.iter().map(of).max().unwrap_or(0);
+        let held = |l: &LoraShape| if rounded || l.dora { rows.min(many(l.out)) * l.out } else { 0 };
+        let second = |l: &LoraShape| if backward || l.initial { rows * l.rank } else { 0 };
+        let values = most(&|l| rows * l.rank) + most(&second) + most(&held);
+        (values * size_of::<f32>()) as u64
     }
+}
+
+/// Rows of a result of width `out` that are held in f32 at a time.
+fn many(out: usize) -> usize {
+    (ROUNDED_LATER / out.max(1)).max(1)
 }
 
 /// A buffer of exactly `len` values, without slack where it had to be made anew.
@@ -213,6 +253,8 @@ impl Layer<'_> {
             self.inp,
             self.out
         );
+        let both = self.lora.is_some_and(|lora| lora.dora.is_some() && lora.initial.is_some());
+        assert!(!both, "DoRA and PiSSA beside one weight");
         rows
     }
 
@@ -226,25 +268,47 @@ impl Layer<'_> {
         let Some(lora) = &self.lora else {
             return self.weight.apply(sizes, x, y, accumulate, self.products);
         };
-        let Scratch { low, rows: held, .. } = scratch;
+        let Scratch { low, low_gradient: fixed, rows: held } = scratch;
         let low = sized(low, rows * lora.rank);
         skinny::down(x, lora.a_mat(self.inp), lora.scale, lora.dropout, low);
-        if let Some(y) = Y::as_f32_mut(y) {
+        let fixed = match &lora.initial {
+            None => &[],
+            Some(initial) => {
+                let fixed = sized(fixed, rows * lora.rank);
+                skinny::down(x, Mat::new(initial.a, lora.rank, self.inp), -lora.scale, None, fixed);
+                &*fixed
+            }
+        };
+        let add_low_rank = |first: usize, y: &mut [f32]| {
+            let part = first * lora.rank..(first + y.len() / self.out.max(1)) * lora.rank;
+            skinny::up_add(&low[part.clone()], lora.b_mat(self.out), None, y);
+            if let Some(initial) = &lora.initial {
+                skinny::up_add(&fixed[part], Mat::new(initial.b, self.out, lora.rank).t(), None, y);
+            }
+        };
+        if lora.dora.is_none()
+            && let Some(y) = Y::as_f32_mut(y)
+        {
             self.weight.apply(sizes, x, y, accumulate, self.products);
-            return skinny::up_add(low, lora.b_mat(self.out), None, y);
+            return add_low_rank(0, y);
         }
-        let many = (ROUNDED_LATER / self.out.max(1)).max(1);
+        let many = many(self.out);
         for (i, y) in y.chunks_mut((many * self.out).max(1)).enumerate() {
             let first = i * many;
             let count = y.len() / self.out;
             let sums = sized(held, y.len());
-            if accumulate {
+            // What DoRA does not scale is added after it has scaled the rest.
+            let inside = accumulate && lora.dora.is_none();
+            if inside {
                 for_rows(sums, 1, |at, sums| convert(&y[at..at + sums.len()], sums));
             }
             let x = &x[first * self.inp..][..count * self.inp];
-            self.weight.apply(sizes, x, sums, accumulate, self.products);
-            skinny::up_add(&low[first * lora.rank..][..count * lora.rank], lora.b_mat(self.out), None, sums);
-            for_rows(y, 1, |at, y| convert(&sums[at..at + y.len()], y));
+            self.weight.apply(sizes, x, sums, inside, self.products);
+            add_low_rank(first, sums);
+            match &lora.dora {
+                None => for_rows(y, 1, |at, y| convert(&sums[at..at + y.len()], y)),
+                Some(dora) => dora.finish(sums, y, accumulate),
+            }
         }
     }
 
@@ -267,211 +331,49 @@ impl Layer<'_> {
             let (x, g) = (Mat::new(x, rows, self.inp), Mat::new(g, rows, self.out));
             matmul_with(dw, g.t(), x, 1.0, true, self.products);
         }
+        let dora = self.lora.as_ref().and_then(|lora| lora.dora);
         if let Some((dx, accumulate)) = &mut dx {
             assert_eq!(dx.len(), x.len(), "dx is as large as x");
-            self.weight.apply_transposed(sizes, g, dx, *accumulate, self.products);
+            match dora {
+                None => self.weight.apply_transposed(sizes, g, dx, *accumulate, self.products),
+                Some(dora) => self.through_scaled(dora, g, dx, *accumulate, &mut scratch.rows),
+            }
         }
         let Some(lora) = &self.lora else { return };
         if into.a.is_some() || dx.is_some() {
             let low_gradient = sized(&mut scratch.low_gradient, rows * lora.rank);
-            skinny::down(g, lora.b_mat(self.out), lora.scale, None, low_gradient);
+            let scaled = dora.map(|dora| dora.scaled_rows(lora.b, lora.rank));
+            let b = Mat::new(scaled.as_deref().unwrap_or(lora.b), self.out, lora.rank).t();
+            skinny::down(g, b, lora.scale, None, low_gradient);
             if let Some(da) = into.a {
                 skinny::outer_add(low_gradient, lora.rank, x, self.inp, lora.dropout, da, false);
             }
             if let Some((dx, _)) = dx {
                 skinny::up_add(low_gradient, lora.a_mat(self.inp), lora.dropout, dx);
+                if let Some(initial) = &lora.initial {
+                    let b = Mat::new(initial.b, self.out, lora.rank).t();
+                    skinny::down(g, b, -lora.scale, None, low_gradient);
+                    skinny::up_add(low_gradient, Mat::new(initial.a, lora.rank, self.inp), None, dx);
+                }
             }
         }
+        if into.b.is_none() && into.magnitude.is_none() {
+            return;
+        }
+        let low = sized(&mut scratch.low, rows * lora.rank);
+        skinny::down(x, lora.a_mat(self.inp), lora.scale, lora.dropout, low);
         if let Some(db) = into.b {
-            let low = sized(&mut scratch.low, rows * lora.rank);
-            skinny::down(x, lora.a_mat(self.inp), lora.scale, lora.dropout, low);
-            skinny::outer_add(low, lora.rank, g, self.out, None, db, true);
+            match dora {
+                None => skinny::outer_add(low, lora.rank, g, self.out, None, db, true),
+                Some(dora) => {
+                    let mut unscaled = vec![0f32; db.len()];
+                    skinny::outer_add(low, lora.rank, g, self.out, None, &mut unscaled, true);
+                    dora.add_scaled_rows(&unscaled, lora.rank, db);
+                }
+            }
+        }
+        if let (Some(dm), Some(dora)) = (into.magnitude, dora) {
+            self.magnitude_gradient(lora, dora, x, g, low, dm, &mut scratch.rows);
         }
     }
-}
-
-/// LoRA's factors as tensors.
-#[derive(Clone, Copy, Debug)]
-pub struct Lora<'a> {
-    /// A [r, I].
-    pub a_ri: &'a Tensor,
-    /// B [O, r].
-    pub b_or: &'a Tensor,
-    /// s = alpha / r.
-    pub scale: f64,
-    /// Dropout on LoRA's input, while training.
-    pub dropout: Option<Dropout>,
-}
-
-fn layer<'a>(w: &'a [f32], [out, inp]: [usize; 2], lora: Option<LoraSlices<'a>>) -> Layer<'a> {
-    Layer { weight: Weight::F32(w), out, inp, lora, products: Products::F32 }
-}
-
-/// The result of a layer for a tensor of this layout.
-fn apply(layer: &Layer, x: &[f32], layout: &Layout) -> (CpuStorage, Shape) {
-    let mut y = vec![0f32; x.len() / layer.inp.max(1) * layer.out];
-    layer.forward(x, &mut y, false, &mut Scratch::default());
-    let mut dims = layout.dims().to_vec();
-    if let Some(last) = dims.last_mut() {
-        *last = layer.out;
-    }
-    (CpuStorage::F32(y), Shape::from(dims))
-}
-
-/// Gradients of a layer: the input's, where something upstream learns, and those that `into` has room for.
-fn gradients(layer: &Layer, x: &Tensor, g: &Tensor, into: LayerGradients) -> Result<Option<Tensor>> {
-    let mut dx = x.track_op().then(|| vec![0f32; x.elem_count()]);
-    with_values(OP, x, |x| {
-        with_values(OP, g, |g| {
-            layer.backward(x, g, dx.as_mut().map(|dx| (&mut dx[..], false)), into, &mut Scratch::default());
-        })
-    })??;
-    dx.map(|dx| tensor(dx, x.shape())).transpose()
-}
-
-struct Frozen {
-    w_oi: Tensor,
-}
-
-impl CustomOp1 for Frozen {
-    fn name(&self) -> &'static str {
-        "linear-frozen"
-    }
-
-    fn cpu_fwd(&self, x: &CpuStorage, layout: &Layout) -> candle_core::Result<(CpuStorage, Shape)> {
-        let x = contiguous(OP, x, layout)?;
-        let sizes = self.w_oi.dims2()?.into();
-        Ok(with_values(OP, &self.w_oi, |w| apply(&layer(w, sizes, None), &x, layout))?)
-    }
-
-    fn bwd(&self, x: &Tensor, _: &Tensor, g: &Tensor) -> candle_core::Result<Option<Tensor>> {
-        let sizes = self.w_oi.dims2()?.into();
-        Ok(with_values(OP, &self.w_oi, |w| {
-            gradients(&layer(w, sizes, None), x, g, LayerGradients::default())
-        })??)
-    }
-}
-
-struct Trained;
-
-impl CustomOp2 for Trained {
-    fn name(&self) -> &'static str {
-        "linear-trained"
-    }
-
-    fn cpu_fwd(
-        &self,
-        x: &CpuStorage,
-        x_layout: &Layout,
-        w: &CpuStorage,
-        w_layout: &Layout,
-    ) -> candle_core::Result<(CpuStorage, Shape)> {
-        let (x, w) = (contiguous(OP, x, x_layout)?, contiguous(OP, w, w_layout)?);
-        Ok(apply(&layer(&w, w_layout.shape().dims2()?.into(), None), &x, x_layout))
-    }
-
-    fn bwd(
-        &self,
-        x: &Tensor,
-        w: &Tensor,
-        _: &Tensor,
-        g: &Tensor,
-    ) -> candle_core::Result<(Option<Tensor>, Option<Tensor>)> {
-        let mut dw = vec![0f32; w.elem_count()];
-        let sizes = w.dims2()?.into();
-        let into = LayerGradients { weight: Some(&mut dw), ..Default::default() };
-        let dx = with_values(OP, w, |values| gradients(&layer(values, sizes, None), x, g, into))??;
-        Ok((dx, Some(tensor(dw, w.shape())?)))
-    }
-}
-
-struct WithLora {
-    w_oi: Tensor,
-    scale: f32,
-    dropout: Option<Dropout>,
-}
-
-impl WithLora {
-    /// Calls `f` with the layer over these factors.
-    fn with<R>(&self, a: &[f32], b: &[f32], f: impl FnOnce(&Layer) -> R) -> Result<R> {
-        let sizes: [usize; 2] = self.w_oi.dims2()?.into();
-        let rank = a.len() / sizes[1].max(1);
-        let lora = LoraSlices { a, b, rank, scale: self.scale, dropout: self.dropout };
-        with_values(OP, &self.w_oi, |w| f(&layer(w, sizes, Some(lora))))
-    }
-}
-
-impl CustomOp3 for WithLora {
-    fn name(&self) -> &'static str {
-        "linear-lora"
-    }
-
-    fn cpu_fwd(
-        &self,
-        x: &CpuStorage,
-        x_layout: &Layout,
-        a: &CpuStorage,
-        a_layout: &Layout,
-        b: &CpuStorage,
-        b_layout: &Layout,
-    ) -> candle_core::Result<(CpuStorage, Shape)> {
-        let x = contiguous(OP, x, x_layout)?;
-        let (a, b) = (contiguous(OP, a, a_layout)?, contiguous(OP, b, b_layout)?);
-        Ok(self.with(&a, &b, |layer| apply(layer, &x, x_layout))?)
-    }
-
-    fn bwd(
-        &self,
-        x: &Tensor,
-        a: &Tensor,
-        b: &Tensor,
-        _: &Tensor,
-        g: &Tensor,
-    ) -> candle_core::Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
-        let (mut da, mut db) = (vec![0f32; a.elem_count()], vec![0f32; b.elem_count()]);
-        let into = LayerGradients { weight: None, a: Some(&mut da), b: Some(&mut db) };
-        let dx = with_values(OP, a, |a| {
-            with_values(OP, b, |b| self.with(a, b, |layer| gradients(layer, x, g, into)))
-        })????;
-        Ok((dx, Some(tensor(da, a.shape())?), Some(tensor(db, b.shape())?)))
-    }
-}
-
-/// y = x·Wᵀ, plus LoRA where given. W gets a gradient only if it learns and carries no LoRA.
-///
-/// # Errors
-/// When shapes do not agree, or W learns while LoRA is attached to it.
-pub fn linear(x: &Tensor, w_oi: &Tensor, lora: Option<Lora>) -> Result<Tensor> {
-    let [out, inp] = w_oi.dims() else {
-        return Err(KernelError::shape(OP, "a weight of rank 2 [O, I]", format!("{:?}", w_oi.dims())));
-    };
-    if x.dims().last() != Some(inp) {
-        return Err(KernelError::shape(OP, format!("x [.., {inp}]"), format!("{:?}", x.dims())));
-    }
-    let Some(lora) = lora else {
-        return Ok(if w_oi.track_op() {
-            x.apply_op2(w_oi, Trained)?
-        } else {
-            x.apply_op1(Frozen { w_oi: w_oi.clone() })?
-        });
-    };
-    let rank = lora.a_ri.dims().first().copied().unwrap_or(0);
-    if lora.a_ri.dims() != [rank, *inp] || lora.b_or.dims() != [*out, rank] || rank == 0 {
-        return Err(KernelError::shape(
-            OP,
-            format!("LoRA A [r, {inp}] and B [{out}, r] with r of at least 1"),
-            format!("A {:?} and B {:?}", lora.a_ri.dims(), lora.b_or.dims()),
-        ));
-    }
-    if w_oi.track_op() {
-        return Err(KernelError::argument(OP, "a weight that carries LoRA has to be frozen"));
-    }
-    if let Some(Dropout { p, .. }) = lora.dropout
-        && !(0.0..1.0).contains(&p)
-    {
-        return Err(KernelError::argument(OP, format!("dropout: expected 0 <= p < 1, got {p}")));
-    }
-    let dropout = lora.dropout.filter(|d| d.p > 0.0);
-    let op = WithLora { w_oi: w_oi.clone(), scale: lora.scale as f32, dropout };
-    Ok(x.apply_op3(lora.a_ri, lora.b_or, op)?)
 }
