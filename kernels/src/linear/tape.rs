@@ -150,7 +150,7 @@ impl CustomOp3 for WithLora {
         g: &Tensor,
     ) -> candle_core::Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
         let (mut da, mut db) = (vec![0f32; a.elem_count()], vec![0f32; b.elem_count()]);
-        let into = LayerGradients { weight: None, a: Some(&mut da), b: Some(&mut db) };
+        let into = LayerGradients { a: Some(&mut da), b: Some(&mut db), ..Default::default() };
         let dx = with_values(OP, a, |a| {
             with_values(OP, b, |b| self.with(a, b, |layer| gradients(layer, x, g, into)))
         })????;

@@ -87,7 +87,8 @@ impl Case {
 
     fn layer<'a>(&'a self, weight: Weight<'a>, dropout: Option<Dropout>, products: Products) -> Layer<'a> {
         let [_, out, inp, rank] = self.sizes;
-        let lora = LoraSlices { a: &self.a, b: &self.b, rank, scale: 0.7, dropout };
+        let lora =
+            LoraSlices { a: &self.a, b: &self.b, rank, scale: 0.7, dropout, initial: None, dora: None };
         Layer { weight, out, inp, lora: (rank > 0).then_some(lora), products }
     }
 
@@ -141,7 +142,7 @@ fn loras_part_is_not_lost_in_the_rounding_of_bf16() {
     let (w, a, b) = (numbers(inp, 2), vec![0f32; inp].iter().map(|_| 1.0).collect::<Vec<f32>>(), [1.0f32]);
     let mut sums = [0f64; 2];
     for (scale, sum) in [0.0, 2e-4].into_iter().zip(&mut sums) {
-        let lora = Some(LoraSlices { a: &a, b: &b, rank: 1, scale, dropout: None });
+        let lora = Some(LoraSlices { a: &a, b: &b, rank: 1, scale, dropout: None, initial: None, dora: None });
         let layer = Layer { weight: Weight::F32(&w), out: 1, inp, lora, products: Products::F32 };
         let mut y = rounded(&vec![0f32; n]);
         let ones: Vec<f32> = x.iter().map(|v| v.abs()).collect();
@@ -197,7 +198,8 @@ fn a_layer_matches_differences_adds_and_leaves_out_what_is_frozen() {
 
         // Every gradient starts at one; the second pass writes dx over.
         let [mut dx, mut dw, mut da, mut db] = inputs.each_ref().map(|v| vec![1f32; v.len()]);
-        let into = LayerGradients { weight: Some(&mut dw), a: Some(&mut da), b: Some(&mut db) };
+        let into =
+            LayerGradients { weight: Some(&mut dw), a: Some(&mut da), b: Some(&mut db), magnitude: None };
         let scratch = &mut Scratch::default();
         layer.backward(&x, &g, Some((&mut dx, true)), into, scratch);
         for (i, got) in [&dx, &dw, &da, &db].into_iter().enumerate() {
