@@ -5,14 +5,20 @@
 //! learned but not the head, a few thousand rows instead of the vocabulary. Either way a row's gradients are added in
 //! token order, so that the bytes do not depend on threads.
 //!
-//! Shapes: table [V, E], ids N, rows [N, E].
+//! A frozen table may carry LoRA ([`LoraTable`]: Hu et al. 2021, a row is E_t + s·B·A_t), or rows that learn by themselves in
+//! place of some of its own ([`gather_rows_into`]).
+//!
+//! Shapes: table [V, E], ids N, rows [N, E]; A [r, V], B [E, r].
 //! Errors: an id that is not in the table; sizes that do not agree.
+
+mod adapted;
 
 use std::ops::Range;
 
 use candle_core::Tensor;
 use rayon::prelude::*;
 
+pub use self::adapted::{LoraTable, gather_rows_into, scatter_rows};
 use crate::cpu::{rows_per_task, tensor, with_values};
 use crate::error::{KernelError, Result};
 use crate::linear::Weight;

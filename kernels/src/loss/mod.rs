@@ -14,14 +14,15 @@
 //! Errors: sizes that do not agree, targets outside the vocabulary, weights that are not finite, a cap that is not above 0.
 //! Left out: label smoothing, temperatures.
 
+mod head;
 mod rows;
 mod walk;
 
 use rayon::prelude::*;
 
+pub use self::head::{Head, HeadGradients, Rows};
 use crate::error::{KernelError, Result};
 use crate::gemm::Products;
-use crate::linear::Weight;
 use crate::store::Store;
 use walk::{Objective, Student, walk};
 
@@ -37,21 +38,6 @@ const LOGIT_BYTES: usize = 64 << 20;
 /// Rows of logits alive at one time for a vocabulary of `vocab`.
 pub fn chunk_rows(vocab: usize) -> usize {
     (LOGIT_BYTES / (4 * vocab.max(1))).clamp(1, 4096)
-}
-
-/// The output head W [V, E].
-#[derive(Clone, Copy, Debug)]
-pub struct Head<'a> {
-    /// W.
-    pub weight: Weight<'a>,
-    /// c, where logits are capped at ±c.
-    pub softcap: Option<f32>,
-}
-
-impl<'a> From<Weight<'a>> for Head<'a> {
-    fn from(weight: Weight<'a>) -> Self {
-        Self { weight, softcap: None }
-    }
 }
 
 /// What positions should predict.
@@ -100,12 +86,19 @@ pub enum Gradient<'a> {
         /// Multiplies the gradient, for example 1 / number of tokens in the whole batch.
         scale: f32,
     },
-    /// With respect to h and, added to the buffer [V·E], to the head.
+    /// With respect to h and, added to the buffer [V·E], to the head's weight.
     HiddenAndHead {
         /// As above.
         scale: f32,
         /// Row-major [V, E].
         head: &'a mut [f32],
+    },
+    /// With respect to h and, added to the buffers that are there, to the head's parameters.
+    HiddenAndParts {
+        /// As above.
+        scale: f32,
+        /// Where to.
+        into: HeadGradients<'a>,
     },
 }
 
@@ -156,6 +149,20 @@ fn check_head<T>(what: &str, h: &[T], head: &Head, [n, width, vocab]: [usize; 3]
     }
     values(&format!("{what} hidden states [{n}, {width}]"), n * width, h.len())?;
     values(&format!("{what} head [{vocab}, {width}]"), vocab * width, head.weight.len())?;
+    if let Some(lora) = &head.lora {
+        if lora.rank == 0 {
+            return Err(KernelError::shape(OP, "LoRA of rank at least 1", "0"));
+        }
+        values(&format!("{what} head's A [{}, {width}]", lora.rank), lora.rank * width, lora.a.len())?;
+        values(&format!("{what} head's B [{vocab}, {}]", lora.rank), vocab * lora.rank, lora.b.len())?;
+    }
+    if let Some(rows) = &head.rows {
+        let count = rows.ids.len();
+        values(&format!("{what} head's own rows [{count}, {width}]"), count * width, rows.values.len())?;
+        if let Some(bad) = rows.ids.iter().find(|id| **id as usize >= vocab) {
+            return Err(KernelError::argument(OP, format!("row: expected below {vocab}, got {bad}")));
+        }
+    }
     match head.softcap {
         Some(cap) if !(cap > 0.0 && cap.is_finite()) => {
             Err(KernelError::argument(OP, format!("softcap: expected above 0, got {cap}")))
@@ -164,7 +171,12 @@ fn check_head<T>(what: &str, h: &[T], head: &Head, [n, width, vocab]: [usize; 3]
     }
 }
 
-fn check_wanted(weights: Option<&[f32]>, wanted: &Gradient, [n, width, vocab]: [usize; 3]) -> Result<()> {
+fn check_wanted(
+    weights: Option<&[f32]>,
+    head: &Head,
+    wanted: &Gradient,
+    [n, width, vocab]: [usize; 3],
+) -> Result<()> {
     if let Some(weights) = weights {
         values("weights", n, weights.len())?;
         if let Some(bad) = weights.iter().find(|w| !w.is_finite()) {
@@ -174,12 +186,48 @@ fn check_wanted(weights: Option<&[f32]>, wanted: &Gradient, [n, width, vocab]: [
     if let Gradient::HiddenAndHead { head, .. } = wanted {
         values("a head gradient", vocab * width, head.len())?;
     }
+    if let Gradient::HiddenAndParts { into, .. } = wanted {
+        let rank = head.lora.map_or(0, |lora| lora.rank);
+        let own = head.rows.map_or(0, |rows| rows.ids.len());
+        let parts = [
+            ("a head gradient", &into.weight, vocab * width),
+            ("a gradient of the head's A", &into.a, rank * width),
+            ("a gradient of the head's B", &into.b, vocab * rank),
+            ("a gradient of the head's own rows", &into.rows, own * width),
+        ];
+        for (what, buffer, expected) in parts {
+            buffer.as_ref().map_or(Ok(()), |buffer| values(what, expected, buffer.len()))?;
+        }
+    }
     match wanted {
-        Gradient::Hidden { scale } | Gradient::HiddenAndHead { scale, .. } if !scale.is_finite() => {
+        Gradient::Hidden { scale }
+        | Gradient::HiddenAndHead { scale, .. }
+        | Gradient::HiddenAndParts { scale, .. }
+            if !scale.is_finite() => {
             Err(KernelError::argument(OP, format!("scale: expected a finite one, got {scale}")))
         }
         _ => Ok(()),
     }
+}
+
+/// Capped logits [N, V] of hidden states [N, E] under a head; for few positions, as they are held whole.
+///
+/// # Errors
+/// When sizes do not agree.
+pub fn head_logits<'a, X: Store>(
+    h: &[X],
+    head: impl Into<Head<'a>>,
+    sizes: [usize; 3],
+    products: Products,
+) -> Result<Vec<f32>> {
+    let head = head.into();
+    let [n, width, vocab] = sizes;
+    check_head("the", h, &head, sizes)?;
+    let mut logits = vec![0f32; n * vocab];
+    if n > 0 {
+        head.logits([width, vocab], h, 0, &mut logits, products);
+    }
+    Ok(logits)
 }
 
 struct CrossEntropy<'a> {
@@ -223,7 +271,7 @@ pub fn head_cross_entropy<'a, X: Store>(
     if let Some(bad) = ids.iter().find(|t| **t != IGNORE && **t as usize >= vocab) {
         return Err(KernelError::argument(OP, format!("target: expected below {vocab}, got {bad}")));
     }
-    check_wanted(weights, &wanted, sizes)?;
+    check_wanted(weights, &head, &wanted, sizes)?;
     let scored: Vec<usize> = (0..n).filter(|i| ids[*i] != IGNORE).collect();
     let student = Student { h, head, sizes, products };
     let objective = &mut CrossEntropy { ids, cap: head.softcap };
@@ -275,7 +323,7 @@ impl<T: Store> Objective for FromTeacher<'_, T> {
         if let Some(teacher) = self.hidden() {
             teacher.rows(positions, &mut self.rows);
             self.logits.resize(positions.len() * self.vocab, 0.0);
-            teacher.logits(&self.rows, &mut self.logits);
+            teacher.logits(&self.rows, 0, &mut self.logits);
         }
     }
 
@@ -310,7 +358,7 @@ pub fn head_divergence<'a, X: Store, T: Store>(
         Teacher::Logits(t) => values(&format!("the teacher's logits [{n}, {vocab}]"), n * vocab, t.len())?,
         Teacher::Hidden { h, width, head } => check_head("the teacher's", h, head, [n, *width, vocab])?,
     }
-    check_wanted(weights, &wanted, sizes)?;
+    check_wanted(weights, &head, &wanted, sizes)?;
     let scored: Vec<usize> = (0..n).collect();
     let student = Student { h, head, sizes, products };
     let (rows, logits) = (Vec::new(), Vec::new());

@@ -10,9 +10,9 @@
 
 use rayon::prelude::*;
 
-use super::rows::{cap_row, magnitude};
-use super::{Gradient, Head, chunk_rows};
-use crate::gemm::{Mat, Products, matmul_with};
+use super::rows::magnitude;
+use super::{Gradient, Head, HeadGradients, chunk_rows};
+use crate::gemm::Products;
 use crate::linear::Weight;
 use crate::math::convert;
 use crate::store::Store;
@@ -52,13 +52,10 @@ impl<X: Store> Student<'_, X> {
         }
     }
 
-    /// Capped logits of rows of hidden states.
-    pub fn logits(&self, rows: &[X], z: &mut [f32]) {
+    /// Capped logits of rows of hidden states, the first of which is number `first` of those that are walked.
+    pub fn logits(&self, rows: &[X], first: usize, z: &mut [f32]) {
         let [_, width, vocab] = self.sizes;
-        self.head.weight.apply([vocab, width], rows, z, false, self.products);
-        if let Some(cap) = self.head.softcap {
-            z.par_chunks_mut(vocab).for_each(|z| cap_row(z, cap));
-        }
+        self.head.logits([width, vocab], rows, first, z, self.products);
     }
 
     /// Whether every logit is sure to be finite.
@@ -72,7 +69,7 @@ impl<X: Store> Student<'_, X> {
             Weight::F32(w) => w.par_chunks(width).map(|row| magnitude(row).1).collect(),
             Weight::Bf16(w) => w.par_chunks(width).map(|row| magnitude(row).1).collect(),
         });
-        h.is_finite() && w.is_finite() && h * w < SAFE
+        h.is_finite() && w.is_finite() && h * w + self.head.reach(width, h) < SAFE
     }
 }
 
@@ -92,22 +89,25 @@ pub(super) fn walk<X: Store>(
     weights: Option<&[f32]>,
     wanted: Gradient,
 ) -> Walked {
-    let (scale, head) = match wanted {
-        Gradient::Skip => (0.0, None),
-        Gradient::Hidden { scale } => (scale, None),
-        Gradient::HiddenAndHead { scale, head } => (scale, Some(head)),
+    let (scale, mut into) = match wanted {
+        Gradient::Skip => (0.0, HeadGradients::default()),
+        Gradient::Hidden { scale } => (scale, HeadGradients::default()),
+        Gradient::HiddenAndHead { scale, head } => {
+            (scale, HeadGradients { weight: Some(head), ..Default::default() })
+        }
+        Gradient::HiddenAndParts { scale, into } => (scale, into),
     };
     let finite = |losses: &[f32]| {
         let counted = scored.iter().filter(|p| weight(weights, **p) != 0.0);
         counted.map(|p| f64::from(weight(weights, *p)) * f64::from(losses[*p])).sum::<f64>().is_finite()
     };
-    if scale != 0.0 && head.is_some() && !(student.bounded() && objective.bounded()) {
-        let (losses, _) = pass(student, objective, scored, weights, 0.0, None);
+    if scale != 0.0 && into.any() && !(student.bounded() && objective.bounded()) {
+        let (losses, _) = pass(student, objective, scored, weights, 0.0, &mut HeadGradients::default());
         if !finite(&losses) {
             return (losses, None);
         }
     }
-    let (losses, d_hidden) = pass(student, objective, scored, weights, scale, head);
+    let (losses, d_hidden) = pass(student, objective, scored, weights, scale, &mut into);
     let d_hidden = d_hidden.filter(|_| finite(&losses));
     (losses, d_hidden)
 }
@@ -118,7 +118,7 @@ fn pass<X: Store>(
     scored: &[usize],
     weights: Option<&[f32]>,
     scale: f32,
-    mut head: Option<&mut [f32]>,
+    into: &mut HeadGradients,
 ) -> Walked {
     let [n, width, vocab] = student.sizes;
     let chunk = chunk_rows(vocab * objective.copies()).min(scored.len());
@@ -127,12 +127,13 @@ fn pass<X: Store>(
     let mut logits = vec![0f32; chunk * vocab];
     let mut d_rows = vec![0f32; if scale != 0.0 { chunk * width } else { 0 }];
     let mut h_rows = Vec::with_capacity(chunk * width);
-    for positions in scored.chunks(chunk.max(1)) {
+    for (number, positions) in scored.chunks(chunk.max(1)).enumerate() {
+        let first = number * chunk;
         let count = positions.len();
         student.rows(positions, &mut h_rows);
         objective.begin(positions);
         let z = &mut logits[..count * vocab];
-        student.logits(&h_rows, z);
+        student.logits(&h_rows, first, z);
         let row = |(place, (z, position)): (usize, (&mut [f32], &usize))| {
             let scale = scale * weight(weights, *position);
             let loss = objective.row(place, *position, z, scale);
@@ -153,13 +154,9 @@ fn pass<X: Store>(
             }
         }
         let d_rows = &mut d_rows[..count * width];
-        student.head.weight.apply_transposed([vocab, width], z, d_rows, false, student.products);
+        student.head.backward([width, vocab], &h_rows, first, z, d_rows, into, student.products);
         for (position, row) in positions.iter().zip(d_rows.chunks_exact(width)) {
             convert(row, &mut d_hidden[position * width..][..width]);
-        }
-        if let Some(head) = &mut head {
-            let (z, h) = (Mat::new(z, count, vocab), Mat::new(&h_rows, count, width));
-            matmul_with(head, z.t(), h, 1.0, true, student.products);
         }
     }
     (losses, d_hidden)

@@ -68,7 +68,7 @@ fn head_cross_entropy_matches_differences_with_weights_and_cap() {
             let want = differences(&[h.clone(), w.clone()], &each, &reference);
             let mut head = vec![1f32; v * e];
             let gradient = Gradient::HiddenAndHead { scale: 0.5, head: &mut head };
-            let under = Head { weight: Weight::F32(&w), softcap: cap };
+            let under = Head { softcap: cap, ..Weight::F32(&w).into() };
             let targets = Targets { ids: &targets, weights };
             let loss = head_cross_entropy(&h, under, sizes, targets, gradient, F32).unwrap();
             assert_eq!(loss.count, n - 1);
@@ -255,8 +255,8 @@ fn divergence_matches_differences_with_every_kind_of_teacher() {
         let each: Vec<f32> = weights.iter().map(|w| 0.5 * w).collect();
         let want = differences(&[h.clone(), w.clone()], &each, &reference);
         let value = reference(&[wide(&h), wide(&w)]);
-        let under = Head { weight: Weight::F32(&w), softcap: cap };
-        let teaching = Head { weight: Weight::F32(&w_t), softcap: cap };
+        let under = Head { softcap: cap, ..Weight::F32(&w).into() };
+        let teaching = Head { softcap: cap, ..Weight::F32(&w_t).into() };
         for (name, teacher) in [
             ("logits", Teacher::Logits(&logits[..])),
             ("log-probabilities", Teacher::Logits(&logs[..])),
@@ -392,7 +392,7 @@ fn the_loss_refuses_a_weight_that_is_not_finite() {
 #[test]
 fn the_loss_refuses_a_cap_that_is_not_above_zero() {
     for cap in [0.0, -1.0, f32::NAN, f32::INFINITY] {
-        let head = Head { weight: Weight::F32(&[0.0; 6]), softcap: Some(cap) };
+        let head = Head { softcap: Some(cap), ..Weight::F32(&[0.0; 6]).into() };
         let got = head_cross_entropy(&[0f32; 2], head, [1, 2, 3], &vec![0u32], Gradient::Skip, F32);
         refuses(got, "softcap: expected above 0");
     }

@@ -3,6 +3,7 @@
 // A test stops at the first thing that is not as it should be.
 #![allow(clippy::unwrap_used)]
 
+mod adapted;
 mod dora;
 mod embedding;
 mod gelu;
