@@ -57,11 +57,21 @@ impl LoraTable<'_> {
     ///
     /// # Errors
     /// When sizes do not agree or an id is not in the table.
-    pub fn gather_into<X: Store>(&self, table: Weight, width: usize, ids: &[u32], out: &mut [X]) -> Result<()> {
+    pub fn gather_into<X: Store>(
+        &self,
+        table: Weight,
+        width: usize,
+        ids: &[u32],
+        out: &mut [X],
+    ) -> Result<()> {
         let vocab = self.vocab(width)?;
         let rows = rows_of(table.len(), width)?;
         if vocab != rows {
-            return Err(KernelError::shape(OP, format!("A [{}, {rows}]", self.rank), format!("[.., {vocab}]")));
+            return Err(KernelError::shape(
+                OP,
+                format!("A [{}, {rows}]", self.rank),
+                format!("[.., {vocab}]"),
+            ));
         }
         check_rows(out.len(), ids, width)?;
         check(ids, vocab)?;
@@ -85,7 +95,14 @@ impl LoraTable<'_> {
     ///
     /// # Errors
     /// When sizes do not agree or an id is not in the table; then nothing has been added.
-    pub fn gradients(&self, g: &[f32], width: usize, ids: &[u32], da: &mut [f32], db: &mut [f32]) -> Result<()> {
+    pub fn gradients(
+        &self,
+        g: &[f32],
+        width: usize,
+        ids: &[u32],
+        da: &mut [f32],
+        db: &mut [f32],
+    ) -> Result<()> {
         let vocab = self.vocab(width)?;
         check_rows(g.len(), ids, width)?;
         check(ids, vocab)?;
@@ -108,7 +125,11 @@ impl LoraTable<'_> {
 fn check_own(own: &Rows, width: usize) -> Result<()> {
     let expected = own.ids.len() * width;
     if own.values.len() != expected {
-        return Err(KernelError::shape(OP, format!("own rows of {expected} values"), format!("{}", own.values.len())));
+        return Err(KernelError::shape(
+            OP,
+            format!("own rows of {expected} values"),
+            format!("{}", own.values.len()),
+        ));
     }
     Ok(())
 }

@@ -203,7 +203,8 @@ fn check_wanted(
         Gradient::Hidden { scale }
         | Gradient::HiddenAndHead { scale, .. }
         | Gradient::HiddenAndParts { scale, .. }
-            if !scale.is_finite() => {
+            if !scale.is_finite() =>
+        {
             Err(KernelError::argument(OP, format!("scale: expected a finite one, got {scale}")))
         }
         _ => Ok(()),

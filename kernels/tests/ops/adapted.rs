@@ -3,7 +3,9 @@
 use megacontext_kernels::embedding::{LoraTable, gather_rows_into, scatter_rows};
 use megacontext_kernels::gemm::Products;
 use megacontext_kernels::linear::{Dropout, LoraSlices, Weight};
-use megacontext_kernels::loss::{Gradient, Head, HeadGradients, IGNORE, Rows, head_cross_entropy, head_logits};
+use megacontext_kernels::loss::{
+    Gradient, Head, HeadGradients, IGNORE, Rows, head_cross_entropy, head_logits,
+};
 use megacontext_kernels::store::{Store, bf16};
 
 use crate::support::{close, differences, matmul_t, numbers, refuses, rounded, wide};
@@ -126,8 +128,12 @@ fn lora_and_own_rows_on_the_head_match_f64_and_differences() {
     ] {
         let w = numbers(VOCAB * WIDTH, 1);
         let case = HeadCase { n, rank, w: w.clone(), targets: targets.clone(), own, cap, mask };
-        let inputs =
-            [numbers(n * WIDTH, 2), numbers(rank * WIDTH, 3), numbers(VOCAB * rank, 4), numbers(2 * WIDTH, 5)];
+        let inputs = [
+            numbers(n * WIDTH, 2),
+            numbers(rank * WIDTH, 3),
+            numbers(VOCAB * rank, 4),
+            numbers(2 * WIDTH, 5),
+        ];
         let [h, a, b, values] = &inputs;
         let lora = LoraSlices { a, b, rank, scale: 0.7, dropout, initial: None, dora: None };
         let rows = own.as_ref().map(|ids| Rows { ids, values });
@@ -140,8 +146,12 @@ fn lora_and_own_rows_on_the_head_match_f64_and_differences() {
         }
         let want = differences(&inputs, &vec![0.5; n], &|v| case.losses(v));
         let [_, mut da, mut db, mut d_own] = inputs.each_ref().map(|v| vec![1f32; v.len()]);
-        let into =
-            HeadGradients { weight: None, a: Some(&mut da), b: Some(&mut db), rows: rows.map(|_| &mut d_own[..]) };
+        let into = HeadGradients {
+            weight: None,
+            a: Some(&mut da),
+            b: Some(&mut db),
+            rows: rows.map(|_| &mut d_own[..]),
+        };
         let wanted = Gradient::HiddenAndParts { scale: 0.5, into };
         let loss = head_cross_entropy(h, head, sizes, &targets, wanted, Products::F32).unwrap();
         close(&loss.nll, &case.losses(&exact), 1e-5, "losses");
@@ -183,10 +193,21 @@ fn a_head_refuses_factors_and_rows_that_do_not_fit() {
     let (h, w) = (numbers(WIDTH, 1), numbers(VOCAB * WIDTH, 2));
     let logits = |head: Head| head_logits(&h, head, [1, WIDTH, VOCAB], Products::F32);
     let base = Head::from(Weight::F32(&w));
-    let lora = LoraSlices { a: &[0.0; 6], b: &[0.0; 9], rank: 1, scale: 1.0, dropout: None, initial: None, dora: None };
+    let lora = LoraSlices {
+        a: &[0.0; 6],
+        b: &[0.0; 9],
+        rank: 1,
+        scale: 1.0,
+        dropout: None,
+        initial: None,
+        dora: None,
+    };
     refuses(logits(Head { lora: Some(lora), ..base }), "head's B [11, 1]");
     refuses(logits(Head { rows: Some(Rows { ids: &[1], values: &[0.0; 5] }), ..base }), "own rows [1, 6]");
-    refuses(logits(Head { rows: Some(Rows { ids: &[11], values: &[0.0; 6] }), ..base }), "row: expected below 11, got 11");
+    refuses(
+        logits(Head { rows: Some(Rows { ids: &[11], values: &[0.0; 6] }), ..base }),
+        "row: expected below 11, got 11",
+    );
     let wanted = Gradient::HiddenAndParts {
         scale: 1.0,
         into: HeadGradients { a: Some(&mut [0.0; 6]), ..Default::default() },

@@ -142,7 +142,8 @@ fn loras_part_is_not_lost_in_the_rounding_of_bf16() {
     let (w, a, b) = (numbers(inp, 2), vec![0f32; inp].iter().map(|_| 1.0).collect::<Vec<f32>>(), [1.0f32]);
     let mut sums = [0f64; 2];
     for (scale, sum) in [0.0, 2e-4].into_iter().zip(&mut sums) {
-        let lora = Some(LoraSlices { a: &a, b: &b, rank: 1, scale, dropout: None, initial: None, dora: None });
+        let lora =
+            Some(LoraSlices { a: &a, b: &b, rank: 1, scale, dropout: None, initial: None, dora: None });
         let layer = Layer { weight: Weight::F32(&w), out: 1, inp, lora, products: Products::F32 };
         let mut y = rounded(&vec![0f32; n]);
         let ones: Vec<f32> = x.iter().map(|v| v.abs()).collect();

@@ -8,22 +8,28 @@
 //!
 //! Tied embeddings: PEFT wraps the embedding and the head separately, and a head that it is not told about stays at the
 //! base's values. So when a tied model's embedding was trained, `lm_head` is listed, its tensor is written a second
-//! time, and `ensure_weight_tying` is set: PEFT then gives our logits and keeps the tie on merging. Reading, a head
-//! must equal the embedding to the bit, or the adapter unties the model and is refused.
+//! time, and `ensure_weight_tying` is set: PEFT then gives our logits and keeps the tie on merging. LoRA on the embedding of a
+//! tied model is written a second time as the head's (A' = Bᵀ, B' = Aᵀ). Reading, the second copy must equal the first to the
+//! bit, or the adapter unties the model and is refused.
 //!
 //! `norm` in `modules_to_save` matches every module whose name ends so, layer norms included; norms are therefore
 //! trained and saved all together or not at all.
 //!
+//! PEFT saves the base's own embedding beside LoRA on it, unless told not to; such a copy must be the base's
+//! ([`Adapter::load_into`] compares) and is not taken over.
+//!
 //! Shapes: r rank, A [r, in], B [out, r]; values f32. Errors: `BaseError::Adapter` with the path.
 //!
-//! Left out, and refused: DoRA, rank and alpha patterns, trained biases, fan-in-fan-out, LoRA on embeddings, trainable
-//! token indices, initialisations that change the base (PiSSA, OLoRA, CorDA, LoftQ).
+//! Left out, and refused: trained biases, fan-in-fan-out, variants that PEFT marks by keys of their own (QA-LoRA, arrow, KaSA,
+//! ...), and initialisations that change the base (PiSSA, OLoRA, CorDA, LoftQ), unless PEFT has converted them to plain LoRA.
 
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 
 use candle_core::Tensor;
+use megacontext_kernels::linear::Weight;
+use megacontext_kernels::store::{Store, bf16};
 use serde_json::{Value, json};
 
 pub use crate::adapter_config::{AdapterConfig, MegacontextKey};
@@ -31,7 +37,7 @@ use crate::atomic::{AtomicDir, is_vacant, previous};
 use crate::config::DecoderConfig;
 use crate::error::{BaseError, Result};
 use crate::hf_export::{write_json, write_safetensors};
-use crate::lora::LoraConfig;
+use crate::lora::{LoraConfig, LoraKind};
 use crate::params::{Group, ParamStore};
 use crate::rope::{RopeScaling, SIGMA};
 use crate::weights::{Dtype, MappedFile};
@@ -41,8 +47,8 @@ pub const CONFIG_FILE: &str = "adapter_config.json";
 /// Name of the tensors inside an adapter folder.
 pub const TENSOR_FILE: &str = "adapter_model.safetensors";
 const PREFIX: &str = "base_model.model.";
-const EMBEDDING: &str = "model.embed_tokens.weight";
-const HEAD: &str = "lm_head.weight";
+/// The head of every family whose embeddings are ever tied.
+const HEAD: &str = "lm_head";
 
 /// An adapter as read from its folder.
 pub struct Adapter {
@@ -57,21 +63,23 @@ pub struct Adapter {
 /// Writes an adapter folder, whole or not at all. An older adapter at `dir` is replaced (other files in it are kept);
 /// a folder that holds anything else is refused.
 pub fn write_adapter(dir: &Path, config: &AdapterConfig, tensors: &[(String, Tensor)]) -> Result<()> {
-    let mut by_name = BTreeMap::new();
+    let mut by_name: BTreeMap<String, Tensor> = BTreeMap::new();
     for (name, tensor) in tensors {
         if by_name.insert(name.clone(), tensor.clone()).is_some() {
             return Err(BaseError::adapter(dir, format!("expected tensor {name} once, it is given twice")));
         }
     }
-    if config.ensure_weight_tying
-        && let Some(embedding) = by_name.get(EMBEDDING).cloned()
-    {
-        by_name.insert(HEAD.to_string(), embedding);
+    if config.lora.ensure_weight_tying {
+        for (name, copy) in second_copies(config, &by_name)? {
+            by_name.insert(name, copy);
+        }
     }
     for name in by_name.keys() {
+        let part = ["lora_", "token_adapter."].iter().any(|part| name.contains(&format!(".{part}")));
+        let module = name.strip_suffix(".weight").or_else(|| name.strip_suffix(".bias"));
         let saved =
-            AdapterConfig::saved_module(name).is_some_and(|m| config.modules_to_save.iter().any(|s| s == m));
-        if !saved && lora_module(name).is_none() {
+            module.is_some_and(|module| config.modules_to_save.iter().any(|s| module.ends_with(s.as_str())));
+        if !saved && !part {
             let message = format!("expected LoRA factors and modules_to_save only, got tensor {name}");
             return Err(BaseError::adapter(dir, message));
         }
@@ -158,15 +166,34 @@ pub fn read_adapter(dir: &Path) -> Result<Adapter> {
         };
         tensors.insert(name.to_string(), file.read_f32(&key).map_err(|e| as_adapter(&path, e))?);
     }
-    let adapter = Adapter { dir: dir.to_path_buf(), config, tensors };
-    if adapter.config.ensure_weight_tying && adapter.tensors.contains_key(EMBEDDING) {
-        adapter.check_head_is_embedding()?;
+    Ok(Adapter { dir: dir.to_path_buf(), config, tensors })
+}
+
+/// What PEFT keeps a second time for the head of a tied model: the trained embedding, or LoRA on it, turned round.
+fn second_copies(
+    config: &AdapterConfig,
+    tensors: &BTreeMap<String, Tensor>,
+) -> Result<Vec<(String, Tensor)>> {
+    let mut copies = Vec::new();
+    if let [embedding, head, ..] = &config.modules_to_save[..]
+        && let Some((_, table)) =
+            tensors.iter().find(|(name, _)| name.ends_with(&format!("{embedding}.weight")))
+    {
+        copies.push((format!("{head}.weight"), table.clone()));
     }
-    Ok(adapter)
+    for (name, factor) in tensors {
+        let of_head = match name.rsplit_once(".lora_embedding_") {
+            Some((_, "A")) => "B",
+            Some((_, "B")) => "A",
+            _ => continue,
+        };
+        copies.push((format!("{HEAD}.lora_{of_head}.weight"), factor.t()?.contiguous()?));
+    }
+    Ok(copies)
 }
 
 impl Adapter {
-    /// Where LoRA sits and how strong it is; rsLoRA's alpha/√r is expressed as the equal alpha.
+    /// Where LoRA sits and how strong it is.
     pub fn lora(&self) -> LoraConfig {
         self.config.lora()
     }
@@ -225,10 +252,7 @@ impl Adapter {
                 "got tensor {PREFIX}{name}, which adapter_config.json and this base do not account for"
             )));
         }
-        if base.tie_word_embeddings && [EMBEDDING, HEAD].iter().any(|name| self.tensors.contains_key(*name)) {
-            self.check_head_is_embedding()?;
-        }
-        Ok(())
+        self.check_second_copies(base)
     }
 
     /// Would head and embedding of a tied base differ with this adapter on it? Then the model is no longer tied, and the
@@ -237,12 +261,17 @@ impl Adapter {
         if !base.tie_word_embeddings {
             return Ok(false);
         }
-        let ends = [base.untied_head_name(), base.embedding_name()];
-        let lora = ends.map(|end| end.replace(".weight", ".lora_"));
-        if self.tensors.keys().any(|name| lora.iter().any(|lora| name.starts_with(lora))) {
+        let [embedding, head] = [base.embedding_name(), base.untied_head_name()];
+        let has_lora = |weight: &str| {
+            let prefix = weight.replace(".weight", ".lora_");
+            self.tensors.keys().any(|name| name.starts_with(&prefix))
+        };
+        if (has_lora(embedding) || has_lora(head))
+            && !(self.config.lora.ensure_weight_tying && has_lora(embedding))
+        {
             return Ok(true);
         }
-        match (self.tensors.get(ends[0]), self.tensors.get(ends[1])) {
+        match (self.tensors.get(head), self.tensors.get(embedding)) {
             (None, None) => Ok(false),
             (Some(head), Some(embedding)) => Ok(!same_bits(head, embedding)?),
             // PEFT leaves the end that is not in the file at the base's values.
@@ -251,18 +280,43 @@ impl Adapter {
     }
 
     /// What a model of this configuration takes over: our names and f32 values. The second copy of a tied embedding is
-    /// left out.
-    pub fn parameters(&self, base: &DecoderConfig) -> impl Iterator<Item = (&str, &Tensor)> {
-        let tied = base.tie_word_embeddings;
+    /// left out, and so are copies of the base.
+    pub fn parameters<'a>(
+        &'a self,
+        base: &DecoderConfig,
+    ) -> impl Iterator<Item = (&'a str, &'a Tensor)> + use<'a> {
+        let head = base.tie_word_embeddings.then(|| format!("{}.", module_of(base.untied_head_name())));
         self.tensors
             .iter()
-            .filter(move |(name, _)| !(tied && *name == HEAD))
+            .filter(move |(name, _)| {
+                let second = head.as_ref().is_some_and(|head| name.starts_with(head));
+                !second && base_copy(name).is_none()
+            })
             .map(|(name, t)| (name.as_str(), t))
     }
 
     /// Puts the adapter's tensors into a model's parameters: LoRA factors added, trained base tensors replaced. Call
     /// [`Adapter::check_against`] before.
+    ///
+    /// # Errors
+    /// When a copy of the base's embedding beside LoRA is not the base's; then nothing has been changed.
     pub fn load_into(&self, base: &DecoderConfig, params: &mut ParamStore) -> Result<()> {
+        for (name, copy) in &self.tensors {
+            let Some(module) = base_copy(name) else { continue };
+            let weight = format!("{module}.weight");
+            let weight = if weight == base.untied_head_name() { base.head_name() } else { &weight };
+            let copy = copy.flatten_all()?.to_vec1::<f32>()?;
+            // Stored in bf16, the base's values are the file's rounded.
+            let same = match params.values(weight)?.weight() {
+                Weight::F32(values) => values == copy,
+                Weight::Bf16(values) => values.iter().zip(&copy).all(|(v, c)| *v == bf16::put(*c)),
+            };
+            if !same {
+                return Err(self.refuse_tensors(format!(
+                    "expected {PREFIX}{name} to be the base's {weight}, it differs: the adapter was made for another base"
+                )));
+            }
+        }
         for (name, tensor) in self.parameters(base) {
             params.insert(name, base.group_of(name), tensor.clone())?;
         }
@@ -274,28 +328,38 @@ impl Adapter {
 
     /// Name and shape of every tensor that the description asks for on this base.
     fn expected(&self, base: &DecoderConfig) -> Result<BTreeMap<String, Vec<usize>>> {
-        let lora = self.lora();
-        lora.validate(base).map_err(|e| match e {
+        let modules = self.lora().resolve(base).map_err(|e| match e {
             BaseError::Lora { message } => self.refuse(format!("not for this base: {message}")),
             other => other,
         })?;
-        let mut expected = BTreeMap::new();
-        for (module, out, inp) in lora.modules(base) {
-            expected.insert(format!("{module}.lora_A.weight"), vec![lora.r, inp]);
-            expected.insert(format!("{module}.lora_B.weight"), vec![out, lora.r]);
+        let mut expected: BTreeMap<String, Vec<usize>> = modules.parameters().into_iter().collect();
+        let (embedding, head) = (base.embedding_name(), base.untied_head_name());
+        for module in &modules.modules {
+            if module.tied {
+                expected.insert(format!("{}.lora_A.weight", module_of(head)), vec![module.rank, module.out]);
+                expected.insert(format!("{}.lora_B.weight", module_of(head)), vec![module.inp, module.rank]);
+            }
+            if module.kind != LoraKind::Linear {
+                let copies =
+                    [module.name.as_str(), module_of(head)].map(|name| format!("{name}.base_layer.weight"));
+                for copy in copies.into_iter().filter(|copy| self.tensors.contains_key(copy)) {
+                    expected.insert(copy, vec![base.vocab_size, base.hidden_size]);
+                }
+            }
         }
-        let mut modules = base.tensors();
+        let mut tensors = base.tensors();
         if base.tie_word_embeddings {
-            modules.push((HEAD.to_string(), vec![base.vocab_size, base.hidden_size]));
+            tensors.push((head.to_string(), vec![base.vocab_size, base.hidden_size]));
         }
         for entry in &self.config.modules_to_save {
             let mut matched = false;
-            for (name, shape) in &modules {
-                let module = name.strip_suffix(".weight").unwrap_or(name);
+            for (name, shape) in &tensors {
+                let module = name.strip_suffix(".bias").unwrap_or(module_of(name));
                 if module.ends_with(entry.as_str()) {
-                    if AdapterConfig::saved_module(name).is_none() {
+                    if AdapterConfig::saved_module(base, name).is_none() {
                         return Err(self.refuse(format!(
-                            "modules_to_save: expected embeddings, norms or lm_head, got \"{entry}\", which is {module}"
+                            "modules_to_save: expected embeddings, norms or {}, got \"{entry}\", which is {module}",
+                            module_of(head)
                         )));
                     }
                     matched = true;
@@ -307,26 +371,53 @@ impl Adapter {
             }
         }
         // PEFT with ensure_weight_tying saves the head without listing it.
-        if self.config.ensure_weight_tying && base.tie_word_embeddings && expected.contains_key(EMBEDDING) {
-            expected.insert(HEAD.to_string(), vec![base.vocab_size, base.hidden_size]);
+        if self.config.lora.ensure_weight_tying
+            && base.tie_word_embeddings
+            && expected.contains_key(embedding)
+        {
+            expected.insert(head.to_string(), vec![base.vocab_size, base.hidden_size]);
         }
         Ok(expected)
     }
 
-    fn check_head_is_embedding(&self) -> Result<()> {
-        let (Some(head), Some(embedding)) = (self.tensors.get(HEAD), self.tensors.get(EMBEDDING)) else {
-            return Err(self.refuse_tensors(format!(
-                "expected the trained embedding of a tied model twice, as {PREFIX}{EMBEDDING} and as {PREFIX}{HEAD} \
-                 (PEFT leaves the one that is missing at the base's values), there is one"
-            )));
-        };
-        if same_bits(head, embedding)? {
+    /// Refuses what would untie a tied model.
+    fn check_second_copies(&self, base: &DecoderConfig) -> Result<()> {
+        if !base.tie_word_embeddings {
             return Ok(());
         }
-        Err(self.refuse_tensors(format!(
-            "expected {PREFIX}{HEAD} to equal the trained embedding of this tied model, it differs; \
-             untie the base first"
-        )))
+        let [embedding, head] = [base.embedding_name(), base.untied_head_name()];
+        match (self.tensors.get(head), self.tensors.get(embedding)) {
+            (None, None) => {}
+            (Some(copy), Some(trained)) if same_bits(copy, trained)? => {}
+            (Some(_), Some(_)) => {
+                return Err(self.refuse_tensors(format!(
+                    "expected {PREFIX}{head} to equal the trained embedding of this tied model, it differs; \
+                     untie the base first"
+                )));
+            }
+            _ => {
+                return Err(self.refuse_tensors(format!(
+                    "expected the trained embedding of a tied model twice, as {PREFIX}{embedding} and as {PREFIX}{head} \
+                     (PEFT leaves the one that is missing at the base's values), there is one"
+                )));
+            }
+        }
+        for (which, other) in [("A", "B"), ("B", "A")] {
+            let name = format!("{}.lora_{which}.weight", module_of(head));
+            let Some(copy) = self.tensors.get(&name) else { continue };
+            let factor = format!("{}.lora_embedding_{other}", module_of(embedding));
+            let same = match self.tensors.get(&factor) {
+                Some(factor) => same_bits(copy, &factor.t()?.contiguous()?)?,
+                None => false,
+            };
+            if !same {
+                return Err(self.refuse_tensors(format!(
+                    "expected {PREFIX}{name} to be {PREFIX}{factor} turned round, since this model's head is tied to its \
+                     embedding; untie the base first"
+                )));
+            }
+        }
+        Ok(())
     }
 
     fn refuse(&self, message: String) -> BaseError {
@@ -345,9 +436,13 @@ fn same_bits(one: &Tensor, other: &Tensor) -> Result<bool> {
     Ok(one.dims() == other.dims() && bits(one)? == bits(other)?)
 }
 
-/// The module that a LoRA factor belongs to.
-fn lora_module(name: &str) -> Option<&str> {
-    name.strip_suffix(".lora_A.weight").or_else(|| name.strip_suffix(".lora_B.weight"))
+/// The module whose weight this is PEFT's copy of.
+fn base_copy(name: &str) -> Option<&str> {
+    name.strip_suffix(".base_layer.weight")
+}
+
+fn module_of(weight: &str) -> &str {
+    weight.strip_suffix(".weight").unwrap_or(weight)
 }
 
 fn short(fingerprint: &str) -> String {

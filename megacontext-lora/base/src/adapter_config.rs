@@ -11,30 +11,28 @@ use serde_json::{Map, Value, json};
 
 use crate::config::DecoderConfig;
 use crate::error::{BaseError, Result};
-use crate::lora::LoraConfig;
+use crate::lora::{Layers, LoraConfig, LoraInit, LoraKind, Names, Patterns, TokenIndices};
+use crate::params::Group;
 use crate::rope::{PositionOptions, RopeScaling, sigma_scales};
 
 const FORMAT: u64 = 1;
-const TYING: [&str; 2] = ["embed_tokens", "lm_head"];
 /// Initialisations that leave the base as it is.
 const PLAIN_INITS: [&str; 3] = ["gaussian", "orthogonal", "eva"];
 /// Keys that must be absent, null, false or empty.
-const UNSUPPORTED: [&str; 15] = [
-    "use_dora",
-    "rank_pattern",
-    "alpha_pattern",
+const UNSUPPORTED: [&str; 13] = [
     "fan_in_fan_out",
     "lora_bias",
-    "layers_pattern",
     "layer_replication",
-    "trainable_token_indices",
     "target_parameters",
-    "exclude_modules",
     "loftq_config",
     "alora_invocation_tokens",
     "arrow_config",
+    "kasa_config",
+    "monteclora_config",
+    "velora_config",
     "use_qalora",
     "use_bdlora",
+    "megatron_config",
 ];
 
 /// Our own key in `adapter_config.json`.
@@ -59,24 +57,12 @@ pub struct MegacontextKey {
 /// What an adapter folder says about itself.
 #[derive(Clone, Debug, PartialEq)]
 pub struct AdapterConfig {
-    /// Rank.
-    pub r: usize,
-    /// Strength before division by the rank.
-    pub lora_alpha: f64,
-    /// Dropout on the input of A while training.
-    pub lora_dropout: f64,
-    /// Linear layers that carry LoRA.
-    pub target_modules: Vec<String>,
-    /// Blocks that carry LoRA; none means all.
-    pub layers_to_transform: Option<Vec<usize>>,
+    /// Where LoRA sits and how strong it is; `ensure_weight_tying` in it is the adapter's, of modules trained in full too.
+    pub lora: LoraConfig,
     /// Modules trained in full.
     pub modules_to_save: Vec<String>,
     /// The base, for people and for tools that look it up.
     pub base_model_name_or_path: Option<String>,
-    /// rsLoRA: alpha is divided by √r.
-    pub use_rslora: bool,
-    /// The trained embedding is the output head as well.
-    pub ensure_weight_tying: bool,
     /// Our own key; none in an adapter of another tool.
     pub megacontext: Option<MegacontextKey>,
 }
@@ -93,79 +79,99 @@ impl AdapterConfig {
     ) -> Result<Self> {
         let fail = |message: String| Err(BaseError::Lora { message });
         let trained: Vec<&str> = trained.into_iter().collect();
-        let norms = base.tensors().iter().filter(|(name, _)| name.ends_with("norm.weight")).count();
-        let trained_norms = trained.iter().filter(|name| name.ends_with("norm.weight")).count();
+        let is_norm = |name: &str| base.group_of(name) == Group::Norms;
+        let tensors = base.tensors();
+        let norms = tensors.iter().filter(|(name, _)| is_norm(name)).count();
+        let trained_norms = trained.iter().filter(|name| is_norm(name)).count();
         if trained_norms != 0 && trained_norms != norms {
             return fail(format!("expected all {norms} norms to be trained or none, got {trained_norms}"));
         }
-        let mut modules_to_save = Vec::new();
-        for module in ["embed_tokens", "lm_head", "input_layernorm", "post_attention_layernorm", "norm"] {
-            if trained.iter().any(|name| Self::saved_module(name) == Some(module)) {
-                modules_to_save.push(module.to_string());
+        if let Some(other) = trained.iter().find(|name| Self::saved_module(base, name).is_none()) {
+            return fail(format!(
+                "expected embeddings, norms or {} to be trained in full, got {other}",
+                base.untied_head_name()
+            ));
+        }
+        let mut modules_to_save: Vec<String> = Vec::new();
+        let ends = |wanted: &dyn Fn(&str) -> bool, into: &mut Vec<String>| {
+            for name in trained.iter().filter(|name| wanted(name)) {
+                let module = Self::saved_module(base, name).unwrap_or_default();
+                if !into.iter().any(|known| known == module) {
+                    into.push(module.to_string());
+                }
             }
+        };
+        ends(&|name| name == base.embedding_name(), &mut modules_to_save);
+        let embedding = !modules_to_save.is_empty();
+        if base.tie_word_embeddings && embedding {
+            let head = Self::saved_module(base, base.untied_head_name()).unwrap_or_default();
+            modules_to_save.push(head.to_string());
+        } else {
+            ends(&|name| name == base.untied_head_name(), &mut modules_to_save);
         }
-        if let Some(other) = trained.iter().find(|name| Self::saved_module(name).is_none()) {
-            return fail(format!("expected embeddings, norms or lm_head to be trained in full, got {other}"));
+        ends(&is_norm, &mut modules_to_save);
+        let mut lora = lora.clone();
+        lora.target_modules = lora.target_modules.expanded(base);
+        if let Some(layers) = &lora.layers {
+            lora.layers = Some(layers.numbers(base.num_hidden_layers)?.into());
         }
-        let embedding = modules_to_save.iter().any(|m| m == TYING[0]);
-        let ensure_weight_tying = base.tie_word_embeddings && embedding;
-        if ensure_weight_tying {
-            modules_to_save.insert(1, TYING[1].to_string());
-        }
+        let adapts_embedding = lora.resolve(base)?.of_kind(LoraKind::Embedding).is_some();
+        lora.ensure_weight_tying =
+            base.tie_word_embeddings && (embedding || (adapts_embedding && lora.ensure_weight_tying));
         Ok(Self {
-            r: lora.r,
-            lora_alpha: lora.alpha,
-            lora_dropout: lora.dropout,
-            target_modules: lora.target_modules.clone(),
-            layers_to_transform: lora.layers.clone(),
+            lora,
             modules_to_save,
             base_model_name_or_path: Some(base_model.to_string_lossy().into_owned()),
-            use_rslora: false,
-            ensure_weight_tying,
             megacontext: Some(megacontext),
         })
     }
 
     /// The entry of `modules_to_save` that covers a tensor trained in full.
-    pub(crate) fn saved_module(name: &str) -> Option<&str> {
-        let module = name.strip_suffix(".weight")?.rsplit('.').next()?;
-        ["embed_tokens", "lm_head", "input_layernorm", "post_attention_layernorm", "norm"]
-            .into_iter()
-            .find(|known| *known == module)
+    pub(crate) fn saved_module<'a>(base: &DecoderConfig, name: &'a str) -> Option<&'a str> {
+        let whole = matches!(base.group_of(name), Group::Embeddings | Group::Norms)
+            || name == base.untied_head_name();
+        let module = name.strip_suffix(".weight").or_else(|| name.strip_suffix(".bias"))?;
+        whole.then(|| module.rsplit('.').next()).flatten()
     }
 
-    /// Where LoRA sits and how strong it is; rsLoRA's alpha/√r is expressed as the equal alpha.
+    /// Where LoRA sits and how strong it is. As in PEFT, what is trained in full carries no LoRA besides.
     pub fn lora(&self) -> LoraConfig {
-        let root = if self.use_rslora { (self.r as f64).sqrt() } else { 1.0 };
-        LoraConfig {
-            r: self.r,
-            alpha: self.lora_alpha * root,
-            dropout: self.lora_dropout,
-            target_modules: self.target_modules.clone(),
-            layers: self.layers_to_transform.clone(),
+        let mut lora = self.lora.clone();
+        if !self.modules_to_save.is_empty() {
+            let saved: Vec<&str> = self.modules_to_save.iter().map(String::as_str).collect();
+            let excluded = lora.exclude_modules.unwrap_or(Names::List(Vec::new()));
+            lora.exclude_modules = Some(excluded.and(&saved));
         }
+        lora
     }
 
     /// The file's content.
     pub fn to_json(&self) -> Value {
+        let lora = &self.lora;
+        let names = |names: &Option<Names>| names.as_ref().map_or(Value::Null, |names| json!(names));
+        let alphas: Map<String, Value> =
+            lora.alpha_pattern.0.iter().map(|(pattern, alpha)| (pattern.clone(), number(*alpha))).collect();
         let mut out = json!({
             "peft_type": "LORA",
             "task_type": "CAUSAL_LM",
             "base_model_name_or_path": self.base_model_name_or_path,
-            "r": self.r,
-            "lora_alpha": number(self.lora_alpha),
-            "lora_dropout": self.lora_dropout,
-            "target_modules": self.target_modules,
-            "layers_to_transform": self.layers_to_transform,
+            "r": lora.r,
+            "lora_alpha": number(lora.alpha),
+            "lora_dropout": lora.dropout,
+            "target_modules": lora.target_modules,
+            "exclude_modules": names(&lora.exclude_modules),
+            "layers_to_transform": lora.layers,
+            "layers_pattern": names(&lora.layers_pattern),
             "modules_to_save": if self.modules_to_save.is_empty() { Value::Null } else { json!(self.modules_to_save) },
+            "trainable_token_indices": lora.trainable_token_indices,
             "bias": "none",
             "fan_in_fan_out": false,
-            "use_rslora": self.use_rslora,
-            "use_dora": false,
-            "rank_pattern": {},
-            "alpha_pattern": {},
+            "use_rslora": lora.use_rslora,
+            "use_dora": lora.use_dora,
+            "rank_pattern": lora.rank_pattern,
+            "alpha_pattern": alphas,
             "init_lora_weights": true,
-            "ensure_weight_tying": self.ensure_weight_tying,
+            "ensure_weight_tying": lora.ensure_weight_tying,
             "inference_mode": true,
         });
         if let Some(own) = &self.megacontext {
@@ -214,24 +220,37 @@ impl AdapterConfig {
             Some(Value::String(name)) if PLAIN_INITS.contains(&name.as_str()) => {}
             Some(other) => {
                 return keys.fail(format!(
-                    "init_lora_weights: expected an initialisation that leaves the base as it is, got {other}; convert \
-                     the adapter to plain LoRA with PEFT first"
+                    "init_lora_weights: expected an initialisation that leaves the base as it is, got {other}; convert the \
+                     adapter to plain LoRA with PEFT first (save_pretrained's path_initial_model_for_weight_conversion)"
                 ));
             }
         }
-        Ok(Self {
+        let lora = LoraConfig {
             r: keys.count("r")?,
-            lora_alpha: keys.number("lora_alpha", 8.0)?,
-            lora_dropout: keys.number("lora_dropout", 0.0)?,
+            alpha: keys.number("lora_alpha", 8.0)?,
+            dropout: keys.number("lora_dropout", 0.0)?,
             target_modules: keys.target_modules()?,
-            layers_to_transform: keys.layers()?,
+            exclude_modules: keys.names("exclude_modules")?,
+            layers: keys.layers()?.map(Layers::These),
+            layers_pattern: keys.names("layers_pattern")?,
+            rank_pattern: keys.patterns("rank_pattern", "a rank of at least 1", |v| {
+                v.as_u64().filter(|n| *n > 0).and_then(|n| usize::try_from(n).ok())
+            })?,
+            alpha_pattern: keys
+                .patterns("alpha_pattern", "a positive number", |v| v.as_f64().filter(|x| *x > 0.0))?,
+            use_rslora: keys.flag("use_rslora")?,
+            use_dora: keys.flag("use_dora")?,
+            init: LoraInit::Default,
+            trainable_token_indices: keys.token_indices()?,
+            ensure_weight_tying: keys.flag("ensure_weight_tying")?,
+        };
+        Ok(Self {
+            lora,
             modules_to_save: keys.strings("modules_to_save")?.unwrap_or_default(),
             base_model_name_or_path: keys
                 .get("base_model_name_or_path")
                 .and_then(Value::as_str)
                 .map(str::to_string),
-            use_rslora: keys.flag("use_rslora")?,
-            ensure_weight_tying: keys.flag("ensure_weight_tying")?,
             megacontext: keys.get("megacontext").map(|own| own_key(own, path)).transpose()?,
         })
     }
@@ -340,20 +359,65 @@ impl Keys<'_> {
         }
     }
 
-    fn target_modules(&self) -> Result<Vec<String>> {
-        match self.strings("target_modules")? {
-            Some(mut list) => {
-                // PEFT writes a set in any order.
+    /// Names or a pattern; PEFT writes sets in any order.
+    fn names(&self, key: &str) -> Result<Option<Names>> {
+        match self.get(key) {
+            None => Ok(None),
+            Some(Value::String(pattern)) if pattern.is_empty() => Ok(None),
+            Some(Value::String(pattern)) => Ok(Some(Names::Pattern(pattern.clone()))),
+            Some(Value::Array(list)) if list.is_empty() => Ok(None),
+            Some(_) => Ok(self.strings(key)?.map(|mut list| {
                 list.sort();
-                Ok(list)
+                list.dedup();
+                Names::List(list)
+            })),
+        }
+    }
+
+    fn target_modules(&self) -> Result<Names> {
+        match self.names("target_modules")? {
+            Some(names) => Ok(names),
+            None => self.fail(format!(
+                "target_modules: expected a list of names or a pattern, got {}",
+                self.shown("target_modules")
+            )),
+        }
+    }
+
+    fn patterns<T>(
+        &self,
+        key: &str,
+        expected: &str,
+        read: impl Fn(&Value) -> Option<T>,
+    ) -> Result<Patterns<T>> {
+        let Some(value) = self.get(key) else { return Ok(Patterns::default()) };
+        let Some(map) = value.as_object() else {
+            return self.fail(format!("{key}: expected an object, got {value}"));
+        };
+        let mut out = Vec::with_capacity(map.len());
+        for (pattern, value) in map {
+            match read(value) {
+                Some(value) => out.push((pattern.clone(), value)),
+                None => {
+                    return self.fail(format!("{key}: expected {expected} for \"{pattern}\", got {value}"));
+                }
             }
-            None => self.fail("target_modules: expected a list of names, the key is missing"),
+        }
+        Ok(Patterns(out))
+    }
+
+    fn token_indices(&self) -> Result<Option<TokenIndices>> {
+        let key = "trainable_token_indices";
+        let Some(value) = self.get(key).filter(|v| !is_off(v)) else { return Ok(None) };
+        match serde_json::from_value(value.clone()) {
+            Ok(indices) => Ok(Some(indices)),
+            Err(_) => self.fail(format!("{key}: expected token ids, or token ids by module, got {value}")),
         }
     }
 
     fn layers(&self) -> Result<Option<Vec<usize>>> {
         let key = "layers_to_transform";
-        let Some(value) = self.get(key) else { return Ok(None) };
+        let Some(value) = self.get(key).filter(|v| !is_off(v)) else { return Ok(None) };
         let one = |v: &Value| v.as_u64().and_then(|n| usize::try_from(n).ok());
         let list = match value {
             Value::Array(list) => list.iter().map(one).collect::<Option<Vec<usize>>>(),

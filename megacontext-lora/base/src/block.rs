@@ -96,7 +96,7 @@ impl<'a> Block<'a> {
         let (c, params) = (pass.config, pass.setting.params);
         let a = &c.architecture;
         let (width, eps) = (c.hidden_size, c.rms_norm_eps);
-        let linear = |part| Projection::new(layer, &c.linear_module(layer, part), pass.setting);
+        let linear = |part| Projection::new(&c.linear_module(layer, part), pass.setting);
         let norm = |part, width| Norm::new(a.norm, &c.norm_module(layer, part), width, eps, params);
         let behind = |part| (a.residual == Residual::Sandwich).then(|| norm(part, width)).transpose();
         let qk_norms = match a.qk_norm {

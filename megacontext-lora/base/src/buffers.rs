@@ -11,7 +11,7 @@ use std::marker::PhantomData;
 use std::ops::{Deref, DerefMut};
 
 use megacontext_kernels::attention::slices::{Gradients as AttentionGradients, Mixed};
-use megacontext_kernels::linear;
+use megacontext_kernels::linear::{self, LoraShape};
 use megacontext_kernels::loss::chunk_rows;
 use megacontext_kernels::precision::Precision;
 use megacontext_kernels::store::{Store, bf16};
@@ -20,7 +20,7 @@ use memmap2::MmapMut;
 use crate::architecture::{QkNorm, Residual};
 use crate::config::DecoderConfig;
 use crate::error::{BaseError, Result};
-use crate::lora::LoraConfig;
+use crate::lora::LoraModules;
 
 /// Values in memory of their own, which goes back to the system with them.
 pub(crate) struct Buffer<S> {
@@ -283,18 +283,19 @@ pub struct PassShape<'a> {
     pub entries: usize,
     /// Class.
     pub precision: Precision,
-    /// LoRA, where it is attached.
-    pub lora: Option<&'a LoraConfig>,
+    /// What LoRA comes to, where it is attached.
+    pub lora: Option<&'a LoraModules>,
 }
 
 impl PassShape<'_> {
     /// LoRA's low-rank values and, walking back, their gradients.
-    fn lora(&self, config: &DecoderConfig, backward: bool) -> u64 {
+    fn lora(&self, backward: bool) -> u64 {
         let Some(lora) = self.lora else { return 0 };
-        let widths: Vec<usize> = lora.modules(config).into_iter().map(|(_, out, _)| out).collect();
-        let both =
-            linear::Scratch::planned_bytes(self.entries, lora.r, &widths, self.precision.stores_bf16());
-        both - if backward { 0 } else { 4 * (self.entries * lora.r) as u64 }
+        let in_block = lora.modules.iter().filter(|module| module.layer.is_some());
+        let shapes: Vec<LoraShape> = in_block
+            .map(|m| LoraShape { out: m.out, rank: m.rank, dora: m.dora, initial: m.pissa })
+            .collect();
+        linear::Scratch::planned_bytes(self.entries, &shapes, self.precision.stores_bf16(), backward)
     }
 }
 
@@ -306,7 +307,7 @@ pub fn training_bytes(config: &DecoderConfig, pass: PassShape, walked: usize, re
     let backward = 4 * s.n * (2 * s.e + s.wide.max(s.q) + s.q + 2 * s.kv);
     PassBytes {
         activations: s.n * s.stored * s.e * walked as u64 + blocks * s.kept(),
-        workspace: s.forward() + backward + pass.lora(config, true),
+        workspace: s.forward() + backward + pass.lora(true),
         loss: s.loss(config.vocab_size, true),
     }
 }
@@ -316,7 +317,7 @@ pub fn evaluation_bytes(config: &DecoderConfig, pass: PassShape) -> PassBytes {
     let s = Sizes::of(config, pass.precision, pass.entries);
     PassBytes {
         activations: s.kept(),
-        workspace: s.forward() + pass.lora(config, false),
+        workspace: s.forward() + pass.lora(false),
         loss: s.loss(config.vocab_size, false),
     }
 }

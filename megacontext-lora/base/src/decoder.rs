@@ -24,18 +24,16 @@ use candle_core::{Device, Tensor};
 use megacontext_kernels::attention::slices::Prepared;
 use megacontext_kernels::attention::{Pattern, Rows, alibi_slopes};
 use megacontext_kernels::cpu::Values;
-use megacontext_kernels::linear::{Layer, Scratch as LinearScratch, Weight};
-use megacontext_kernels::loss::{Gradient, Head, head_cross_entropy, softcap};
 use megacontext_kernels::precision::Precision;
+use megacontext_kernels::rows;
 use megacontext_kernels::store::{Store, bf16};
-use megacontext_kernels::{embedding, rows};
 
 use crate::block::{Attentions, Block, Pass, Tables};
 use crate::buffers::{Activation, Buffer, Buffers, Scratch};
 use crate::config::DecoderConfig;
 use crate::error::{BaseError, Result};
 use crate::gradients::Gradients;
-use crate::lora::LoraConfig;
+use crate::lora::{LoraConfig, LoraModules};
 use crate::norms::Norm;
 use crate::params::{Group, ParamStore};
 use crate::projection::Setting;
@@ -43,8 +41,10 @@ use crate::random::Random;
 use crate::rope::{RopeTables, SIGMA, Spread};
 use crate::weights::Weights;
 
+mod adapted;
 mod merged;
 
+use adapted::Attached;
 use merged::Merged;
 
 /// What a forward pass is told besides its input.
@@ -73,7 +73,7 @@ pub struct StepLoss {
 pub struct Decoder {
     config: DecoderConfig,
     params: ParamStore,
-    lora: Option<LoraConfig>,
+    lora: Option<Attached>,
     precision: Precision,
     merged: Option<Merged>,
 }
@@ -206,22 +206,19 @@ impl Decoder {
     /// When a factor is missing or has another shape, or LoRA is merged into the weights.
     pub fn set_lora(&mut self, lora: Option<LoraConfig>) -> Result<()> {
         self.refuse_merged("set_lora")?;
-        if let Some(lora) = &lora {
-            lora.validate(&self.config)?;
-            for (module, out, inp) in lora.modules(&self.config) {
-                for (name, shape) in [("lora_A", [lora.r, inp]), ("lora_B", [out, lora.r])] {
-                    let name = format!("{module}.{name}.weight");
-                    let found = self.params.shape(&name);
-                    if found != Some(&shape) {
-                        return Err(BaseError::Parameter {
-                            name,
-                            message: format!("expected shape {shape:?}, got {found:?}"),
-                        });
-                    }
-                }
+        let Some(config) = lora else {
+            self.lora = None;
+            return Ok(());
+        };
+        let modules = config.resolve(&self.config)?;
+        for (name, shape) in modules.parameters().into_iter().chain(modules.fixed()) {
+            let found = self.params.shape(&name);
+            if found != Some(&shape) {
+                let message = format!("expected shape {shape:?}, got {found:?}");
+                return Err(BaseError::Parameter { name, message });
             }
         }
-        self.lora = lora;
+        self.lora = Some(Attached { config, modules });
         Ok(())
     }
 
@@ -256,7 +253,12 @@ impl Decoder {
 
     /// LoRA, if attached and not merged into the weights.
     pub fn lora(&self) -> Option<&LoraConfig> {
-        self.lora.as_ref()
+        self.lora.as_ref().map(|lora| &lora.config)
+    }
+
+    /// What LoRA comes to on this model, if attached and not merged into the weights.
+    pub fn lora_modules(&self) -> Option<&LoraModules> {
+        self.adapted()
     }
 
     /// Parameters by name.
@@ -283,16 +285,6 @@ impl Decoder {
     fn embedding_scale(&self) -> Option<f32> {
         let scale = self.config.architecture.embedding_scale? as f32;
         Some(if self.precision.stores_bf16() { bf16::put(scale).get() } else { scale })
-    }
-
-    /// Embeddings of tokens, row-major.
-    fn gather<S: Store>(&self, tokens: &[u32], out: &mut [S]) -> Result<()> {
-        let table = self.params.values(self.config.embedding_name())?;
-        embedding::gather_into(table.weight(), self.config.hidden_size, tokens, out)?;
-        if let Some(scale) = self.embedding_scale() {
-            rows::scale(out, scale);
-        }
-        Ok(())
     }
 
     /// The norm of what enters the first block, where there is one.
@@ -384,8 +376,7 @@ impl Decoder {
         dropout_seed: Option<u64>,
     ) -> Pass<'a> {
         let products = self.precision.products();
-        let setting =
-            Setting { params: &self.params, lora: self.lora.as_ref(), dropout_seed, products, entries };
+        let setting = Setting { params: &self.params, lora: self.adapted(), dropout_seed, products, entries };
         Pass { config: &self.config, setting, attention, tables, spread }
     }
 
@@ -484,19 +475,6 @@ impl Decoder {
         Ok(Tensor::from_vec(values, x_bte.shape(), &Device::Cpu)?)
     }
 
-    fn logits_of<S: Store>(&self, hidden: &[S]) -> Result<Vec<f32>> {
-        let (vocab, width) = (self.config.vocab_size, self.config.hidden_size);
-        let head = self.params.values(self.config.head_name())?;
-        let products = self.precision.products();
-        let layer = Layer { weight: head.weight(), out: vocab, inp: width, lora: None, products };
-        let mut logits = vec![0f32; hidden.len() / width * vocab];
-        layer.forward(hidden, &mut logits, false, &mut LinearScratch::default());
-        if let Some(cap) = self.config.architecture.softcap {
-            softcap(&mut logits, cap as f32);
-        }
-        Ok(logits)
-    }
-
     /// Logits of every position, [B, T, V]; for short inputs, as they are held whole.
     pub fn logits(&self, x_bte: &Tensor, with: &Forward) -> Result<Tensor> {
         let (batch, length) = self.stream(x_bte)?;
@@ -507,24 +485,6 @@ impl Decoder {
             self.logits_of(self.forward_of(x_bte, with, f32::scratch(&mut buffers))?)?
         };
         Ok(Tensor::from_vec(logits, (batch, length, self.config.vocab_size), &Device::Cpu)?)
-    }
-
-    /// The output head with its cap, for the loss.
-    fn capped<'a>(&self, weight: Weight<'a>) -> Head<'a> {
-        Head { weight, softcap: self.config.architecture.softcap.map(|cap| cap as f32) }
-    }
-
-    /// Sizes of the output head's product for `entries` positions: [N, E, V].
-    fn head_sizes(&self, entries: usize) -> [usize; 3] {
-        [entries, self.config.hidden_size, self.config.vocab_size]
-    }
-
-    fn nll_of<S: Store>(&self, hidden: &[S], targets: &[u32]) -> Result<Vec<f32>> {
-        let head = self.params.values(self.config.head_name())?;
-        let sizes = self.head_sizes(targets.len());
-        let products = self.precision.products();
-        let head = self.capped(head.weight());
-        Ok(head_cross_entropy(hidden, head, sizes, targets, Gradient::Skip, products)?.nll)
     }
 
     /// NLL in nats of `targets` (row-major [B, T]; `IGNORE` gives 0) at every position; builds no graph.
@@ -569,11 +529,11 @@ impl Decoder {
 
     /// Does anything below block `layer` (or its own input) learn?
     fn learns_below(&self, layer: usize) -> bool {
-        self.params.learns(Group::Embeddings) || (0..layer).any(|l| self.block_learns(l))
+        self.embedding_learns() || (0..layer).any(|l| self.block_learns(l))
     }
 
     fn block_learns(&self, layer: usize) -> bool {
-        let lora = self.lora.as_ref().is_some_and(|l| l.target_modules.iter().any(|t| l.applies(layer, t)));
+        let lora = self.adapted().is_some_and(|lora| lora.in_block(layer));
         self.params.learns(Group::Base)
             || self.params.learns(Group::Norms)
             || (self.params.learns(Group::Sigma) && self.params.contains(SIGMA))
@@ -690,7 +650,7 @@ impl Decoder {
             let wanted = given || self.learns_below(layer);
             block.backward(input, d, &mut saved[place], workspace, gradients, wanted)?;
         }
-        if !given && !self.params.learns(Group::Embeddings) {
+        if !given && !self.embedding_learns() {
             return Ok(loss);
         }
         if let Some(norm) = self.entry_norm() {
@@ -706,8 +666,7 @@ impl Decoder {
             if let Some(scale) = self.embedding_scale() {
                 rows::scale(d, scale);
             }
-            let table = gradients.buffer(c.embedding_name(), c.vocab_size * c.hidden_size);
-            embedding::scatter_add(d, c.hidden_size, tokens, table)?;
+            self.embedding_gradients(d, tokens, gradients)?;
         }
         Ok(loss)
     }
@@ -731,19 +690,8 @@ impl Decoder {
         step: &Step,
         gradients: &mut Gradients,
     ) -> Result<(StepLoss, Vec<f32>)> {
-        let name = self.config.head_name();
-        let head = self.params.values(name)?;
-        let learns = self.params.group(name).is_some_and(|g| self.params.learns(g));
-        let wanted = if learns {
-            let head = gradients.buffer(name, self.config.vocab_size * self.config.hidden_size);
-            Gradient::HiddenAndHead { scale: step.scale, head }
-        } else {
-            Gradient::Hidden { scale: step.scale }
-        };
-        let sizes = self.head_sizes(step.targets.len());
-        let products = self.precision.products();
-        let head = self.capped(head.weight());
-        let loss = head_cross_entropy(hidden, head, sizes, step.targets, wanted, products)?;
+        let (targets, seed) = (step.targets, step.with.dropout_seed);
+        let loss = self.head_gradients(hidden, targets, step.scale, seed, gradients)?;
         let sum = loss.sum();
         if !sum.is_finite() {
             return Err(BaseError::NonFinite { what: "loss".to_string(), value: sum });

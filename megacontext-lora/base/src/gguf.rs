@@ -140,8 +140,8 @@ pub fn export_gguf(base: &DecoderConfig, adapter: &Adapter, out: &Path, dtype: D
         ));
     }
 
-    let lora = adapter.lora();
-    let alpha = adapter.config.lora_alpha;
+    let lora = adapter.lora().resolve(base)?;
+    let alpha = adapter.config.lora.alpha;
     let mut tensors: Vec<(String, QTensor)> = Vec::new();
     for (name, a_ri) in &adapter.tensors {
         let Some(module) = name.strip_suffix(".lora_A.weight") else {
@@ -157,7 +157,8 @@ pub fn export_gguf(base: &DecoderConfig, adapter: &Adapter, out: &Path, dtype: D
         };
         let (named, order) = place(base, module, woven).map_err(|m| BaseError::adapter(&adapter.dir, m))?;
         let rank = a_ri.dim(0)?;
-        let missing = lora.scale() * rank as f64 / alpha;
+        let scale = lora.get(module).map_or(0.0, |module| module.scale);
+        let missing = scale * rank as f64 / alpha;
         let b_or = if missing == 1.0 { b_or.clone() } else { (b_or * missing)? };
         tensors.push((format!("{named}.weight.lora_a"), QTensor::quantize(a_ri, stored)?));
         tensors

@@ -87,13 +87,11 @@ pub fn export_lora_only(
 
     let mut config = adapter.config.clone();
     config.modules_to_save = Vec::new();
-    config.ensure_weight_tying = false;
     config.base_model_name_or_path = Some(out.join("base").to_string_lossy().into_owned());
-    let mut targets: Vec<String> =
-        modules.iter().map(|m| m.rsplit('.').next().unwrap_or(m).to_string()).collect();
-    targets.sort();
-    targets.dedup();
-    config.target_modules = targets;
+    let resolved = adapter.lora().resolve(&source.config)?;
+    let left: Vec<_> = resolved.modules.iter().filter(|module| module.layer.is_some()).collect();
+    config.lora = adapter.lora().only_on(&left)?;
+    config.lora.ensure_weight_tying = false;
     config.megacontext = Some(MegacontextKey {
         base_fingerprint: Weights::open(&base_dir)?.fingerprint(),
         rope_scaling: source.config.rope_scaling.clone(),

@@ -1,6 +1,6 @@
 //! An adapter merged into its base: a plain model folder that any reader of its family loads.
 //!
-//! Source: LoRA (Hu et al. 2021), W' = W + (alpha/r)·B·A. Trained embeddings and norms replace the base's; the
+//! Source: W' = W + ΔW with the adapter's whole change of a weight ([`crate::lora::changed`]). Trained embeddings and norms replace the base's; the
 //! adapter's RoPE scaling and context length go into `config.json`: a merged model without its scaling is broken.
 //!
 //! Tied models: where the adapter carries one embedding for both ends, the merged model stays tied. Where head and
@@ -19,9 +19,9 @@ use candle_core::Tensor;
 
 use crate::adapter::Adapter;
 use crate::config::DecoderConfig;
-use crate::error::{BaseError, Result};
+use crate::error::Result;
 use crate::hf_export::write_model_streamed;
-use crate::lora::LoraConfig;
+use crate::lora::{LoraModules, changed};
 use crate::weights::{Dtype, Weights};
 
 /// What a merge wrote.
@@ -81,7 +81,7 @@ pub(crate) enum From {
 pub(crate) struct MergedTensors<'a> {
     weights: &'a Weights,
     adapter: &'a Adapter,
-    lora: LoraConfig,
+    lora: LoraModules,
     /// The base's configuration as the result needs it: scaling and length of the adapter, tied or not.
     pub config: DecoderConfig,
     /// The base is tied and the result is not.
@@ -101,7 +101,8 @@ impl<'a> MergedTensors<'a> {
         };
         let scales = adapter.config.megacontext.as_ref().and_then(|own| own.sigma_scales.as_ref());
         let config = scales.map_or(config.clone(), |scales| config.with_sigma_scales(scales));
-        Ok(Self { weights, adapter, lora: adapter.lora(), config, untied })
+        let lora = adapter.lora().resolve(&config)?;
+        Ok(Self { weights, adapter, lora, config, untied })
     }
 
     /// The tensor `name` of the result in f32, LoRA in it where `folds` says so of its module.
@@ -120,7 +121,7 @@ impl<'a> MergedTensors<'a> {
             return Ok((base, from));
         }
         let factor = |name: &str| self.adapter.tensors.get(name).cloned();
-        match merged_weight(&self.lora, name, || Ok(base.clone()), factor)? {
+        match changed(&self.lora, name, || Ok(base.clone()), factor)? {
             Some(merged) => Ok((merged, From::Lora)),
             None => Ok((base, from)),
         }
@@ -130,19 +131,4 @@ impl<'a> MergedTensors<'a> {
 /// The module that a weight belongs to.
 pub(crate) fn module_of(name: &str) -> &str {
     name.strip_suffix(".weight").unwrap_or(name)
-}
-
-/// The weight `name` with LoRA in it, f32; none where LoRA has no factors for it. `base` gives the weight as it is in f32,
-/// `factor` LoRA's parameters by their names.
-pub(crate) fn merged_weight(
-    lora: &LoraConfig,
-    name: &str,
-    base: impl FnOnce() -> Result<Tensor>,
-    factor: impl Fn(&str) -> Option<Tensor>,
-) -> Result<Option<Tensor>> {
-    let module = module_of(name);
-    let factor = |which: &str| factor(&format!("{module}.lora_{which}.weight"));
-    let (Some(a_ri), Some(b_or)) = (factor("A"), factor("B")) else { return Ok(None) };
-    let update_oi = (b_or.matmul(&a_ri)? * lora.scale())?;
-    (base()? + update_oi).map(Some).map_err(BaseError::from)
 }

@@ -292,10 +292,11 @@ impl DecoderConfig {
         out
     }
 
-    /// The group of a parameter of this model, from its name; LoRA's factors carry their module's name. Biases of linear
+    /// The group of a parameter of this model, from its name; LoRA's factors, and rows of tokens that learn by
+    /// themselves, carry their module's name. Biases of linear
     /// layers belong to their weights, those of norms to their gains.
     pub fn group_of(&self, name: &str) -> Group {
-        if name.contains(".lora_") {
+        if name.contains(".lora_") || name.contains(".token_adapter.") {
             return Group::Lora;
         }
         if name == crate::rope::SIGMA {

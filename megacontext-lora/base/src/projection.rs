@@ -1,8 +1,9 @@
 //! One linear layer of a model in a pass: its weight, its bias where it has one, LoRA where it is attached, and where its
 //! gradients go.
 //!
-//! Source: y = x·Wᵀ + b + s·drop(x)·Aᵀ·Bᵀ (Hu et al. 2021); the formulas and their backward are
-//! [`megacontext_kernels::linear`]'s, those of the bias [`megacontext_kernels::rows`]'.
+//! Source: y = x·Wᵀ + b + s·drop(x)·Aᵀ·Bᵀ (Hu et al. 2021), DoRA and PiSSA; the formulas and their backward are
+//! [`megacontext_kernels::linear`]'s, those of the bias [`megacontext_kernels::rows`]'. DoRA's lengths are found anew for
+//! every pass, since what they are lengths of has learned; the bias is not scaled by it.
 //! This module finds the parameters by name and hands gradients to those that learn, and to no others.
 //!
 //! Shapes: N entries, W [out, in], b [out], A [r, in], B [out, r]; x [N, in], y [N, out]. Row-major. x and y are stored as S (f32 or
@@ -10,13 +11,15 @@
 //! Errors: a parameter that is missing or not a matrix.
 
 use megacontext_kernels::gemm::Products;
-use megacontext_kernels::linear::{Dropout, Layer, LayerGradients, LoraSlices, Scratch};
+use megacontext_kernels::linear::{
+    Dora, Dropout, Factors, Layer, LayerGradients, LoraSlices, Scratch, Weight,
+};
 use megacontext_kernels::rows;
 
 use crate::buffers::{Activation, Buffer};
 use crate::error::{BaseError, Result};
 use crate::gradients::Gradients;
-use crate::lora::LoraConfig;
+use crate::lora::{LoraModule, LoraModules, lengths};
 use crate::params::{Group, Held, ParamStore};
 use crate::random::{Random, mix};
 
@@ -24,7 +27,7 @@ use crate::random::{Random, mix};
 #[derive(Clone, Copy)]
 pub(crate) struct Setting<'a> {
     pub params: &'a ParamStore,
-    pub lora: Option<&'a LoraConfig>,
+    pub lora: Option<&'a LoraModules>,
     pub dropout_seed: Option<u64>,
     pub products: Products,
     /// N.
@@ -43,16 +46,67 @@ pub(crate) struct Projection<'a> {
 }
 
 struct Lora<'a> {
+    module: &'a LoraModule,
     a: Held<'a>,
     b: Held<'a>,
-    rank: usize,
-    scale: f32,
+    initial: Option<[Held<'a>; 2]>,
+    dora: Option<Scales>,
     dropout: Option<Dropout>,
 }
 
+/// DoRA's c = m/n and n, [out].
+struct Scales {
+    scale: Vec<f32>,
+    norms: Vec<f32>,
+}
+
+/// The dropout of a module in a pass with this seed.
+pub(crate) fn dropout_of(module: &LoraModule, seed: Option<u64>) -> Option<Dropout> {
+    let seed = seed.filter(|_| module.dropout > 0.0)?;
+    Some(Dropout { p: module.dropout, seed: Random::named(mix(seed), &module.name).next_u64() })
+}
+
+impl<'a> Lora<'a> {
+    fn new(module: &'a LoraModule, weight: Weight, setting: Setting<'a>) -> Result<Self> {
+        let params = setting.params;
+        let (a, b) = (params.values(&module.a_name())?, params.values(&module.b_name())?);
+        let initial = if module.pissa {
+            let [a, b] = module.fixed_names();
+            Some([params.values(&a)?, params.values(&b)?])
+        } else {
+            None
+        };
+        let dora = if module.dora {
+            let norms = lengths(module, weight, a.f32()?, b.f32()?)?;
+            let magnitudes = params.values(&module.magnitude_name())?;
+            let scale = magnitudes.f32()?.iter().zip(&norms).map(|(m, n)| m / n).collect();
+            Some(Scales { scale, norms })
+        } else {
+            None
+        };
+        Ok(Self { module, a, b, initial, dora, dropout: dropout_of(module, setting.dropout_seed) })
+    }
+
+    fn slices(&self) -> Result<LoraSlices<'_>> {
+        let initial = match &self.initial {
+            None => None,
+            Some([a, b]) => Some(Factors { a: a.f32()?, b: b.f32()? }),
+        };
+        Ok(LoraSlices {
+            a: self.a.f32()?,
+            b: self.b.f32()?,
+            rank: self.module.rank,
+            scale: self.module.scale as f32,
+            dropout: self.dropout,
+            initial,
+            dora: self.dora.as_ref().map(|Scales { scale, norms }| Dora { scale, norms }),
+        })
+    }
+}
+
 impl<'a> Projection<'a> {
-    /// The linear layer `name` (without `.weight`) of block `layer`.
-    pub(crate) fn new(layer: usize, name: &str, setting: Setting<'a>) -> Result<Self> {
+    /// The linear layer `name` (without `.weight`).
+    pub(crate) fn new(name: &str, setting: Setting<'a>) -> Result<Self> {
         let params = setting.params;
         let weight_name = format!("{name}.weight");
         let weight = params.values(&weight_name)?;
@@ -62,35 +116,13 @@ impl<'a> Projection<'a> {
         };
         let bias = format!("{name}.bias");
         let bias = if params.contains(&bias) { Some(params.values(&bias)?) } else { None };
-        let target = name.rsplit('.').next().unwrap_or(name);
-        let lora = match setting.lora.filter(|l| l.applies(layer, target)) {
-            None => None,
-            Some(config) => {
-                let seed = |seed: u64| Random::named(mix(seed), name).next_u64();
-                let dropped = setting.dropout_seed.filter(|_| config.dropout > 0.0);
-                Some(Lora {
-                    a: params.values(&format!("{name}.lora_A.weight"))?,
-                    b: params.values(&format!("{name}.lora_B.weight"))?,
-                    rank: config.r,
-                    scale: config.scale() as f32,
-                    dropout: dropped.map(|s| Dropout { p: config.dropout, seed: seed(s) }),
-                })
-            }
-        };
+        let module = setting.lora.and_then(|lora| lora.get(name));
+        let lora = module.map(|module| Lora::new(module, weight.weight(), setting)).transpose()?;
         Ok(Self { setting, name: name.to_string(), weight, bias, lora, out, inp })
     }
 
     fn layer(&self) -> Result<Layer<'_>> {
-        let lora = match &self.lora {
-            None => None,
-            Some(lora) => Some(LoraSlices {
-                a: lora.a.f32()?,
-                b: lora.b.f32()?,
-                rank: lora.rank,
-                scale: lora.scale,
-                dropout: lora.dropout,
-            }),
-        };
+        let lora = self.lora.as_ref().map(Lora::slices).transpose()?;
         let products = self.setting.products;
         Ok(Layer { weight: self.weight.weight(), out: self.out, inp: self.inp, lora, products })
     }
@@ -138,27 +170,37 @@ impl<'a> Projection<'a> {
         if self.bias.is_some() && learns(Group::Base) {
             rows::sum_rows(g, gradients.buffer(&format!("{}.bias", self.name), self.out));
         }
-        let mut taken: Vec<(String, Vec<f32>)> = Vec::with_capacity(2);
-        let mut take = |suffix: &str, len: usize| {
-            let name = format!("{}.{suffix}", self.name);
+        let mut take = |name: String, len: usize| {
             let buffer = gradients.take(&name, len);
-            taken.push((name, buffer));
+            (name, buffer)
         };
+        let mut weight = None;
+        let mut factors = None;
+        let mut magnitudes = None;
         match &self.lora {
-            None if learns(Group::Base) => take("weight", self.out * self.inp),
-            Some(lora) if learns(Group::Lora) => {
-                take("lora_A.weight", lora.rank * self.inp);
-                take("lora_B.weight", self.out * lora.rank);
+            None if learns(Group::Base) => {
+                weight = Some(take(format!("{}.weight", self.name), self.out * self.inp))
+            }
+            Some(Lora { module, dora, .. }) if learns(Group::Lora) => {
+                let rank = module.rank;
+                factors =
+                    Some([take(module.a_name(), rank * self.inp), take(module.b_name(), self.out * rank)]);
+                magnitudes = dora.as_ref().map(|_| take(module.magnitude_name(), self.out));
             }
             _ => {}
         }
-        let into = match &mut taken[..] {
-            [(_, weight)] => LayerGradients { weight: Some(weight), a: None, b: None },
-            [(_, a), (_, b)] => LayerGradients { weight: None, a: Some(a), b: Some(b) },
-            _ => LayerGradients { weight: None, a: None, b: None },
+        let (a, b) = match &mut factors {
+            None => (None, None),
+            Some([(_, a), (_, b)]) => (Some(&mut a[..]), Some(&mut b[..])),
+        };
+        let into = LayerGradients {
+            weight: weight.as_mut().map(|(_, buffer)| &mut buffer[..]),
+            a,
+            b,
+            magnitude: magnitudes.as_mut().map(|(_, buffer)| &mut buffer[..]),
         };
         self.layer()?.backward(x, g, dx, into, scratch);
-        for (name, buffer) in taken {
+        for (name, buffer) in factors.into_iter().flatten().chain(weight).chain(magnitudes) {
             gradients.put(name, buffer);
         }
         Ok(())

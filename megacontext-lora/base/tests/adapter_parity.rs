@@ -112,7 +112,7 @@ fn merged_tied_folder_gives_the_logits_of_base_and_adapter() {
 #[test]
 fn merged_untied_folder_gives_the_logits_of_base_and_adapter() {
     let base = DecoderConfig::from_dir(&fixture("untied_bf16_sharded")).unwrap();
-    let lora = LoraConfig { r: 2, alpha: 6.0, layers: Some(vec![1]), ..LoraConfig::default() };
+    let lora = LoraConfig { r: 2, alpha: 6.0, layers: Some(vec![1].into()), ..LoraConfig::default() };
     let peft = read_adapter(&fixture("tied_f32_peft")).unwrap();
     // The same shapes fit: LoRA in the second block only, norms and embedding in full, the head as it is.
     let tensors: Vec<_> = peft

@@ -164,13 +164,14 @@ fn taped(decoder: &Decoder, case: &Case, pattern: Pattern) -> Result<BTreeMap<St
             |x: &Tensor, module: &str| -> Result<Tensor> { Ok(linear(x, &read(&path(module))?, None)?) };
         let project = |x: &Tensor, target: &str| -> Result<Tensor> {
             let module = format!("self_attn.{target}");
-            let Some(lora) = decoder.lora().filter(|l| l.applies(layer, target)) else {
+            let name = format!("model.layers.{layer}.{module}");
+            let Some(lora) = decoder.lora_modules().and_then(|lora| lora.get(&name)) else {
                 return plain(x, &module);
             };
             let a_ri = read(&path(&format!("{module}.lora_A")))?;
             let b_or = read(&path(&format!("{module}.lora_B")))?;
             let w = read(&path(&module))?;
-            let lora = Lora { a_ri: &a_ri, b_or: &b_or, scale: lora.scale(), dropout: None };
+            let lora = Lora { a_ri: &a_ri, b_or: &b_or, scale: lora.scale, dropout: None };
             Ok(linear(x, &w, Some(lora))?)
         };
         let n = norm::rms_norm(&x, &read(&path("input_layernorm"))?, c.rms_norm_eps)?;
@@ -344,7 +345,7 @@ fn frozen_groups_get_no_gradient_and_keep_their_bytes() -> Result<()> {
 fn lora_on_the_last_block_walks_no_further_back() -> Result<()> {
     let mut decoder = open("tied_f32")?;
     let last = decoder.config().num_hidden_layers - 1;
-    decoder.attach_lora(LoraConfig { layers: Some(vec![last]), ..LoraConfig::default() }, 1)?;
+    decoder.attach_lora(LoraConfig { layers: Some(vec![last].into()), ..LoraConfig::default() }, 1)?;
     decoder.params_mut().set_learning([Group::Lora])?;
     let (case, _) = case(&decoder, "tied_f32")?;
     let gradients = gradients_of(&decoder, &case, false, None)?;

@@ -307,7 +307,7 @@ fn passes_hold_as_many_bytes_as_planned() -> Result<()> {
         for recompute in [true, false] {
             let decoder = adapted(precision, true, 0.0)?;
             let c = decoder.config();
-            let pass = PassShape { entries: BATCH * LENGTH, precision, lora: decoder.lora() };
+            let pass = PassShape { entries: BATCH * LENGTH, precision, lora: decoder.lora_modules() };
             let (_, gradients) = gradients_of(&decoder, recompute, None)?;
             let walked = c.num_hidden_layers - decoder.lowest_learning_block();
             let planned = training_bytes(c, pass, walked, recompute);

@@ -15,14 +15,14 @@ use megacontext_kernels::linear::Weight;
 use megacontext_kernels::store::{Store, bf16};
 
 use super::Decoder;
+use super::adapted::Attached;
 use crate::error::{BaseError, Result};
-use crate::lora::LoraConfig;
-use crate::merge::merged_weight;
+use crate::lora::{LoraModules, changed};
 use crate::params::{Group, Parameter};
 
 /// What is set aside while LoRA is merged.
 pub(super) struct Merged {
-    lora: LoraConfig,
+    lora: Attached,
     weights: Vec<(String, Parameter)>,
 }
 
@@ -46,7 +46,7 @@ impl Decoder {
         }
         let mut aside: Vec<(String, Parameter)> = Vec::new();
         let merged = self.config.tensors().into_iter().try_for_each(|(name, shape)| {
-            let Some(weight) = self.merged_form(&lora, &name)? else { return Ok(()) };
+            let Some(weight) = self.merged_form(&lora.modules, &name)? else { return Ok(()) };
             let group = self.config.group_of(&name);
             let narrow = matches!(self.params.values(&name)?.weight(), Weight::Bf16(_));
             aside.push((name.clone(), self.params.take(&name)?));
@@ -99,12 +99,12 @@ impl Decoder {
     }
 
     /// The weight `name` with LoRA in it, f32; none where LoRA does not act on it.
-    fn merged_form(&self, lora: &LoraConfig, name: &str) -> Result<Option<Tensor>> {
+    fn merged_form(&self, lora: &LoraModules, name: &str) -> Result<Option<Tensor>> {
         let base = || match self.params.get(name) {
             Some(weight) => Ok(weight.to_dtype(DType::F32)?),
             None => refuse(&format!("merge_adapter: the model has no {name}")),
         };
-        merged_weight(lora, name, base, |factor| self.params.get(factor))
+        changed(lora, name, base, |factor| self.params.get(factor))
     }
 }
 

@@ -14,7 +14,10 @@ use super::{LoraKind, LoraModule, LoraModules};
 use crate::error::{BaseError, Result};
 
 fn missing(name: &str) -> BaseError {
-    BaseError::Parameter { name: name.to_string(), message: "expected this parameter, there is none".to_string() }
+    BaseError::Parameter {
+        name: name.to_string(),
+        message: "expected this parameter, there is none".to_string(),
+    }
 }
 
 /// The parameter `name` of this shape, in f32.
@@ -82,7 +85,7 @@ pub fn delta(module: &LoraModule, weight: &Tensor, get: impl Fn(&str) -> Option<
     Ok(product)
 }
 
-/// The model's tensor `name` as the adapter makes it, or none where it leaves it alone. `weight` is the base's, in f32. The
+/// The model's tensor `name` as the adapter makes it, or none where it leaves it alone. `weight` gives the base's, in f32. The
 /// head of a tied model is its embedding; ask by that name.
 ///
 /// # Errors
@@ -90,15 +93,17 @@ pub fn delta(module: &LoraModule, weight: &Tensor, get: impl Fn(&str) -> Option<
 pub fn changed(
     modules: &LoraModules,
     name: &str,
-    weight: &Tensor,
+    weight: impl FnOnce() -> Result<Tensor>,
     get: impl Fn(&str) -> Option<Tensor>,
 ) -> Result<Option<Tensor>> {
     let module = super::module_of(name);
     if let Some(found) = modules.get(module) {
-        return Ok(Some((weight + delta(found, weight, get)?)?));
+        let weight = weight()?;
+        return Ok(Some((&weight + delta(found, &weight, get)?)?));
     }
     let Some(rows) = modules.rows(module) else { return Ok(None) };
     let values = parameter(&rows.name(), &[rows.ids.len(), rows.width], &get)?;
+    let weight = weight()?;
     let mut table = weight.flatten_all()?.to_vec1::<f32>()?;
     for (row, id) in values.to_vec2::<f32>()?.iter().zip(&rows.ids) {
         table[*id as usize * rows.width..][..rows.width].copy_from_slice(row);

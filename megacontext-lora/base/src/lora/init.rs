@@ -107,7 +107,9 @@ pub(super) fn attach(
     for (module, ((a, b), magnitudes)) in modules.modules.iter().zip(made) {
         let shapes = [[module.rank, module.inp], [module.out, module.rank]];
         if module.pissa {
-            for (name, (values, shape)) in module.fixed_names().into_iter().zip([(&a, shapes[0]), (&b, shapes[1])]) {
+            for (name, (values, shape)) in
+                module.fixed_names().into_iter().zip([(&a, shapes[0]), (&b, shapes[1])])
+            {
                 params.insert_values(name, Group::Base, values.clone(), &shape)?;
             }
         }
@@ -147,7 +149,8 @@ pub fn plain(
     out.alpha_pattern = out.alpha_pattern.map(|alpha| wider * alpha);
     for module in modules.modules.iter().filter(|module| !module.pissa) {
         // An embedding has no fixed part: its rank and strength stay.
-        let strength = module.scale * if config.use_rslora { (module.rank as f64).sqrt() } else { module.rank as f64 };
+        let strength =
+            module.scale * if config.use_rslora { (module.rank as f64).sqrt() } else { module.rank as f64 };
         let name = module.name.replace('.', r"\.");
         out.rank_pattern.0.insert(0, (name.clone(), module.rank));
         out.alpha_pattern.0.insert(0, (name, strength));
@@ -155,7 +158,9 @@ pub fn plain(
     let mut given: Vec<(String, Tensor)> = tensors;
     for module in modules.modules.iter().filter(|module| module.pissa) {
         let [a_fixed, b_fixed] = module.fixed_names();
-        for (name, fixed, axis, sign) in [(module.a_name(), a_fixed, 0, 1.0), (module.b_name(), b_fixed, 1, -1.0)] {
+        for (name, fixed, axis, sign) in
+            [(module.a_name(), a_fixed, 0, 1.0), (module.b_name(), b_fixed, 1, -1.0)]
+        {
             let missing = |name: &str| BaseError::Parameter {
                 name: name.to_string(),
                 message: "expected this parameter to write PiSSA as plain LoRA, there is none".to_string(),

@@ -24,10 +24,11 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
+pub(crate) use self::delta::lengths;
 pub use self::delta::{changed, delta};
 pub use self::init::{LoraInit, plain};
-pub use self::names::{ALL_ATTENTION, ALL_LINEAR, Layers, Names, Patterns};
 use self::names::Matcher;
+pub use self::names::{ALL_ATTENTION, ALL_LINEAR, Layers, Names, Patterns};
 use crate::config::DecoderConfig;
 use crate::error::{BaseError, Result};
 use crate::params::ParamStore;
@@ -206,7 +207,9 @@ pub struct TokenRows {
     pub ids: Vec<u32>,
     /// D.
     pub width: usize,
-    /// Whether they are rows of the head too.
+    /// Whether the table is the embedding.
+    pub embedding: bool,
+    /// Whether they are rows of a tied head too.
     pub tied: bool,
 }
 
@@ -229,12 +232,18 @@ pub struct LoraModules {
     pub modules: Vec<LoraModule>,
     /// Tables with rows that learn.
     pub tokens: Vec<TokenRows>,
+    by_name: BTreeMap<String, usize>,
 }
 
 impl LoraModules {
+    fn new(modules: Vec<LoraModule>, tokens: Vec<TokenRows>) -> Self {
+        let by_name = modules.iter().enumerate().map(|(at, module)| (module.name.clone(), at)).collect();
+        Self { modules, tokens, by_name }
+    }
+
     /// The module of this name (without `.weight`).
     pub fn get(&self, name: &str) -> Option<&LoraModule> {
-        self.modules.iter().find(|module| module.name == name)
+        self.by_name.get(name).map(|at| &self.modules[*at])
     }
 
     /// The embedding's or the head's module.
@@ -247,6 +256,12 @@ impl LoraModules {
         self.tokens.iter().find(|rows| rows.module == module)
     }
 
+    /// Does it change the embedding?
+    pub fn changes_embedding(&self) -> bool {
+        let embedding = |module: &LoraModule| module.kind == LoraKind::Embedding;
+        self.modules.iter().any(embedding) || self.tokens.iter().any(|rows| rows.embedding)
+    }
+
     /// Does anything in this block learn with the group?
     pub fn in_block(&self, layer: usize) -> bool {
         self.modules.iter().any(|module| module.layer == Some(layer))
@@ -254,9 +269,8 @@ impl LoraModules {
 
     /// The lowest block with something that learns; 0 where the embedding has something.
     pub fn lowest_block(&self) -> Option<usize> {
-        let embedding = self.of_kind(LoraKind::Embedding).is_some();
-        let rows = self.tokens.iter().any(|rows| !rows.module.ends_with("lm_head"));
-        if embedding || rows { Some(0) } else { self.modules.iter().filter_map(|module| module.layer).min() }
+        let blocks = || self.modules.iter().filter_map(|module| module.layer).min();
+        if self.changes_embedding() { Some(0) } else { blocks() }
     }
 
     /// Name and shape of everything that learns, and that an adapter's file holds.
@@ -305,7 +319,11 @@ impl LoraConfig {
         if let Some((pattern, _)) = self.rank_pattern.0.iter().find(|(_, rank)| *rank == 0) {
             return fail(format!("rank_pattern: expected ranks of at least 1, got 0 for \"{pattern}\""));
         }
-        let alphas = self.alpha_pattern.0.iter().map(|(pattern, alpha)| (format!("alpha_pattern \"{pattern}\""), *alpha));
+        let alphas = self
+            .alpha_pattern
+            .0
+            .iter()
+            .map(|(pattern, alpha)| (format!("alpha_pattern \"{pattern}\""), *alpha));
         for (key, alpha) in alphas.chain([("alpha".to_string(), self.alpha)]) {
             if !alpha.is_finite() || alpha <= 0.0 {
                 return fail(format!("{key}: expected a positive number, got {alpha}"));
@@ -351,7 +369,8 @@ impl LoraConfig {
                 short_names(&names)
             ));
         }
-        let excluded = self.exclude_modules.as_ref().map(|n| n.matcher("exclude_modules", config)).transpose()?;
+        let excluded =
+            self.exclude_modules.as_ref().map(|n| n.matcher("exclude_modules", config)).transpose()?;
         let layers = self.layers.as_ref().map(|l| l.numbers(config.num_hidden_layers)).transpose()?;
         let list = self.layers_pattern.as_ref().map(|names| block_list(names)).transpose()?;
         let chosen = |module: &LoraModule| {
@@ -380,7 +399,7 @@ impl LoraConfig {
             self.check_module(module)?;
         }
         let tokens = self.token_rows(config, &modules)?;
-        Ok(LoraModules { modules, tokens })
+        Ok(LoraModules::new(modules, tokens))
     }
 
     /// Every module of the model that could carry LoRA.
@@ -399,7 +418,8 @@ impl LoraConfig {
             tied: kind == LoraKind::Embedding && config.tie_word_embeddings && self.ensure_weight_tying,
         };
         let embedding = module_of(config.embedding_name());
-        let mut out = vec![module(embedding, LoraKind::Embedding, None, config.hidden_size, config.vocab_size)];
+        let mut out =
+            vec![module(embedding, LoraKind::Embedding, None, config.hidden_size, config.vocab_size)];
         for linear in config.linears() {
             let kind = if linear.layer.is_some() { LoraKind::Linear } else { LoraKind::Head };
             out.push(module(&linear.name, kind, linear.layer, linear.out, linear.inp));
@@ -412,7 +432,9 @@ impl LoraConfig {
         let alphas = self.alpha_pattern.matchers("alpha_pattern")?;
         let fits = |regex: &fancy_regex::Regex, name: &str| regex.is_match(name).unwrap_or(false);
         let idle = |key: &str, pattern: &str| BaseError::Lora {
-            message: format!("{key}: expected patterns that mean a layer with LoRA, got \"{pattern}\", which means none"),
+            message: format!(
+                "{key}: expected patterns that mean a layer with LoRA, got \"{pattern}\", which means none"
+            ),
         };
         for (pattern, regex, _) in &ranks {
             if !modules.iter().any(|module| fits(regex, &module.name)) {
@@ -460,10 +482,11 @@ impl LoraConfig {
 
     /// Tables with rows that learn.
     fn token_rows(&self, config: &DecoderConfig, modules: &[LoraModule]) -> Result<Vec<TokenRows>> {
-        let fail = |message: String| Err(BaseError::Lora { message: format!("trainable_token_indices: {message}") });
+        let fail =
+            |message: String| Err(BaseError::Lora { message: format!("trainable_token_indices: {message}") });
         let Some(indices) = &self.trainable_token_indices else { return Ok(Vec::new()) };
         let embedding = module_of(config.embedding_name());
-        let head = if config.tie_word_embeddings { "lm_head" } else { module_of(config.head_name()) };
+        let head = module_of(config.untied_head_name());
         let given: Vec<(&str, &Vec<u32>)> = match indices {
             TokenIndices::Embedding(ids) => vec![(embedding, ids)],
             TokenIndices::Modules(map) => {
@@ -471,7 +494,8 @@ impl LoraConfig {
                 if let Some(other) = map.keys().find(|key| !means(embedding, key) && !means(head, key)) {
                     return fail(format!("expected {embedding} or {head}, got \"{other}\""));
                 }
-                let of = |module| map.iter().find(|(key, _)| means(module, key)).map(|(_, ids)| (module, ids));
+                let of =
+                    |module| map.iter().find(|(key, _)| means(module, key)).map(|(_, ids)| (module, ids));
                 [of(embedding), of(head)].into_iter().flatten().collect()
             }
         };
@@ -499,12 +523,15 @@ impl LoraConfig {
                 continue;
             }
             if modules.iter().any(|m| m.name == module) {
-                return fail(format!("expected {module} without LoRA of its own, but target_modules means it"));
+                return fail(format!(
+                    "expected {module} without LoRA of its own, but target_modules means it"
+                ));
             }
             out.push(TokenRows {
                 module: module.to_string(),
                 ids: ids.clone(),
                 width: config.hidden_size,
+                embedding: module == embedding,
                 tied: config.tie_word_embeddings && module == embedding,
             });
         }
@@ -523,6 +550,18 @@ impl LoraConfig {
         }
         let end = embedding.rsplit('.').next().unwrap_or(embedding);
         out.target_modules = out.target_modules.expanded(config).and(&[end]);
+        Ok(out)
+    }
+
+    /// The same LoRA on these modules alone, named in full; patterns that mean none of them are left out.
+    pub fn only_on(&self, modules: &[&LoraModule]) -> Result<Self> {
+        let names: Vec<&str> = modules.iter().map(|module| module.name.as_str()).collect();
+        let mut out = self.clone();
+        out.target_modules = Names::list(names.iter().copied());
+        (out.exclude_modules, out.layers, out.layers_pattern) = (None, None, None);
+        out.trainable_token_indices = None;
+        out.rank_pattern = self.rank_pattern.meaning(&names)?;
+        out.alpha_pattern = self.alpha_pattern.meaning(&names)?;
         Ok(out)
     }
 

@@ -86,7 +86,8 @@ impl Names {
                 Self::List(names.iter().cloned().chain(more).collect())
             }
             Self::Pattern(pattern) => {
-                let escaped: Vec<String> = others.iter().map(|o| fancy_regex::escape(o).into_owned()).collect();
+                let escaped: Vec<String> =
+                    others.iter().map(|o| fancy_regex::escape(o).into_owned()).collect();
                 Self::Pattern(format!(r"(?:{pattern})|(?:(?:.*\.)?(?:{}))", escaped.join("|")))
             }
         }
@@ -96,7 +97,9 @@ impl Names {
     pub(super) fn matcher(&self, key: &str, model: &DecoderConfig) -> Result<Matcher> {
         Ok(match self.expanded(model) {
             Self::List(names) => Matcher::Ends(names),
-            Self::Pattern(pattern) => Matcher::Whole(expression(key, &pattern, &format!(r"\A(?:{pattern})\z"))?),
+            Self::Pattern(pattern) => {
+                Matcher::Whole(expression(key, &pattern, &format!(r"\A(?:{pattern})\z"))?)
+            }
         })
     }
 }
@@ -163,6 +166,14 @@ impl<T: Copy> Patterns<T> {
     #[must_use]
     pub fn map(&self, f: impl Fn(T) -> T) -> Self {
         Self(self.0.iter().map(|(key, value)| (key.clone(), f(*value))).collect())
+    }
+
+    /// Those that mean one of these modules.
+    pub(super) fn meaning(&self, names: &[&str]) -> Result<Self> {
+        let matchers = self.matchers("pattern")?;
+        let means = |regex: &Regex| names.iter().any(|name| regex.is_match(name).unwrap_or(false));
+        let kept = matchers.iter().filter(|(_, regex, _)| means(regex));
+        Ok(Self(kept.map(|(pattern, _, value)| (pattern.to_string(), *value)).collect()))
     }
 
     /// Prepared for matching.
@@ -233,7 +244,9 @@ impl Layers {
         let fail = |message: String| Err(BaseError::Lora { message: format!("layers: {message}") });
         match self {
             Self::These(layers) => match layers.iter().find(|layer| **layer >= count) {
-                _ if layers.is_empty() => fail("expected at least one block number or null for all, got []".into()),
+                _ if layers.is_empty() => {
+                    fail("expected at least one block number or null for all, got []".into())
+                }
                 Some(bad) => fail(format!("expected block numbers 0 to {}, got {bad}", count - 1)),
                 None => Ok(layers.clone()),
             },
@@ -278,11 +291,12 @@ impl<'de> Deserialize<'de> for Layers {
             Written::List(layers) => Ok(Self::These(layers)),
             Written::One(layer) => Ok(Self::These(vec![layer])),
             Written::Text(text) => {
-                let parsed = text.split_once(':').and_then(|(which, count)| match (which, count.parse().ok()?) {
-                    ("first", count) => Some(Self::First(count)),
-                    ("last", count) => Some(Self::Last(count)),
-                    _ => None,
-                });
+                let parsed =
+                    text.split_once(':').and_then(|(which, count)| match (which, count.parse().ok()?) {
+                        ("first", count) => Some(Self::First(count)),
+                        ("last", count) => Some(Self::Last(count)),
+                        _ => None,
+                    });
                 parsed.ok_or_else(|| {
                     D::Error::custom(format!(
                         "layers: expected block numbers, \"first:COUNT\" or \"last:COUNT\", got \"{text}\""
@@ -317,7 +331,13 @@ mod tests {
         for bad in ["\"2\"", "\"middle:2\"", "\"last:x\""] {
             assert!(read(bad).unwrap_err().contains("first:COUNT"), "{bad}");
         }
-        assert!(Layers::Last(6).numbers(5).unwrap_err().to_string().contains("expected 1 to 5 blocks, got \"last:6\""));
+        assert!(
+            Layers::Last(6)
+                .numbers(5)
+                .unwrap_err()
+                .to_string()
+                .contains("expected 1 to 5 blocks, got \"last:6\"")
+        );
         assert!(Layers::First(0).numbers(5).is_err() && Layers::These(vec![]).numbers(5).is_err());
     }
 

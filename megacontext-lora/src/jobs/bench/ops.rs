@@ -104,7 +104,15 @@ fn measured_linear<S: Store>(bench: &LinearBench, weight: Weight<'_>, host: &dyn
     let x: Vec<S> = normals(1, n * inp);
     let (a, b): (Vec<f32>, Vec<f32>) = (normals(3, rank * inp), normals(4, out * rank));
     let g: Vec<f32> = normals(5, n * out);
-    let lora = (rank > 0).then_some(LoraSlices { a: &a, b: &b, rank, scale: 2.0, dropout: None, initial: None, dora: None });
+    let lora = (rank > 0).then_some(LoraSlices {
+        a: &a,
+        b: &b,
+        rank,
+        scale: 2.0,
+        dropout: None,
+        initial: None,
+        dora: None,
+    });
     let layer = Layer { weight, out, inp, lora, products: bench.dtype.products() };
     let memory = Memory::start();
     // As in a step: results and buffers are kept from one run to the next, the factors' gradients added up.
