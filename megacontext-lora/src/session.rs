@@ -19,7 +19,7 @@ use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
-use candle_core::{Device, Tensor};
+use candle_core::{DType, Device, Tensor};
 use megacontext_base::decoder::{Decoder, Forward, stored_narrow};
 use megacontext_base::gradients::{Gradients, Optimizer};
 use megacontext_base::params::Group;
@@ -346,27 +346,28 @@ impl Session {
         Ok(())
     }
 
-    /// What LoRA adds to a module's weight, alpha/r·B·A, [out, in].
+    /// What LoRA adds to a module's weight, [out, in], or [V, D] of an embedding: s·B·A, and all that DoRA or PiSSA change.
     pub fn lora_delta(&self, module: &str, out: &mut [f32]) -> Result<()> {
         let l = self.read()?;
         l.refuse_merged("lora delta")?;
-        let lora =
-            l.decoder.lora().ok_or_else(|| PluginError::usage("lora delta: the model carries no LoRA"))?;
-        let modules = lora.modules(l.decoder.config());
-        let Some((_, rows, columns)) = modules.iter().find(|(name, _, _)| name == module) else {
-            let known: Vec<&str> = modules.iter().map(|(name, _, _)| name.as_str()).collect();
+        let lora = l
+            .decoder
+            .lora_modules()
+            .ok_or_else(|| PluginError::usage("lora delta: the model carries no LoRA"))?;
+        let Some(found) = lora.get(module) else {
+            let known: Vec<&str> = lora.modules.iter().map(|module| module.name.as_str()).collect();
             return Err(PluginError::usage(format!(
                 "lora delta: expected one of {known:?}, got \"{module}\""
             )));
         };
-        size("lora delta: out", rows * columns, out.len())?;
+        size("lora delta: out", found.out * found.inp, out.len())?;
         let params = l.decoder.params();
-        let factor = |suffix: &str| {
-            params
-                .get(&format!("{module}.{suffix}.weight"))
-                .ok_or_else(|| PluginError::internal(format!("{module} has no {suffix}")))
-        };
-        let delta = (factor("lora_B")?.matmul(&factor("lora_A")?)? * lora.scale())?;
+        let weight = params
+            .get(&found.weight_name())
+            .ok_or_else(|| PluginError::internal(format!("{module} has no weight")))?
+            .to_dtype(DType::F32)?;
+        let delta =
+            megacontext_base::lora::delta(found, &weight, |name| params.get(name)).map_err(model_error)?;
         copy_out(&delta, out)
     }
 

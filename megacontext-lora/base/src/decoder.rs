@@ -241,6 +241,18 @@ impl Decoder {
         self.params.values(SIGMA).ok().map(|scales| scales.to_f32())
     }
 
+    /// The attached LoRA and `tensors`, all that is to be saved with it, as files hold them: PiSSA as the plain LoRA that it
+    /// is.
+    ///
+    /// # Errors
+    /// When none is attached.
+    pub fn saved_lora(&self, tensors: Vec<(String, Tensor)>) -> Result<(LoraConfig, Vec<(String, Tensor)>)> {
+        match &self.lora {
+            None => Err(BaseError::Lora { message: "expected LoRA to save, none is attached".to_string() }),
+            Some(lora) => crate::lora::plain(&lora.config, &lora.modules, tensors, &self.params),
+        }
+    }
+
     /// Sizes and settings.
     pub fn config(&self) -> &DecoderConfig {
         &self.config

@@ -520,6 +520,7 @@ impl<'h> Run<'h> {
         let decoder: &Decoder = &self.trainer.decoder;
         let trained: Vec<_> =
             decoder.params().trainable().into_iter().map(|(name, t)| (name, t.detach())).collect();
+        let (lora, trained) = decoder.saved_lora(trained).map_err(model_error)?;
         let base = &self.model.config;
         let whole = trained.iter().map(|(name, _)| name.as_str()).filter(|n| base.group_of(n) != Group::Lora);
         let own = MegacontextKey {
@@ -531,8 +532,7 @@ impl<'h> Run<'h> {
             positions: base.positions.clone(),
             sigma_scales: decoder.sigma_scales(),
         };
-        let config = AdapterConfig::new(&self.config.lora, base, whole, &self.config.base, own)
-            .map_err(model_error)?;
+        let config = AdapterConfig::new(&lora, base, whole, &self.config.base, own).map_err(model_error)?;
         write_adapter(&self.folder.path().join("adapter"), &config, &trained).map_err(model_error)
     }
 

@@ -161,10 +161,9 @@ impl Session {
     pub fn export(&self, dir: &Path) -> Result<Value> {
         let l = self.look("export")?;
         l.refuse_merged("export")?;
-        let lora = l
-            .decoder
-            .lora()
-            .ok_or_else(|| PluginError::usage("export: the model carries no LoRA to write"))?;
+        if l.decoder.lora().is_none() {
+            return Err(PluginError::usage("export: the model carries no LoRA to write"));
+        }
         let params = l.decoder.params();
         // The model's own configuration: an adapter may have given it a head of its own.
         let base = l.decoder.config();
@@ -192,6 +191,7 @@ impl Session {
                 }
             }
         }
+        let (lora, tensors) = l.decoder.saved_lora(tensors).map_err(model_error)?;
         let whole = tensors.iter().map(|(n, _)| n.as_str()).filter(|n| base.group_of(n) != Group::Lora);
         let own = MegacontextKey {
             base_fingerprint: l.model.weights.fingerprint(),
@@ -202,7 +202,7 @@ impl Session {
             positions: base.positions.clone(),
             sigma_scales: l.decoder.sigma_scales().filter(|scales| scales.iter().any(|s| *s != 1.0)),
         };
-        let config = AdapterConfig::new(lora, base, whole, &l.dir, own).map_err(model_error)?;
+        let config = AdapterConfig::new(&lora, base, whole, &l.dir, own).map_err(model_error)?;
         write_adapter(dir, &config, &tensors).map_err(model_error)?;
         l.unsaved.store(false, Ordering::Release);
         to_value(json!({ "path": dir, "tensors": tensors.len() }))

@@ -289,9 +289,10 @@ impl Loaded {
     }
 
     fn detach_lora(&mut self) -> Result<()> {
+        let fixed = |name: &str| name.ends_with(".pissa_A") || name.ends_with(".pissa_B");
         let params = self.decoder.params_mut();
-        let names: Vec<String> =
-            params.names().filter(|n| params.group(n) == Some(Group::Lora)).map(str::to_string).collect();
+        let of_lora = |name: &&str| params.group(name) == Some(Group::Lora) || fixed(name);
+        let names: Vec<String> = params.names().filter(of_lora).map(str::to_string).collect();
         for name in &names {
             params.remove(name);
         }

@@ -14,7 +14,7 @@ use std::time::Instant;
 use megacontext_base::buffers::{PassBytes, PassShape, evaluation_bytes, training_bytes};
 use megacontext_base::config::DecoderConfig;
 use megacontext_base::decoder::stored_narrow;
-use megacontext_base::lora::LoraConfig;
+use megacontext_base::lora::LoraModules;
 use megacontext_base::params::Group;
 use megacontext_kernels::gemm::measured_flops;
 use megacontext_kernels::precision::Precision;
@@ -87,7 +87,7 @@ impl MemoryPlan {
 /// What decides the memory of a run.
 pub(crate) struct Load<'a> {
     pub model: &'a DecoderConfig,
-    pub lora: Option<&'a LoraConfig>,
+    pub lora: Option<&'a LoraModules>,
     pub learning: &'a [Group],
     pub dtype: Precision,
     /// Tokens of a micro-batch.
@@ -114,19 +114,20 @@ impl Load<'_> {
                 frozen += values * if stored_narrow(group, self.dtype) { 2 } else { F32 };
             }
         }
-        let lora = self.lora.map_or(0, |lora| lora_values(self.model, lora));
+        let lora = self.lora.map_or(0, |lora| lora.values() as u64);
+        let fixed = self.lora.map_or(0, |lora| values(&lora.fixed())) * F32;
         if self.learning.contains(&Group::Lora) {
-            (frozen, learning + lora)
+            (frozen + fixed, learning + lora)
         } else {
-            (frozen + lora * F32, learning)
+            (frozen + fixed + lora * F32, learning)
         }
     }
 
     /// Blocks that are walked back: all that lie above something that learns.
     fn walked(&self) -> usize {
         let layers = self.model.num_hidden_layers;
-        let lowest = match self.lora.and_then(|l| l.layers.as_ref()) {
-            Some(chosen) if self.learning == [Group::Lora] => chosen.iter().copied().min().unwrap_or(layers),
+        let lowest = match self.lora {
+            Some(lora) if self.learning == [Group::Lora] => lora.lowest_block().unwrap_or(layers),
             _ => 0,
         };
         layers - lowest.min(layers)
@@ -184,8 +185,8 @@ fn packed_bytes() -> u64 {
     SLAB + THREAD * rayon::current_num_threads() as u64
 }
 
-fn lora_values(model: &DecoderConfig, lora: &LoraConfig) -> u64 {
-    lora.modules(model).iter().map(|(_, o, i)| (lora.r * (o + i)) as u64).sum()
+fn values(tensors: &[(String, Vec<usize>)]) -> u64 {
+    tensors.iter().map(|(_, shape)| shape.iter().product::<usize>() as u64).sum()
 }
 
 /// Refuses a job of forward passes over `entries` tokens that does not fit; `extra` bytes come on top of the passes.
@@ -270,9 +271,10 @@ pub fn plan_beside(
         batch_rows(*context).min(windows) * context
     });
     let groups = config.groups();
+    let lora = config.lora.resolve(model).map_err(|e| PluginError::usage(e.to_string()))?;
     let load = |dtype| Load {
         model,
-        lora: Some(&config.lora),
+        lora: Some(&lora),
         learning: &groups,
         dtype,
         entries,
@@ -322,16 +324,12 @@ pub fn plan_beside(
             let (rows, micro) = config.batch.shape(stage.context);
             let sequences = (rows * micro * stage.steps) as f64;
             let (recompute, pattern) = (memory.recompute, stage.pattern());
-            sequences
-                * work::step(model, &config.lora, stage.context, pattern, recompute, head_learns).total()
+            sequences * work::step(model, &lora, stage.context, pattern, recompute, head_learns).total()
         })
         .sum::<f64>()
         / speed
         * ALLOWANCE;
-    let values = |tensors: Vec<(String, Vec<usize>)>| -> u64 {
-        tensors.iter().map(|(_, s)| s.iter().product::<usize>() as u64).sum()
-    };
-    let parameters = values(model.tensors()) + lora_values(model, &config.lora);
+    let parameters = values(&model.tensors()) + lora.values() as u64;
     Ok(Plan { trained: memory.trainables / F32, memory, budget, seconds, parameters })
 }
 

@@ -8,7 +8,7 @@
 //! Units: FLOPs. T entries, G group, D head width, E model width, F feed-forward width, V vocabulary.
 
 use megacontext_base::config::DecoderConfig;
-use megacontext_base::lora::LoraConfig;
+use megacontext_base::lora::{LoraKind, LoraModules};
 use megacontext_kernels::attention::Pattern;
 
 /// FLOPs of one sequence, forward and backward.
@@ -68,7 +68,7 @@ pub fn attention_forward(pattern: Pattern, entries: usize, heads: usize, width: 
 /// FLOPs of a training step over one sequence of `entries`; `head_learns` where the output head gets a gradient.
 pub fn step(
     model: &DecoderConfig,
-    lora: &LoraConfig,
+    lora: &LoraModules,
     entries: usize,
     pattern: Pattern,
     recompute: bool,
@@ -80,11 +80,17 @@ pub fn step(
     let layers = model.num_hidden_layers as f64;
     let n = entries as f64;
     let again = if recompute { 1.0 } else { 0.0 };
-    let factors: usize = lora.modules(model).iter().map(|(_, out, inp)| lora.r * (out + inp)).sum();
+    let carried = || lora.modules.iter().filter(|module| module.kind != LoraKind::Embedding);
+    let factors: usize = carried().map(|module| module.rank * (module.out + module.inp)).sum();
+    // PiSSA's fixed part takes no gradient of its own.
+    let fixed: usize = carried().filter(|m| m.pissa).map(|m| m.rank * (m.out + m.inp)).sum();
+    // DoRA makes results again for the magnitudes' gradient.
+    let again_dora: usize =
+        carried().filter(|module| module.dora).map(|module| module.out * module.inp).sum();
     let forward = attention_forward(pattern, entries, model.num_attention_heads, model.head_dim);
     Work {
         linear: layers * 2.0 * (e * (2.0 * q + 2.0 * kv) + 3.0 * e * f) * n * (2.0 + again),
-        lora: 2.0 * factors as f64 * n * (3.0 + again),
+        lora: 2.0 * n * (factors as f64 * (3.0 + again) + fixed as f64 * (2.0 + again) + again_dora as f64),
         lm_head: 2.0 * e * model.vocab_size as f64 * n * if head_learns { 3.0 } else { 2.0 },
         attn: layers * forward * (1.0 + again + ATTENTION_BACKWARD),
     }
@@ -117,7 +123,7 @@ mod tests {
             std::path::Path::new("test"),
         )
         .unwrap();
-        let lora = LoraConfig { r: 1, ..LoraConfig::default() };
+        let lora = megacontext_base::lora::LoraConfig { r: 1, ..Default::default() }.resolve(&model).unwrap();
         let work = step(&model, &lora, 8, Pattern::Dense, true, true);
         // q and o 4×4, k and v 4×2, three of 4×6: 120 weights a layer.
         assert_eq!(work.linear, 2.0 * 2.0 * 120.0 * 8.0 * 3.0);

@@ -10,7 +10,7 @@ use std::path::Path;
 
 use megacontext_base::config::DecoderConfig;
 use megacontext_base::decoder::Decoder;
-use megacontext_base::lora::LoraConfig;
+use megacontext_base::lora::{LoraConfig, LoraModules};
 use megacontext_base::params::Group;
 use megacontext_base::random::Random;
 use megacontext_kernels::precision::Precision;
@@ -94,10 +94,10 @@ impl StepBench {
         DecoderConfig::from_json(&config, Path::new("shape")).map_err(|e| PluginError::usage(e.to_string()))
     }
 
-    fn lora(&self, model: &DecoderConfig) -> Result<LoraConfig> {
+    fn lora(&self, model: &DecoderConfig) -> Result<(LoraConfig, LoraModules)> {
         let lora = LoraConfig { r: self.rank, alpha: 2.0 * self.rank as f64, ..LoraConfig::default() };
-        lora.validate(model).map_err(|e| PluginError::usage(e.to_string()))?;
-        Ok(lora)
+        let modules = lora.resolve(model).map_err(|e| PluginError::usage(e.to_string()))?;
+        Ok((lora, modules))
     }
 
     /// The fields that say what was asked.
@@ -143,10 +143,15 @@ pub fn run(bench: &StepBench, host: &dyn HostApi) -> Result<Value> {
     with_threads(bench.threads, || measured(bench, model, lora, host))?
 }
 
-fn measured(bench: &StepBench, model: DecoderConfig, lora: LoraConfig, host: &dyn HostApi) -> Result<Value> {
+fn measured(
+    bench: &StepBench,
+    model: DecoderConfig,
+    (lora, modules): (LoraConfig, LoraModules),
+    host: &dyn HostApi,
+) -> Result<Value> {
     let pattern = config::pattern(bench.attn, bench.group, bench.n)?;
     let work =
-        work::step(&model, &lora, bench.n, pattern, bench.checkpointing, true).times(bench.batch as f64);
+        work::step(&model, &modules, bench.n, pattern, bench.checkpointing, true).times(bench.batch as f64);
     let mut random = Random::new(5);
     let stream = (0..bench.n * bench.batch + 1).map(|_| random.below(model.vocab_size) as u32).collect();
     let learning = [Group::Lora, Group::Embeddings, Group::Norms];
@@ -195,7 +200,7 @@ pub fn plan(bench: &StepBench) -> Result<Value> {
     let model = bench.model()?;
     let run = ExtendConfig {
         context: bench.n,
-        lora: bench.lora(&model)?,
+        lora: bench.lora(&model)?.0,
         batch: bench.tokens(),
         stages: vec![bench.stage(bench.steps)],
         dtype: bench.dtype,
