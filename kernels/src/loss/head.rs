@@ -33,7 +33,7 @@ pub struct Head<'a> {
     /// c, where logits are capped at ±c.
     pub softcap: Option<f32>,
     /// LoRA beside W; DoRA and PiSSA are not read.
-    pub lora: Option<LoraSlices<'a>>,
+    pub lora: Option<&'a LoraSlices<'a>>,
     /// Rows in place of W's.
     pub rows: Option<Rows<'a>>,
 }
@@ -94,7 +94,7 @@ impl Head<'_> {
         products: Products,
     ) {
         self.weight.apply([vocab, width], h, z, false, products);
-        if let Some(lora) = &self.lora {
+        if let Some(lora) = self.lora {
             let low = Self::low(lora, h, width, first);
             skinny::up_add(&low, Mat::new(lora.b, vocab, lora.rank).t(), None, z);
         }
@@ -146,7 +146,7 @@ impl Head<'_> {
                 matmul_with(d_rows, columns.t(), Mat::new(h, count, width), 1.0, true, products);
             }
         }
-        let Some(lora) = &self.lora else { return };
+        let Some(lora) = self.lora else { return };
         let mut low_gradient = vec![0f32; count * lora.rank];
         skinny::down(dz, Mat::new(lora.b, vocab, lora.rank).t(), lora.scale, None, &mut low_gradient);
         let kept = Self::dropped(lora, h, width, first);
@@ -177,7 +177,7 @@ impl Head<'_> {
         let most = |values: &[f32], width: usize| {
             values.chunks_exact(width).map(sum).fold(0f32, |a, b| if b > a || b.is_nan() { b } else { a })
         };
-        let lora = self.lora.as_ref().map_or(0.0, |lora| {
+        let lora = self.lora.map_or(0.0, |lora| {
             let keep = lora.dropout.map_or(1.0, |d| (1.0 / (1.0 - d.p)) as f32);
             lora.scale.abs() * keep * largest * most(lora.a, width) * most(lora.b, lora.rank)
         });

@@ -149,7 +149,7 @@ fn check_head<T>(what: &str, h: &[T], head: &Head, [n, width, vocab]: [usize; 3]
     }
     values(&format!("{what} hidden states [{n}, {width}]"), n * width, h.len())?;
     values(&format!("{what} head [{vocab}, {width}]"), vocab * width, head.weight.len())?;
-    if let Some(lora) = &head.lora {
+    if let Some(lora) = head.lora {
         if lora.rank == 0 {
             return Err(KernelError::shape(OP, "LoRA of rank at least 1", "0"));
         }

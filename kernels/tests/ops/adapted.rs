@@ -137,7 +137,7 @@ fn lora_and_own_rows_on_the_head_match_f64_and_differences() {
         let [h, a, b, values] = &inputs;
         let lora = LoraSlices { a, b, rank, scale: 0.7, dropout, initial: None, dora: None };
         let rows = own.as_ref().map(|ids| Rows { ids, values });
-        let head = Head { weight: Weight::F32(&w), softcap: cap, lora: Some(lora), rows };
+        let head = Head { weight: Weight::F32(&w), softcap: cap, lora: Some(&lora), rows };
         let exact: Vec<Vec<f64>> = inputs.iter().map(|v| wide(v)).collect();
         let sizes = [n, WIDTH, VOCAB];
         if dropout.is_none() {
@@ -170,7 +170,7 @@ fn a_head_whose_factors_are_infinite_leaves_every_gradient_alone() {
     let mut b = numbers(VOCAB, 4);
     b[4] = f32::INFINITY;
     let lora = LoraSlices { a: &a, b: &b, rank: 1, scale: 1.0, dropout: None, initial: None, dora: None };
-    let head = Head { lora: Some(lora), ..Weight::F32(&w).into() };
+    let head = Head { lora: Some(&lora), ..Weight::F32(&w).into() };
     let (mut da, mut db) = (vec![0f32; WIDTH], vec![0f32; VOCAB]);
     let into = HeadGradients { a: Some(&mut da), b: Some(&mut db), ..Default::default() };
     let wanted = Gradient::HiddenAndParts { scale: 1.0, into };
@@ -202,7 +202,7 @@ fn a_head_refuses_factors_and_rows_that_do_not_fit() {
         initial: None,
         dora: None,
     };
-    refuses(logits(Head { lora: Some(lora), ..base }), "head's B [11, 1]");
+    refuses(logits(Head { lora: Some(&lora), ..base }), "head's B [11, 1]");
     refuses(logits(Head { rows: Some(Rows { ids: &[1], values: &[0.0; 5] }), ..base }), "own rows [1, 6]");
     refuses(
         logits(Head { rows: Some(Rows { ids: &[11], values: &[0.0; 6] }), ..base }),

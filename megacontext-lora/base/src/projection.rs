@@ -40,7 +40,7 @@ pub(crate) struct Projection<'a> {
     name: String,
     weight: Held<'a>,
     bias: Option<Held<'a>>,
-    lora: Option<Lora<'a>>,
+    lora: Option<Box<Lora<'a>>>,
     out: usize,
     inp: usize,
 }
@@ -117,12 +117,13 @@ impl<'a> Projection<'a> {
         let bias = format!("{name}.bias");
         let bias = if params.contains(&bias) { Some(params.values(&bias)?) } else { None };
         let module = setting.lora.and_then(|lora| lora.get(name));
-        let lora = module.map(|module| Lora::new(module, weight.weight(), setting)).transpose()?;
+        let lora =
+            module.map(|module| Lora::new(module, weight.weight(), setting).map(Box::new)).transpose()?;
         Ok(Self { setting, name: name.to_string(), weight, bias, lora, out, inp })
     }
 
     fn layer(&self) -> Result<Layer<'_>> {
-        let lora = self.lora.as_ref().map(Lora::slices).transpose()?;
+        let lora = self.lora.as_ref().map(|lora| lora.slices()).transpose()?;
         let products = self.setting.products;
         Ok(Layer { weight: self.weight.weight(), out: self.out, inp: self.inp, lora, products })
     }
@@ -177,7 +178,7 @@ impl<'a> Projection<'a> {
         let mut weight = None;
         let mut factors = None;
         let mut magnitudes = None;
-        match &self.lora {
+        match self.lora.as_deref() {
             None if learns(Group::Base) => {
                 weight = Some(take(format!("{}.weight", self.name), self.out * self.inp))
             }

@@ -168,7 +168,7 @@ impl Decoder {
             dora: None,
         });
         let softcap = self.config.architecture.softcap.map(|cap| cap as f32);
-        f(Head { weight: weight.weight(), softcap, lora, rows: own })
+        f(Head { weight: weight.weight(), softcap, lora: lora.as_ref(), rows: own })
     }
 
     /// Sizes of the output head's product for `entries` positions: [N, E, V].

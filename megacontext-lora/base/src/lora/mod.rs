@@ -372,7 +372,7 @@ impl LoraConfig {
         let excluded =
             self.exclude_modules.as_ref().map(|n| n.matcher("exclude_modules", config)).transpose()?;
         let layers = self.layers.as_ref().map(|l| l.numbers(config.num_hidden_layers)).transpose()?;
-        let list = self.layers_pattern.as_ref().map(|names| block_list(names)).transpose()?;
+        let list = self.layers_pattern.as_ref().map(block_list).transpose()?;
         let chosen = |module: &LoraModule| {
             let in_block = match (&layers, module.layer) {
                 (None, _) => true,
