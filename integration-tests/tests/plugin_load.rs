@@ -219,6 +219,55 @@ fn embeddings_with_positions_are_the_same_context() {
 }
 
 #[test]
+fn levels_say_where_entries_stand() {
+    let name = "llama/tied_f32";
+    let (_folder, session) = open(name);
+    let (t, tokens, _) = golden(name);
+    let sizes = session.describe().unwrap();
+    let size = |key: &str| sizes[key].as_u64().unwrap() as usize;
+    let (half, v) = (size("head_dim") / 2, size("vocab_size"));
+    // Two gists of 32 tokens, then tokens: centres of spans, and their spans as spreads.
+    let lod: Vec<u32> = (0..t).map(|i| u32::from(i < 2)).collect();
+    let place = |i: usize| if i < 2 { 32.0 * i as f64 + 16.0 } else { 64.0 + (i - 2) as f64 };
+    let mu: Vec<f64> = (0..t).map(place).collect();
+    let sigma: Vec<f64> = (0..t).map(|i| if i < 2 { 32.0 } else { 0.0 }).collect();
+    let context = ContextView::tokens(&tokens);
+    let by_level = context.with_lod(TensorView::of(&lod));
+    let outright = context.with_mu(TensorView::of(&mu)).with_sigma(TensorView::of(&sigma));
+    let logits = |context: ContextView<'_>| {
+        let mut logits = vec![0f32; t * v];
+        session.logits(context, TensorViewMut::new(&mut logits, &[t, v]).unwrap()).unwrap();
+        logits
+    };
+    assert_eq!(logits(by_level), logits(outright));
+    assert_ne!(logits(by_level), logits(context));
+
+    let tables = |context: ContextView<'_>| {
+        let (mut cos, mut sin) = (vec![9f32; t * half], vec![9f32; t * half]);
+        let shape = [t, half];
+        session
+            .context_tables(
+                context,
+                TensorViewMut::new(&mut cos, &shape).unwrap(),
+                TensorViewMut::new(&mut sin, &shape).unwrap(),
+            )
+            .unwrap();
+        (cos, sin)
+    };
+    assert_eq!(tables(by_level), tables(outright));
+    // Nothing is left of the fastest band of a gist; tokens are certain.
+    let (cos, sin) = tables(by_level);
+    assert!(cos[0].hypot(sin[0]) < 1e-6 && (cos[2 * half].hypot(sin[2 * half]) - 1.0).abs() < 1e-6);
+
+    let short = [0u32; 1];
+    let mut out = vec![0f32; t * v];
+    let error = session
+        .logits(context.with_lod(TensorView::of(&short)), TensorViewMut::new(&mut out, &[t, v]).unwrap())
+        .unwrap_err();
+    assert!(error.message().contains("lod"), "{error}");
+}
+
+#[test]
 fn rope_tables_are_cosines_and_sines() {
     let (_folder, session) = open("llama/tied_f32");
     let half = session.describe().unwrap()["head_dim"].as_u64().unwrap() as usize / 2;

@@ -37,9 +37,10 @@ use crate::session::{Context, Entries, Session};
 pub static ABI_LINE: [u8; VERSION_BYTES.len()] = VERSION_BYTES;
 
 /// What the plugin can do besides its jobs.
-const CAPABILITIES: [&str; 21] = [
+const CAPABILITIES: [&str; 22] = [
     "session:embed",
     "session:rope_tables",
+    "session:context_tables",
     "session:logits",
     "session:nll",
     "session:lora_delta",
@@ -405,6 +406,24 @@ impl RawSession for SessionImpl {
 
     fn check(&self) -> RResult<(), AbiError> {
         self.guard("check", |_| Ok(()))
+    }
+
+    fn context_tables(
+        &self,
+        context: ContextView<'_>,
+        mut out_cos: TensorViewMut<'_>,
+        mut out_sin: TensorViewMut<'_>,
+    ) -> RResult<(), AbiError> {
+        self.guard("context_tables", |s| {
+            let outs = [("out_cos", out_cos.byte_range()), ("out_sin", out_sin.byte_range())];
+            check_disjoint(&outs, &[])?;
+            OwnedContext::read(&context, &out_sin)?;
+            let context = OwnedContext::read(&context, &out_cos)?;
+            let dims = [Some(context.length), None];
+            out_cos.fill("out_cos", &dims, |cos| {
+                out_sin.fill("out_sin", &dims, |sin| s.context_tables(context.context(), cos, sin))
+            })
+        })
     }
 
     fn load_adapter(&self, params_json: RStr<'_>) -> RResult<RString, AbiError> {

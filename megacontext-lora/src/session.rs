@@ -290,7 +290,7 @@ impl Session {
         copy_out(&l.decoder.embed(tokens, 1).map_err(model_error)?, out)
     }
 
-    /// Rotation tables of positions, [N, D/2] each.
+    /// Rotation tables of positions, [N, W/2] each, W the rotated width of a head; as those of tokens (level 0).
     pub fn rope_tables(
         &self,
         mu: &[f64],
@@ -301,13 +301,30 @@ impl Session {
         let l = self.read()?;
         let c = l.decoder.config();
         check_positions(mu, sigma)?;
-        size("rope tables: cos", mu.len() * c.head_dim / 2, out_cos.len())?;
-        size("rope tables: sin", mu.len() * c.head_dim / 2, out_sin.len())?;
+        let half = c.architecture.rotary_width / 2;
+        size("rope tables: cos", mu.len() * half, out_cos.len())?;
+        size("rope tables: sin", mu.len() * half, out_sin.len())?;
         let placed = Placed { mu, sigma, ..Placed::default() };
         let (cos, sin) = c.rope(&l.scaling).values(&placed).map_err(model_error)?;
         out_cos.copy_from_slice(&cos);
         out_sin.copy_from_slice(&sin);
         Ok(())
+    }
+
+    /// The rotation tables that a working context is computed with, [T, W/2] each: its places, its levels, the learned scales
+    /// of their spreads. Blocks that turn by a base of their own (Gemma 3's) have others.
+    pub fn context_tables(&self, context: Context, out_cos: &mut [f32], out_sin: &mut [f32]) -> Result<()> {
+        let l = self.read()?;
+        let length = match context.entries {
+            Entries::Tokens(tokens) => tokens.len(),
+            Entries::Embeddings(values) => values.len() / l.decoder.config().hidden_size,
+        };
+        let tables = l.tables(length, context.mu, context.sigma, context.lod)?;
+        let (_, half) = tables.cos_nd.dims2()?;
+        size("context tables: cos", length * half, out_cos.len())?;
+        size("context tables: sin", length * half, out_sin.len())?;
+        copy_out(&tables.cos_nd, out_cos)?;
+        copy_out(&tables.sin_nd, out_sin)
     }
 
     /// Logits of every entry, [T, V], dense attention.

@@ -102,6 +102,20 @@ fn an_adapter_of_one_scaling_is_refused_on_a_base_of_another() {
 }
 
 #[test]
+fn an_adapter_of_one_rope_theta_is_refused_on_a_base_of_another() {
+    let fixture = Fixture::new();
+    let adapter = fixture.adapter("trained");
+    edit_json(&fixture.copy("base", "other").join("config.json"), |config| {
+        config["rope_theta"] = json!(500.0);
+        config["rope_parameters"]["rope_theta"] = json!(500.0);
+    });
+    let (base, tokens, out) = (fixture.at("other"), fixture.at("tokens.json"), fixture.at("l.safetensors"));
+    fs::write(&tokens, "[1, 2]").unwrap();
+    mclora(&["logits", "--base", &base, "--adapter", &adapter, "--tokens", &tokens, "--out", &out])
+        .refused(1, &[&adapter, "made for a base with rope_theta 10000, got one with 500"]);
+}
+
+#[test]
 fn perplexity_of_a_scaling_is_measured_without_training() {
     let fixture = Fixture::new();
     let (base, data) = (fixture.at("base"), fixture.at("data"));

@@ -115,6 +115,15 @@ pub trait RawSession: Send + Sync + 'static {
     fn unmerge_adapter(&self) -> RResult<RString, AbiError> {
         RResult::RErr(AbiError::not_there("unmerge_adapter"))
     }
+    /// RoPE tables of a context's entries, F32 `[T, W/2]` each.
+    fn context_tables(
+        &self,
+        _context: ContextView<'_>,
+        _out_cos: TensorViewMut<'_>,
+        _out_sin: TensorViewMut<'_>,
+    ) -> RResult<(), AbiError> {
+        RResult::RErr(AbiError::not_there("context_tables"))
+    }
 }
 
 /// A session, owned by the host.

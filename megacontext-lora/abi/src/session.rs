@@ -54,7 +54,7 @@ impl Session {
     }
 
     /// Sizes and state: `vocab_size`, `hidden_size`, `head_dim`, `layers`, `heads`, `kv_heads`, `original_context`,
-    /// `context`, `rope`, `lora`, `fingerprint`, `phase`, `steps`, `base`, `jobs`. Opened without a base, a session has
+    /// `context`, `rope`, `positions`, `sigma_scales`, `lora`, `fingerprint`, `phase`, `steps`, `base`, `jobs`. Opened without a base, a session has
     /// `base` null and no sizes.
     pub fn describe(&self) -> Result<Value> {
         json(self.raw.describe())
@@ -74,6 +74,17 @@ impl Session {
         out_sin: TensorViewMut<'_>,
     ) -> Result<()> {
         self.raw.rope_tables(mu, sigma, out_cos, out_sin).into_result()
+    }
+
+    /// RoPE tables of a context's entries as `logits` and `nll` use them, its levels and their learned scales included:
+    /// F32 `[T, W/2]` each, W the rotated width of a head.
+    pub fn context_tables(
+        &self,
+        context: ContextView<'_>,
+        out_cos: TensorViewMut<'_>,
+        out_sin: TensorViewMut<'_>,
+    ) -> Result<()> {
+        self.raw.context_tables(context, out_cos, out_sin).into_result()
     }
 
     /// Logits of every entry, F32 `[T, V]`.

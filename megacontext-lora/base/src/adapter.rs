@@ -226,6 +226,13 @@ impl Adapter {
                 )));
             }
         }
+        let theta = self.config.megacontext.as_ref().and_then(|own| own.base_rope_theta);
+        if let Some(theta) = theta.filter(|theta| *theta != base.rope_theta) {
+            return Err(self.refuse(format!(
+                "made for a base with rope_theta {theta}, got one with {}",
+                base.rope_theta
+            )));
+        }
         let positions = self.config.megacontext.as_ref().map(|own| &own.positions);
         if let Some(positions) = positions.filter(|positions| **positions != base.positions) {
             return Err(self.refuse(format!(

@@ -44,6 +44,8 @@ pub struct MegacontextKey {
     pub rope_scaling: RopeScaling,
     /// Scaling that the base's own `config.json` states; not checked where absent.
     pub base_rope_scaling: Option<RopeScaling>,
+    /// Base of the frequencies that the base's own `config.json` states; not checked where absent.
+    pub base_rope_theta: Option<f64>,
     /// Length the base was pre-trained at.
     pub original_max_position_embeddings: usize,
     /// Length the adapter was trained for.
@@ -188,6 +190,9 @@ impl AdapterConfig {
             if let Some(scales) = &own.sigma_scales {
                 out["megacontext"]["sigma_scales"] = json!(scales);
             }
+            if let Some(theta) = own.base_rope_theta {
+                out["megacontext"]["base_rope_theta"] = json!(theta);
+            }
             if let Some(base) = &own.base_rope_scaling {
                 out["megacontext"]["base_rope_scaling"] = base.to_json();
             }
@@ -286,6 +291,15 @@ fn own_key(value: &Value, path: &Path) -> Result<MegacontextKey> {
         } else {
             None
         },
+        base_rope_theta: keys
+            .get("base_rope_theta")
+            .map(|value| match value.as_f64().filter(|x| x.is_finite() && *x > 0.0) {
+                Some(theta) => Ok(theta),
+                None => {
+                    keys.fail(format!("megacontext.base_rope_theta: expected a positive number, got {value}"))
+                }
+            })
+            .transpose()?,
         original_max_position_embeddings: keys.count("original_max_position_embeddings")?,
         context_length: keys.count("context_length")?,
         positions: match keys.get("positions") {

@@ -96,6 +96,7 @@ pub fn export_lora_only(
         base_fingerprint: Weights::open(&base_dir)?.fingerprint(),
         rope_scaling: source.config.rope_scaling.clone(),
         base_rope_scaling: Some(source.config.rope_scaling.clone()),
+        base_rope_theta: Some(source.config.rope_theta),
         original_max_position_embeddings: source.config.original_context(),
         context_length: source.config.context(),
         positions: source.config.positions.clone(),

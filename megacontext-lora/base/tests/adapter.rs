@@ -64,6 +64,7 @@ impl Made {
             base_fingerprint: weights.fingerprint(),
             rope_scaling: RopeScaling::Linear { factor: 4.0 },
             base_rope_scaling: Some(base.rope_scaling.clone()),
+            base_rope_theta: Some(base.rope_theta),
             original_max_position_embeddings: base.original_context(),
             context_length: 128,
             positions: Default::default(),

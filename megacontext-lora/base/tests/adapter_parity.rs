@@ -80,6 +80,7 @@ fn merged_equals_adapted(name: &str, lora: LoraConfig, tensors: &[(String, Tenso
         base_fingerprint: weights.fingerprint(),
         rope_scaling: scaling.clone(),
         base_rope_scaling: Some(RopeScaling::None),
+        base_rope_theta: None,
         original_max_position_embeddings: 32,
         context_length: 128,
         positions: Default::default(),

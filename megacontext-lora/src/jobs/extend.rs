@@ -527,6 +527,7 @@ impl<'h> Run<'h> {
             base_fingerprint: self.model.weights.fingerprint(),
             rope_scaling: scaling.clone(),
             base_rope_scaling: Some(base.rope_scaling.clone()),
+            base_rope_theta: Some(base.rope_theta),
             original_max_position_embeddings: base.original_context(),
             context_length: self.config.context,
             positions: base.positions.clone(),

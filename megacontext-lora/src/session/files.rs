@@ -197,6 +197,7 @@ impl Session {
             base_fingerprint: l.model.weights.fingerprint(),
             rope_scaling: l.scaling.clone(),
             base_rope_scaling: Some(base.rope_scaling.clone()),
+            base_rope_theta: Some(base.rope_theta),
             original_max_position_embeddings: base.original_context(),
             context_length: l.context_length,
             positions: base.positions.clone(),

@@ -219,8 +219,8 @@ impl RopeScaling {
         }
     }
 
-    /// Up to which length a model reads with the frequencies of a model that is not scaled, for kinds that look at the
-    /// length of a sequence; 0 for the others, whose frequencies never depend on it.
+    /// Up to which length kinds that look at the length of a sequence use their setting for short ones; 0 for the others,
+    /// whose frequencies never depend on it.
     pub fn unscaled_up_to(&self) -> usize {
         match self {
             Self::Dynamic { original, .. } => *original,
