@@ -21,7 +21,7 @@ use serde_json::Value;
 use crate::architecture::Rotation;
 use crate::gradients::Gradients;
 
-/// Name of the parameter that holds the scale of every level, [levels]; group `sigma`.
+/// Name of the parameter that holds the scale of every level, as many values as levels; group `sigma`.
 pub const SIGMA: &str = "rope.sigma";
 
 /// Levels that a span may have: K^l of any useful K is beyond every document well before.
