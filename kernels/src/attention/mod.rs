@@ -86,5 +86,5 @@ impl Dims {
 /// Panels of each head that a forward task works on: enough to share the packing of keys, few enough to stay in the
 /// cache.
 fn forward_panels(group: usize) -> usize {
-    (24 / group).clamp(2, 8)
+    (32 / group).clamp(4, 16)
 }
