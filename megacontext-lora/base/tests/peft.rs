@@ -152,6 +152,7 @@ fn every_kind_is_written_as_it_was_read() {
             base_fingerprint: case.weights().fingerprint(),
             rope_scaling: base.rope_scaling.clone(),
             base_rope_scaling: Some(base.rope_scaling.clone()),
+            base_rope_theta: Some(base.rope_theta),
             original_max_position_embeddings: base.original_context(),
             context_length: 64,
             positions: Default::default(),
