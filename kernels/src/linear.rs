@@ -175,7 +175,7 @@ pub struct LayerGradients<'a> {
     pub a: Option<&'a mut [f32]>,
     /// dB [O, r].
     pub b: Option<&'a mut [f32]>,
-    /// dm [O], of DoRA's magnitudes.
+    /// dm \[O\], of DoRA's magnitudes.
     pub magnitude: Option<&'a mut [f32]>,
 }
 

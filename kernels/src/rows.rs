@@ -1,6 +1,6 @@
 //! Small work on rows: biases of linear layers, sums of streams, and queries, keys and values that lie together.
 //!
-//! A bias b [O] of y = x·Wᵀ + b is added to rows before the product is, so that a result stored in bf16 is rounded with
+//! A bias b \[O\] of y = x·Wᵀ + b is added to rows before the product is, so that a result stored in bf16 is rounded with
 //! everything in it but once more; its gradient is the sum over rows of y's.
 //!
 //! Fused heads: one linear layer may give queries, keys and values of each head side by side, [N, H, 3, D] (GPT-NeoX);
@@ -27,7 +27,7 @@ multiversion! {
     }
 }
 
-/// Every row of `y` [n, O] = `bias` [O].
+/// Every row of `y` [n, O] = `bias` \[O\].
 pub fn fill<S: Store>(bias: Weight<'_>, y: &mut [S]) {
     let width = bias.len();
     for_rows(y, width, |_, rows| {
@@ -40,7 +40,7 @@ pub fn fill<S: Store>(bias: Weight<'_>, y: &mut [S]) {
     });
 }
 
-/// Every row of `y` [n, O] += `bias` [O].
+/// Every row of `y` [n, O] += `bias` \[O\].
 pub fn add_bias<S: Store>(bias: Weight<'_>, y: &mut [S]) {
     let width = bias.len();
     for_rows(y, width, |_, rows| {
@@ -76,7 +76,7 @@ multiversion! {
     }
 }
 
-/// `sum` [O] += Σ of the rows of `g` [n, O].
+/// `sum` \[O\] += Σ of the rows of `g` [n, O].
 pub fn sum_rows<G: Store>(g: &[G], sum: &mut [f32]) {
     let width = sum.len();
     if width == 0 {

@@ -7,7 +7,7 @@
 //!
 //! Two ways, chosen by a row's own number of entries, so that no row feels its neighbours. Several entries go as panels over
 //! tiles of keys, as everywhere else. A single one (a step of generation) is bound by reading the cache once: its scores are
-//! dot products where the keys lie, nothing is packed, and long caches are cut into pieces of [`PIECE`] keys that threads
+//! dot products where the keys lie, nothing is packed, and long caches are cut into pieces of `PIECE` keys that threads
 //! share; the pieces' sums are put together by their largest scores (Flash-Decoding, Dao et al. 2023). Pieces are fixed by
 //! the row's length: the same inputs give the same bytes on any number of threads. Products of a single entry are f32
 //! whatever [`CacheAttention::with_products`] says.

@@ -24,9 +24,9 @@ const COLUMNS: usize = 128;
 /// DoRA's magnitudes beside a layer, as what the results are multiplied by.
 #[derive(Clone, Copy, Debug)]
 pub struct Dora<'a> {
-    /// c = m/n [O].
+    /// c = m/n \[O\].
     pub scale: &'a [f32],
-    /// n [O], of [`row_norms`].
+    /// n \[O\], of [`row_norms`].
     pub norms: &'a [f32],
 }
 
@@ -77,7 +77,7 @@ multiversion! {
     }
 }
 
-/// Lengths of the rows of W + s·B·A into `norms` [O], for W [O, I].
+/// Lengths of the rows of W + s·B·A into `norms` \[O\], for W [O, I].
 ///
 /// # Panics
 /// When sizes do not agree.

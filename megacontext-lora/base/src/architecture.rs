@@ -68,7 +68,7 @@ impl Mlp {
 pub enum QkNorm {
     /// None.
     None,
-    /// The model's norm with a gain [D] shared by the heads, before rotation.
+    /// The model's norm with a gain \[D\] shared by the heads, before rotation.
     BeforeRotary,
     /// x/rms(x), after rotation.
     AfterRotary,

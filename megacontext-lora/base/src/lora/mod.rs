@@ -158,7 +158,7 @@ impl LoraModule {
         }
     }
 
-    /// Name of DoRA's magnitudes m [out].
+    /// Name of DoRA's magnitudes m \[out\].
     pub fn magnitude_name(&self) -> String {
         format!("{}.lora_magnitude_vector", self.name)
     }
