@@ -55,7 +55,7 @@ fn the_plugin_says_what_it_is() {
     assert!(plugin.build_info().rustc.starts_with("rustc "));
     assert_eq!(plugin.build_info().crate_version, env!("CARGO_PKG_VERSION"));
     let can = plugin.capabilities();
-    for job in ["extend", "pretrain", "eval_ppl", "merge", "export", "logits"] {
+    for job in ["extend", "pretrain", "eval_ppl", "merge", "export", "sweep", "logits"] {
         assert!(can.contains(&format!("job:{job}")), "{job}: {can:?}");
     }
 }

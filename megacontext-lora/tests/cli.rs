@@ -94,6 +94,7 @@ fn every_command_has_help() {
         "eval ppl",
         "merge",
         "export",
+        "sweep",
         "logits",
         "pretrain",
         "plugin check",

@@ -31,10 +31,11 @@ use crate::run::checkpoint::load_latest;
 use crate::run::folder::{RunFolder, config_toml, expect_run};
 use crate::run::metrics::{EvaluationRecord, Record, StageRecord, TrainRecord, wall_time};
 use crate::run::summary::{
-    BaseSummary, ByContext, DataSummary, GroupSummary, Perplexity, SUMMARY, StageSummary, Summary,
+    BaseSummary, ByContext, DataSummary, DocumentLoss, GroupSummary, Perplexity, SUMMARY, StageSummary,
+    Summary,
 };
 use crate::train::config::{ExtendConfig, StageConfig};
-use crate::train::eval::{Protocol, perplexity, select};
+use crate::train::eval::{Protocol, perplexity_by_document, select};
 use crate::train::plan::{self, Plan, peak_bytes, since};
 use crate::train::trainer::Trainer;
 
@@ -261,6 +262,8 @@ struct Run<'h> {
     model: ModelDir,
     data: DataSummary,
     held_out: Vec<Vec<u32>>,
+    /// Of the model measured last, at the context to reach, dense.
+    losses: Vec<DocumentLoss>,
     plan: Plan,
     trainer: Trainer,
     folder: RunFolder,
@@ -309,7 +312,20 @@ impl<'h> Run<'h> {
                 let state =
                     State { config_hash, seed: config.seed, stage_seconds, inputs, ..State::default() };
                 let (data, held_out) = (text.summary, text.held_out);
-                Run { host, config, model, data, held_out, plan, trainer, folder, telemetry, state, started }
+                Run {
+                    host,
+                    config,
+                    model,
+                    data,
+                    held_out,
+                    losses: Vec::new(),
+                    plan,
+                    trainer,
+                    folder,
+                    telemetry,
+                    state,
+                    started,
+                }
             }
             Some(loaded) => {
                 let state: State = serde_json::from_value(loaded.state.clone())
@@ -320,7 +336,20 @@ impl<'h> Run<'h> {
                 let mut trainer = trainer;
                 trainer.restore(loaded)?;
                 let (data, held_out) = (text.summary, text.held_out);
-                Run { host, config, model, data, held_out, plan, trainer, folder, telemetry, state, started }
+                Run {
+                    host,
+                    config,
+                    model,
+                    data,
+                    held_out,
+                    losses: Vec::new(),
+                    plan,
+                    trainer,
+                    folder,
+                    telemetry,
+                    state,
+                    started,
+                }
             }
         };
         for warning in warnings {
@@ -358,7 +387,12 @@ impl<'h> Run<'h> {
             };
             let protocol =
                 Protocol { context, stride: self.config.eval.stride, pattern, scaling: scaling.clone() };
-            let result = perplexity(&self.trainer.decoder, &self.held_out, &protocol, self.host)?;
+            let (result, losses) =
+                perplexity_by_document(&self.trainer.decoder, &self.held_out, &protocol, self.host)?;
+            if sparse.is_none() && context == self.config.context {
+                // The last model measured is the adapted one.
+                self.losses = losses;
+            }
             let attention = if sparse.is_some() { "s2" } else { "dense" };
             let mut event = to_value(&result)?;
             event["model"] = json!(name);
@@ -460,7 +494,8 @@ impl<'h> Run<'h> {
         let last =
             self.config.stages.last().cloned().ok_or_else(|| PluginError::usage("stages: got none"))?;
         let scaling = last.scaling(&self.model.config)?;
-        if self.trainer.step_count() == 0 && self.state.perplexity.base.is_empty() {
+        let baselines = self.config.eval.baselines;
+        if baselines && self.trainer.step_count() == 0 && self.state.perplexity.base.is_empty() {
             self.say("measuring the base model as it came");
             let own = self.model.config.rope_scaling.clone();
             self.state.perplexity.base = self.evaluate("base", &own, None)?;
@@ -490,7 +525,7 @@ impl<'h> Run<'h> {
         }
         self.write_adapter(&scaling)?;
         let sparse = match last.pattern() {
-            Pattern::ShiftedSparse { .. } => self.evaluate("adapted", &scaling, Some(&last))?,
+            Pattern::ShiftedSparse { .. } if baselines => self.evaluate("adapted", &scaling, Some(&last))?,
             _ => ByContext::new(),
         };
         self.telemetry.sync()?;
@@ -584,6 +619,7 @@ impl<'h> Run<'h> {
             perplexity: self.state.perplexity.clone(),
             perplexity_sparse: sparse,
             sparse_dense_gap: gap,
+            held_out_losses: self.losses.clone(),
             evaluated_tokens: self.state.evaluated.clone(),
             seconds: before + since(self.started),
             seconds_by_part: self.state.seconds_by_part.clone(),

@@ -7,6 +7,7 @@
 //! | `eval_ppl` | [`eval_ppl::EvalPpl`] | a list of perplexities |
 //! | `export` | [`export::Export`] | what was written for readers of LoRA alone |
 //! | `merge` | [`merge::Merge`] | what was merged and where it is |
+//! | `sweep` | [`sweep`] | [`sweep::SweepSummary`] |
 //! | `logits` | [`logits::LogitsJob`] | where the logits are |
 //! | `rope` | [`rope::RopeJob`] | the rotary bands of a model, before and after a scaling |
 //! | `bench` | [`mod@bench`] | one measurement |
@@ -38,9 +39,11 @@ pub mod logits;
 pub mod merge;
 pub mod pretrain;
 pub mod rope;
+pub mod sweep;
 
 /// Names of all jobs.
-pub const KINDS: [&str; 8] = ["extend", "pretrain", "eval_ppl", "merge", "export", "logits", "rope", "bench"];
+pub const KINDS: [&str; 9] =
+    ["extend", "pretrain", "eval_ppl", "merge", "export", "sweep", "logits", "rope", "bench"];
 
 /// Runs a job to its end.
 ///
@@ -53,6 +56,7 @@ pub fn run(kind: &str, params: Value, host: &dyn HostApi) -> Result<Value> {
         "eval_ppl" => eval_ppl::run(params, host),
         "merge" => merge::run(params, host),
         "export" => export::run(params, host),
+        "sweep" => sweep::run(params, host),
         "logits" => logits::run(params, host),
         "rope" => rope::run(params, host),
         "bench" => bench::run(params, host),

@@ -17,14 +17,19 @@ use crate::run::summary::{ByContext, Summary};
 pub fn render(report: &RunReport) -> String {
     let s = &report.summary;
     let title = if report.title.is_empty() { default_title(s) } else { report.title.clone() };
-    let title = escape(&title);
-    let mut body = header(&title, s);
+    let mut body = header(&escape(&title), s);
     body += &perplexity_section(s);
     body += &training_section(report);
     body += &groups_section(s);
     body += &cost_section(s);
     body += READING;
     body += &reproduce_section(report);
+    page(&title, &body)
+}
+
+/// A page of this project: its title and what stands on it, HTML.
+pub(super) fn page(title: &str, body: &str) -> String {
+    let title = escape(title);
     format!(
         "<!doctype html>\n<html lang=\"en\">\n<head>\n<meta charset=\"utf-8\">\n\
          <meta name=\"viewport\" content=\"width=device-width, initial-scale=1\">\n\
@@ -189,7 +194,7 @@ fn legend(s: &Summary) -> String {
     out + "</ul>\n"
 }
 
-fn both(draw: impl Fn(Size) -> Option<String>) -> String {
+pub(super) fn both(draw: impl Fn(Size) -> Option<String>) -> String {
     let drawings: Vec<String> = Size::BOTH.into_iter().filter_map(draw).collect();
     if drawings.is_empty() { String::new() } else { format!("<figure>{}</figure>\n", drawings.join("\n")) }
 }
@@ -325,17 +330,17 @@ fn cost_section(s: &Summary) -> String {
     out + "</section>\n"
 }
 
-struct Bar {
-    class: &'static str,
-    name: String,
-    detail: String,
+pub(super) struct Bar {
+    pub class: &'static str,
+    pub name: String,
+    pub detail: String,
     /// Of the full width, 0 to 1.
-    share: f64,
-    value: String,
-    remark: String,
+    pub share: f64,
+    pub value: String,
+    pub remark: String,
 }
 
-fn bars(caption: &str, rows: Vec<Bar>) -> String {
+pub(super) fn bars(caption: &str, rows: Vec<Bar>) -> String {
     let mut out = format!("<table class=\"bars\">\n<caption>{}</caption>\n<tbody>\n", escape(caption));
     for row in rows {
         let width = (row.share.clamp(0.0, 1.0) * 1000.0).round() / 10.0;

@@ -7,6 +7,8 @@
 //! [`verdict`](verdict()) says what the numbers mean, `plots` draws them, `html` lays out the page. Text from outside
 //! (paths, names, settings) is escaped wherever it appears.
 //!
+//! [`sweep`] is the page of a sweep over ranks, in the same frame.
+//!
 //! Errors: `Io` and `Data` with the path while a run folder is read; rendering has none.
 
 mod axes;
@@ -14,6 +16,7 @@ mod format;
 mod html;
 mod plots;
 mod rope;
+pub mod sweep;
 mod verdict;
 
 use std::path::Path;

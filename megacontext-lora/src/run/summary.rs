@@ -28,6 +28,9 @@ pub struct Summary {
     /// Sparse perplexity over dense perplexity, less one, of the adapted model at `context` (0.02: sparse is 2 % worse).
     /// Absent when no stage was sparse.
     pub sparse_dense_gap: Option<f64>,
+    /// Loss of each evaluated document at `context`: the adapted model, dense attention.
+    #[serde(default)]
+    pub held_out_losses: Vec<DocumentLoss>,
     /// Tokens scored at each context length.
     pub evaluated_tokens: BTreeMap<usize, u64>,
     /// Seconds from start to end, evaluation and writing included, pauses of an interrupted run excluded.
@@ -69,6 +72,15 @@ pub struct Perplexity {
     pub interpolated: ByContext,
     /// The base model with the adapter.
     pub adapted: ByContext,
+}
+
+/// What a model lost on one document.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
+pub struct DocumentLoss {
+    /// Tokens scored.
+    pub tokens: u64,
+    /// Their NLL in nats, all together.
+    pub nll: f64,
 }
 
 /// One stage of training.

@@ -341,11 +341,13 @@ pub struct EvalConfig {
     pub stride: Option<usize>,
     /// Stop after about so many scored tokens.
     pub max_tokens: usize,
+    /// Measure what the adapted model is compared with, too: the base model, interpolation alone, sparse attention.
+    pub baselines: bool,
 }
 
 impl Default for EvalConfig {
     fn default() -> Self {
-        Self { contexts: Vec::new(), stride: None, max_tokens: 65_536 }
+        Self { contexts: Vec::new(), stride: None, max_tokens: 65_536, baselines: true }
     }
 }
 

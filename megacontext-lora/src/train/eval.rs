@@ -18,6 +18,7 @@ use crate::data::packing::{Window, strided_windows};
 use crate::error::{PluginError, Result};
 use crate::host::HostApi;
 use crate::jobs::model_error;
+use crate::run::summary::DocumentLoss;
 
 /// Tokens evaluated in one forward pass, at least one window.
 const BATCH_TOKENS: usize = 8192;
@@ -105,22 +106,30 @@ pub fn perplexity(
     protocol: &Protocol,
     host: &dyn HostApi,
 ) -> Result<Perplexity> {
+    Ok(perplexity_by_document(decoder, documents, protocol, host)?.0)
+}
+
+/// As [`perplexity`], and the loss of each document.
+pub fn perplexity_by_document(
+    decoder: &Decoder,
+    documents: &[Vec<u32>],
+    protocol: &Protocol,
+    host: &dyn HostApi,
+) -> Result<(Perplexity, Vec<DocumentLoss>)> {
     let context = protocol.context;
     let stride = protocol.stride.unwrap_or(context / 2).clamp(1, context);
-    let mut windows: Vec<(&[u32], Window)> = Vec::new();
-    for document in documents {
+    let mut windows: Vec<(usize, Window)> = Vec::new();
+    for (number, document) in documents.iter().enumerate() {
         if document.len() >= 2 {
-            windows.extend(
-                strided_windows(document.len(), context, stride)?.into_iter().map(|w| (&document[..], w)),
-            );
+            windows
+                .extend(strided_windows(document.len(), context, stride)?.into_iter().map(|w| (number, w)));
         }
     }
     if windows.is_empty() {
         return Err(PluginError::data("evaluation: expected a document of at least 2 tokens, got none"));
     }
     let c = decoder.config();
-    let mut sum = 0f64;
-    let mut scored = 0usize;
+    let mut losses = vec![DocumentLoss::default(); documents.len()];
     let mut buffers = Buffers::default();
     for batch in windows.chunks(batch_rows(context)) {
         if host.cancelled() {
@@ -129,13 +138,14 @@ pub fn perplexity(
         let longest = batch.iter().map(|(_, w)| w.inputs().len()).max().unwrap_or(1);
         let mut tokens = vec![0u32; batch.len() * longest];
         let mut targets = vec![IGNORE; batch.len() * longest];
-        for (row, (document, window)) in batch.iter().enumerate() {
+        for (row, (number, window)) in batch.iter().enumerate() {
+            let document = &documents[*number];
             let inputs = window.inputs();
             tokens[row * longest..][..inputs.len()].copy_from_slice(&document[inputs]);
             for target in window.targets() {
                 targets[row * longest + target - 1 - window.start] = document[target];
             }
-            scored += window.targets().len();
+            losses[*number].tokens += window.targets().len() as u64;
         }
         // Scalings that look at the length see the context's, however short the documents of a batch are.
         let mu: Vec<f64> = (0..longest).map(|p| p as f64).collect();
@@ -144,10 +154,15 @@ pub fn perplexity(
             Rows { lengths: Some(batch.iter().map(|(_, w)| w.inputs().len()).collect()), segments: None };
         let with = Forward { pattern: protocol.pattern, rope: &rope, rows: &rows, dropout_seed: None };
         let nll = decoder.score(&tokens, batch.len(), &targets, &with, &mut buffers).map_err(model_error)?;
-        sum += nll.iter().map(|v| f64::from(*v)).sum::<f64>();
+        for ((number, _), row) in batch.iter().zip(nll.chunks(longest)) {
+            losses[*number].nll += row.iter().map(|v| f64::from(*v)).sum::<f64>();
+        }
     }
+    losses.retain(|loss| loss.tokens > 0);
+    let sum: f64 = losses.iter().map(|loss| loss.nll).sum();
+    let scored = losses.iter().map(|loss| loss.tokens as usize).sum();
     let nll = sum / scored as f64;
-    Ok(Perplexity {
+    let result = Perplexity {
         context,
         stride,
         attention: pattern_name(protocol.pattern),
@@ -155,7 +170,8 @@ pub fn perplexity(
         tokens: scored,
         nll,
         perplexity: nll.exp(),
-    })
+    };
+    Ok((result, losses))
 }
 
 #[cfg(test)]

@@ -2,5 +2,6 @@
 pub mod config;
 pub mod eval;
 pub mod plan;
+pub mod rank;
 pub mod trainer;
 pub mod work;

@@ -41,7 +41,7 @@ pub struct Global {
     /// Print the result as one JSON object on stdout, and events as JSON lines on stderr
     #[arg(long, global = true)]
     pub json: bool,
-    /// Worker threads of quickstart, extend, pretrain, eval and bench. Default: all cores
+    /// Worker threads of quickstart, extend, sweep, pretrain, eval and bench. Default: all cores
     #[arg(long, global = true, value_name = "N")]
     pub threads: Option<u64>,
 }
@@ -52,6 +52,8 @@ pub enum Command {
     Quickstart(Quickstart),
     /// Extend the context of a model: train a LoRA adapter in stages, write it with a report
     Extend(Box<Extend>),
+    /// Which LoRA rank: a short run for each of several, compared on held-out text
+    Sweep(Box<Sweep>),
     /// Measure a model
     #[command(subcommand)]
     Eval(EvalCommand),
@@ -232,6 +234,35 @@ pub struct Extend {
     /// Checkpoints to keep [default: 2]
     #[arg(long, value_name = "N", help_heading = "Evaluation and checkpoints")]
     pub checkpoint_keep: Option<u64>,
+}
+
+/// Which LoRA rank.
+///
+/// A short run of `extend` for each rank, all with the same text, seed and steps, and alpha in proportion to the rank. It takes
+/// the smallest rank whose held-out loss cannot be told from the best one's: the margin is one standard error of their
+/// difference over the evaluated documents. Every setting of extend is one here. Without --base it is the small model that
+/// comes with the program, as in quickstart.
+#[derive(Debug, Clone, Default, Args)]
+#[command(after_help = "Examples:
+  mclora sweep
+  mclora sweep --base models/small --data 'docs/**/*.md' --context 8192 --ranks 4,8,16,32 --budget-steps 400
+  mclora sweep --base models/small --data corpus.jsonl --context 8192 --budget-seconds 3600 --out runs/ranks
+  mclora sweep --resume --out runs/ranks")]
+pub struct Sweep {
+    /// Ranks to try [default: 4,8,16,32]
+    #[arg(long, value_name = "LIST", value_delimiter = ',', help_heading = "Sweep")]
+    pub ranks: Vec<u64>,
+    /// Optimiser steps of all ranks together, shared equally [default: 60 for each rank]
+    #[arg(long, value_name = "N", help_heading = "Sweep")]
+    pub budget_steps: Option<u64>,
+    /// Seconds of all ranks together, about: the plan's estimate makes steps of them
+    #[arg(long, value_name = "S", help_heading = "Sweep")]
+    pub budget_seconds: Option<f64>,
+    /// LoRA strength, alpha / rank, the same for all [default: 2]
+    #[arg(long, value_name = "S", help_heading = "Sweep")]
+    pub scale: Option<f64>,
+    #[command(flatten)]
+    pub extend: Extend,
 }
 
 /// Perplexity by context length.

@@ -13,6 +13,7 @@ mod failure;
 mod params;
 mod progress;
 mod quickstart;
+mod sweep;
 mod tables;
 
 use args::{Cli, Command, EvalCommand, PluginCommand};
@@ -46,6 +47,7 @@ fn run(cli: Cli) -> Result<Value> {
     match cli.command.unwrap_or_else(|| Command::Quickstart(args::Quickstart::default())) {
         Command::Quickstart(args) => quickstart::run(&args, &global),
         Command::Extend(args) => commands::extend(&args, &global),
+        Command::Sweep(args) => sweep::run(&args, &global),
         Command::Eval(EvalCommand::Ppl(args)) => commands::eval_ppl(&args, &global),
         Command::Merge(args) => commands::merge(&args, &global),
         Command::Export(args) => commands::export(&args, &global),

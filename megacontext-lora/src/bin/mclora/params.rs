@@ -75,6 +75,25 @@ impl Params {
         }
     }
 
+    /// An object made elsewhere, to be completed.
+    pub fn from_value(value: Value) -> Self {
+        match value {
+            Value::Object(map) => Self(map),
+            _ => Self::default(),
+        }
+    }
+
+    /// Sets the key at a dotted path where nothing is there yet.
+    pub fn set_default(&mut self, path: &str, value: impl Into<Value>) {
+        let there = path.split('.').try_fold(None, |at: Option<&Value>, key| match at {
+            None => self.0.get(key).map(Some),
+            Some(value) => value.get(key).map(Some),
+        });
+        if there.is_none() {
+            self.set(path, value);
+        }
+    }
+
     /// The value of a top-level key that is text.
     pub fn text(&self, key: &str) -> Option<&str> {
         self.0.get(key)?.as_str()

@@ -98,6 +98,9 @@ impl Reporter {
 /// The numbers of a progress event on one line.
 fn status(event: &Value) -> String {
     let mut parts = Vec::new();
+    if let Some(rank) = event["rank"].as_u64() {
+        parts.push(format!("rank {rank}"));
+    }
     if let (Some(stage), Some(stages @ 2..)) = (event["stage"].as_u64(), event["stages"].as_u64()) {
         parts.push(format!("stage {stage}/{stages}"));
     }
@@ -167,6 +170,7 @@ mod tests {
         });
         assert_eq!(status(&event), "stage 1/2  context 512  loss 2.710  1234 tokens/s  1 min 15 s left");
         assert_eq!(status(&json!({ "stage": 1, "stages": 1 })), "");
+        assert_eq!(status(&json!({ "rank": 8, "context": 512 })), "rank 8  context 512");
     }
 
     #[test]

@@ -30,7 +30,7 @@ const DEFAULT_OUT: &str = "runs/quickstart";
 const BUILDING: &str = ".base-";
 
 /// The context to reach, in tokens.
-const CONTEXT: u64 = 1024;
+pub const CONTEXT: u64 = 1024;
 
 /// What decides how long it takes.
 struct Preset {
@@ -96,7 +96,7 @@ pub fn run(args: &Quickstart, global: &Global) -> Result<Value> {
 }
 
 /// The first free name; to resume, the last one taken.
-fn default_out(first: &Path, resume: bool) -> PathBuf {
+pub fn default_out(first: &Path, resume: bool) -> PathBuf {
     let name = |n: u32| match n {
         1 => first.to_path_buf(),
         n => PathBuf::from(format!("{}-{n}", first.display())),
@@ -125,7 +125,7 @@ fn parameters(base: &Path, run: &Path, smoke: bool) -> Result<Params> {
 }
 
 /// Writes the model's folder beside its place and renames it; a folder that is there already is left as it is.
-fn write_base(base: &Path) -> Result<()> {
+pub fn write_base(base: &Path) -> Result<()> {
     if BASE.is_empty() {
         return Err(Failure::usage(
             "this program was built without its small model (assets/tiny-llama); use `mclora extend --base DIR`",
