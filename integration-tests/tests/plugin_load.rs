@@ -55,7 +55,19 @@ fn the_plugin_says_what_it_is() {
     assert!(plugin.build_info().rustc.starts_with("rustc "));
     assert_eq!(plugin.build_info().crate_version, env!("CARGO_PKG_VERSION"));
     let can = plugin.capabilities();
-    for job in ["extend", "pretrain", "eval_ppl", "merge", "export", "sweep", "logits"] {
+    let jobs = [
+        "extend",
+        "pretrain",
+        "eval_ppl",
+        "eval_gap",
+        "eval_passkey",
+        "generate",
+        "merge",
+        "export",
+        "sweep",
+        "logits",
+    ];
+    for job in jobs {
         assert!(can.contains(&format!("job:{job}")), "{job}: {can:?}");
     }
 }

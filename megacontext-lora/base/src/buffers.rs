@@ -54,7 +54,7 @@ impl<S: Activation> Buffer<S> {
         Ok(&mut *self)
     }
 
-    fn bytes(&self) -> u64 {
+    pub(crate) fn bytes(&self) -> u64 {
         self.map.as_ref().map_or(0, |map| map.len() as u64)
     }
 }
@@ -138,7 +138,7 @@ impl<S: Activation> Scratch<S> {
         self.saved.resize_with(if recompute { 1 } else { walked.max(1) }, Saved::default);
     }
 
-    fn bytes(&self) -> u64 {
+    pub(crate) fn bytes(&self) -> u64 {
         fn vector<S>(buffer: &Vec<S>) -> u64 {
             (buffer.capacity() * size_of::<S>()) as u64
         }

@@ -306,7 +306,7 @@ impl Decoder {
     }
 
     /// Makes the stream in `x` what the first block reads.
-    fn enter<S: Activation>(&self, x: &mut Buffer<S>, other: &mut Buffer<S>) -> Result<()> {
+    pub(crate) fn enter<S: Activation>(&self, x: &mut Buffer<S>, other: &mut Buffer<S>) -> Result<()> {
         if let Some(norm) = self.entry_norm() {
             norm.forward(x, other.sized(x.len())?)?;
             std::mem::swap(x, other);
@@ -379,7 +379,7 @@ impl Decoder {
         }
     }
 
-    fn pass<'a>(
+    pub(crate) fn pass<'a>(
         &'a self,
         attention: Option<&'a Attentions>,
         tables: Tables<'a>,
@@ -436,7 +436,11 @@ impl Decoder {
     }
 
     /// The final norm of the stream, in the buffer that blocks use for their normed input.
-    fn final_norm<'s, S: Activation>(&self, x: &[S], normed: &'s mut Buffer<S>) -> Result<&'s [S]> {
+    pub(crate) fn final_norm<'s, S: Activation>(
+        &self,
+        x: &[S],
+        normed: &'s mut Buffer<S>,
+    ) -> Result<&'s [S]> {
         let normed = normed.sized(x.len())?;
         self.last_norm()?.forward(x, normed)?;
         Ok(normed)

@@ -6,6 +6,7 @@
 //! angles. [`config`], [`weights`] and [`tokenizer`] read a Hugging Face folder, [`hf_export`] writes one, [`adapter`]
 //! reads and writes PEFT folders, [`merge`] folds one into its base, [`lora_only`] and
 //! [`gguf`] write it for readers that take LoRA factors alone. [`atomic`] makes folders appear whole or not at all;
+//! [`generate`] continues prompts over a cache of keys and values.
 //! [`random`] is the one source of random numbers.
 //!
 //! Errors are [`error::BaseError`]: what was refused, what was expected, what was found, and where.
@@ -20,6 +21,7 @@ pub mod config;
 pub mod decoder;
 pub mod error;
 mod families;
+pub mod generate;
 pub mod gguf;
 pub mod gradients;
 pub mod hf_export;

@@ -21,6 +21,7 @@ pub struct Tokenizer {
     inner: tokenizers::Tokenizer,
     path: PathBuf,
     eos: Option<u32>,
+    opening: Vec<u32>,
 }
 
 impl Tokenizer {
@@ -46,7 +47,8 @@ impl Tokenizer {
             .map_err(|e| BaseError::tokenizer(&path, format!("cannot switch truncation off: {e}")))?;
         inner.set_encode_special_tokens(true);
         let eos = end_token(dir, &inner);
-        Ok(Self { inner, path, eos })
+        let opening = opening(&inner);
+        Ok(Self { inner, path, eos, opening })
     }
 
     /// Token ids of a text, without any that the text does not spell.
@@ -74,10 +76,24 @@ impl Tokenizer {
         self.eos
     }
 
+    /// What the tokenizer's own template puts in front of a text: a begin token for Llama, nothing for many. Encoding does
+    /// not; whoever makes a prompt puts it there himself.
+    pub fn opening(&self) -> &[u32] {
+        &self.opening
+    }
+
     /// Number of tokens, added ones included.
     pub fn vocab_size(&self) -> usize {
         self.inner.get_vocab_size(true)
     }
+}
+
+fn opening(tokenizer: &tokenizers::Tokenizer) -> Vec<u32> {
+    // Any text will do whose own tokens can be found again.
+    let ids = |special| tokenizer.encode_fast("a", special).map(|e| e.get_ids().to_vec()).unwrap_or_default();
+    let (plain, whole) = (ids(false), ids(true));
+    let at = (0..whole.len()).find(|at| !plain.is_empty() && whole[*at..].starts_with(&plain));
+    whole[..at.unwrap_or(0)].to_vec()
 }
 
 fn end_token(dir: &Path, tokenizer: &tokenizers::Tokenizer) -> Option<u32> {
@@ -147,6 +163,21 @@ mod tests {
         assert_eq!(eos(), Some(3));
         fs::write(dir.path().join("config.json"), r#"{"eos_token_id": 77}"#).unwrap();
         assert_eq!(eos(), Some(2));
+    }
+
+    #[test]
+    fn the_opening_is_what_the_template_puts_first() {
+        let dir = folder();
+        let opening = || Tokenizer::from_dir(dir.path()).unwrap().opening().to_vec();
+        // The template of this folder puts its token behind the text.
+        assert_eq!(opening(), [0u32; 0]);
+        let path = dir.path().join("tokenizer.json");
+        let mut file: Value = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
+        file["model"]["vocab"]["a"] = json!(5);
+        let single = file["post_processor"]["single"].as_array_mut().unwrap();
+        single.swap(0, 1);
+        fs::write(&path, file.to_string()).unwrap();
+        assert_eq!(opening(), [4]);
     }
 
     #[test]

@@ -205,7 +205,7 @@ fn read_text(config: &ExtendConfig, model: &ModelDir, host: &dyn HostApi) -> Res
         held_out_documents: held_out.len(),
         held_out_tokens: all.iter().map(|d| d.len() as u64).sum(),
     };
-    let held_out = select(&all, longest, config.eval.max_tokens);
+    let held_out = select(&all, longest, config.eval.max_tokens, 0);
     if held_out.is_empty() {
         return Err(PluginError::data("data: the held-out documents have no text to evaluate on"));
     }

@@ -5,6 +5,9 @@
 //! | `extend` | [`crate::train::config::ExtendConfig`] | [`crate::run::summary::Summary`] |
 //! | `pretrain` | [`pretrain::PretrainConfig`] | losses of the model and of the n-gram baselines |
 //! | `eval_ppl` | [`eval_ppl::EvalPpl`] | a list of perplexities |
+//! | `eval_gap` | [`eval_gap::EvalGap`] | dense and sparse perplexity by length |
+//! | `eval_passkey` | [`eval_passkey::EvalPasskey`] | accuracy by length and depth |
+//! | `generate` | [`generate::GenerateJob`] | continuations |
 //! | `export` | [`export::Export`] | what was written for readers of LoRA alone |
 //! | `merge` | [`merge::Merge`] | what was merged and where it is |
 //! | `sweep` | [`sweep`] | [`sweep::SweepSummary`] |
@@ -32,9 +35,13 @@ use crate::error::{Kind, PluginError, Result};
 use crate::host::HostApi;
 
 pub mod bench;
+pub mod eval_gap;
+pub mod eval_passkey;
 pub mod eval_ppl;
+mod evaluation;
 pub mod export;
 pub mod extend;
+pub mod generate;
 pub mod logits;
 pub mod merge;
 pub mod pretrain;
@@ -42,8 +49,20 @@ pub mod rope;
 pub mod sweep;
 
 /// Names of all jobs.
-pub const KINDS: [&str; 9] =
-    ["extend", "pretrain", "eval_ppl", "merge", "export", "sweep", "logits", "rope", "bench"];
+pub const KINDS: [&str; 12] = [
+    "extend",
+    "pretrain",
+    "eval_ppl",
+    "eval_gap",
+    "eval_passkey",
+    "generate",
+    "merge",
+    "export",
+    "sweep",
+    "logits",
+    "rope",
+    "bench",
+];
 
 /// Runs a job to its end.
 ///
@@ -54,6 +73,9 @@ pub fn run(kind: &str, params: Value, host: &dyn HostApi) -> Result<Value> {
         "extend" => extend::run(params, host),
         "pretrain" => pretrain::run(params, host),
         "eval_ppl" => eval_ppl::run(params, host),
+        "eval_gap" => eval_gap::run(params, host),
+        "eval_passkey" => eval_passkey::run(params, host),
+        "generate" => generate::run(params, host),
         "merge" => merge::run(params, host),
         "export" => export::run(params, host),
         "sweep" => sweep::run(params, host),

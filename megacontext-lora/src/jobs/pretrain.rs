@@ -241,7 +241,7 @@ fn pretrain(c: &PretrainConfig, roots: &Roots, host: &dyn HostApi) -> Result<Val
     let held_out = tokenize(&held_out.documents, &encode)?;
     let held_out_tokens: usize = held_out.iter().map(Vec::len).sum();
     say(format!("{} training tokens, {held_out_tokens} held out", stream.len()));
-    let scored = select(&held_out, c.context, SCORED_TOKENS);
+    let scored = select(&held_out, c.context, SCORED_TOKENS, 0);
     if scored.is_empty() {
         return Err(PluginError::data(format!(
             "held-out text: expected a document of at least 2 tokens, got {held_out_tokens} tokens in {} documents",

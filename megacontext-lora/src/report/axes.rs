@@ -167,6 +167,19 @@ impl Drawing {
         let _ = write!(self.out, " text-anchor=\"{anchor}\">{}</text>", escape(text));
     }
 
+    /// Text in the middle of its place; `hint` shows under the pointer.
+    pub fn hinted_text(&mut self, class: &str, (x, y): (f64, f64), text: &str, hint: &str) {
+        self.open("text", class);
+        self.attribute("x", x);
+        self.attribute("y", y);
+        let _ = write!(
+            self.out,
+            " text-anchor=\"middle\"><title>{}</title>{}</text>",
+            escape(hint),
+            escape(text)
+        );
+    }
+
     pub fn finish(mut self) -> String {
         self.out.push_str("</svg>");
         self.out

@@ -8,11 +8,14 @@
 //! (paths, names, settings) is escaped wherever it appears.
 //!
 //! [`sweep`] is the page of a sweep over ranks, in the same frame.
+//! [`evaluation`] is the page of an evaluation, with the same frame and drawings.
 //!
 //! Errors: `Io` and `Data` with the path while a run folder is read; rendering has none.
 
 mod axes;
+pub mod evaluation;
 mod format;
+mod heat;
 mod html;
 mod plots;
 mod rope;

@@ -5,6 +5,7 @@
 //! [`summary`] the outcome. Each file is whole or absent, or is cut back to what the checkpoint knows, so that an
 //! interrupted and an uninterrupted run end with the same bytes.
 
+pub mod cells;
 pub mod checkpoint;
 pub mod folder;
 pub mod metrics;

@@ -12,13 +12,16 @@ use megacontext_base::random::Random;
 use megacontext_base::rope::RopeScaling;
 use megacontext_kernels::attention::{Pattern, Rows};
 use megacontext_kernels::loss::IGNORE;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use crate::data::packing::{Window, strided_windows};
 use crate::error::{PluginError, Result};
 use crate::host::HostApi;
 use crate::jobs::model_error;
 use crate::run::summary::DocumentLoss;
+
+/// How tokens are scored, as results say it.
+pub const SCORING: &str = "strided, each token once, in the first window that reaches it";
 
 /// Tokens evaluated in one forward pass, at least one window.
 const BATCH_TOKENS: usize = 8192;
@@ -29,7 +32,7 @@ pub fn batch_rows(context: usize) -> usize {
 }
 
 /// What was measured, and how.
-#[derive(Clone, Debug, PartialEq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Perplexity {
     /// Window length in tokens.
     pub context: usize,
@@ -39,12 +42,39 @@ pub struct Perplexity {
     pub attention: String,
     /// Scaling of the positions.
     pub rope: String,
+    /// [`SCORING`].
+    pub scoring: String,
     /// Scored tokens.
     pub tokens: usize,
     /// Mean NLL in nats per token.
     pub nll: f64,
     /// exp(nll).
     pub perplexity: f64,
+}
+
+/// Sparse against dense attention at one length.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Gap {
+    /// Window length in tokens.
+    pub context: usize,
+    /// Measured with dense attention.
+    pub dense: Perplexity,
+    /// Measured with sparse attention, on the same tokens.
+    pub sparse: Perplexity,
+    /// Sparse perplexity over dense perplexity, less one (0.02: sparse is 2 % worse).
+    pub gap: f64,
+}
+
+/// The gap at every length, of results that come in pairs: dense, then sparse.
+pub fn gaps(results: &[Perplexity]) -> Vec<Gap> {
+    let pairs = results.as_chunks::<2>().0;
+    let gap = |[dense, sparse]: &[Perplexity; 2]| Gap {
+        context: dense.context,
+        gap: sparse.perplexity / dense.perplexity - 1.0,
+        dense: dense.clone(),
+        sparse: sparse.clone(),
+    };
+    pairs.iter().map(gap).collect()
 }
 
 /// How one perplexity is to be measured.
@@ -70,12 +100,12 @@ pub fn pattern_name(pattern: Pattern) -> String {
     }
 }
 
-/// Chooses what to score: documents longer than `context` first, in an order drawn with a fixed seed so that they come
-/// from everywhere, each cut to two contexts, until `max_tokens` tokens are scored. The same documents, context and
-/// budget always give the same choice.
-pub fn select(documents: &[Vec<u32>], context: usize, max_tokens: usize) -> Vec<Vec<u32>> {
+/// Chooses what to score: documents longer than `context` first, in an order drawn with `seed` so that they come from
+/// everywhere, each cut to two contexts, until `max_tokens` tokens are scored. The same documents, context, budget and seed
+/// always give the same choice.
+pub fn select(documents: &[Vec<u32>], context: usize, max_tokens: usize, seed: u64) -> Vec<Vec<u32>> {
     let mut order: Vec<&Vec<u32>> = documents.iter().collect();
-    let mut random = Random::named(0, "evaluation documents");
+    let mut random = Random::named(seed, "evaluation documents");
     for last in (1..order.len()).rev() {
         order.swap(last, random.below(last + 1));
     }
@@ -167,6 +197,7 @@ pub fn perplexity_by_document(
         stride,
         attention: pattern_name(protocol.pattern),
         rope: protocol.scaling.to_string(),
+        scoring: SCORING.to_string(),
         tokens: scored,
         nll,
         perplexity: nll.exp(),
@@ -181,11 +212,13 @@ mod tests {
     #[test]
     fn long_documents_are_scored_first_and_the_budget_holds() {
         let documents = vec![vec![1; 5], vec![2; 100], vec![3; 1000], vec![4; 7]];
-        let chosen = select(&documents, 50, 203);
+        let chosen = select(&documents, 50, 203, 0);
         assert_eq!(chosen.len(), 3);
         assert!(chosen[0].len() > 50 && chosen[1].len() > 50);
         assert!(chosen.iter().all(|d| d.len() <= 101));
         assert_eq!(chosen.iter().map(|d| d.len() - 1).sum::<usize>(), 203);
-        assert_eq!(chosen, select(&documents, 50, 203));
+        assert_eq!(chosen, select(&documents, 50, 203, 0));
+        let other = (1..20).map(|seed| select(&documents, 50, 203, seed)).find(|other| *other != chosen);
+        assert!(other.is_some_and(|o| o.len() == 3), "another seed chooses otherwise");
     }
 }

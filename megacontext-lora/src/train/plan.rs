@@ -229,6 +229,45 @@ pub(crate) fn check_forward(
     }
 }
 
+/// Refuses a job that needs `needed` bytes beside the weights where they do not fit; `cache` bytes of them are keys and
+/// values.
+pub(crate) fn check_beside_weights(
+    what: &str,
+    model: &DecoderConfig,
+    dtype: Precision,
+    needed: u64,
+    cache: u64,
+) -> Result<()> {
+    let load = Load {
+        model,
+        lora: None,
+        learning: &[],
+        dtype,
+        entries: 0,
+        context: 0,
+        evaluated: 0,
+        data_tokens: 0,
+        program: 0,
+    };
+    let plan = load.memory(true);
+    let total = plan.total.saturating_add(needed);
+    match available_bytes() {
+        Some(free) if total > free => {
+            let mut help = vec!["shorter or fewer rows at a time".to_string()];
+            help.extend((!dtype.stores_bf16()).then(|| "--dtype bf16".to_string()));
+            Err(PluginError::memory(format!(
+                "{what} needs about {} ({} of it keys and values, {} weights), but {} are free. What would help: {}",
+                bytes(total),
+                bytes(cache),
+                bytes(plan.weights),
+                bytes(free),
+                help.join(", ")
+            )))
+        }
+        _ => Ok(()),
+    }
+}
+
 /// What a run will cost.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Plan {

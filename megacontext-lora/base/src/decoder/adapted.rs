@@ -76,7 +76,7 @@ impl Decoder {
     }
 
     /// Embeddings of tokens with their scale, row-major.
-    pub(super) fn gather<S: Store>(&self, tokens: &[u32], out: &mut [S]) -> Result<()> {
+    pub(crate) fn gather<S: Store>(&self, tokens: &[u32], out: &mut [S]) -> Result<()> {
         self.gather_plain(tokens, out)?;
         if let Some(scale) = self.embedding_scale() {
             rows::scale(out, scale);
@@ -177,7 +177,7 @@ impl Decoder {
     }
 
     /// Logits [N, V] of hidden states.
-    pub(super) fn logits_of<S: Store>(&self, hidden: &[S]) -> Result<Vec<f32>> {
+    pub(crate) fn logits_of<S: Store>(&self, hidden: &[S]) -> Result<Vec<f32>> {
         let sizes = self.head_sizes(hidden.len() / self.config.hidden_size);
         let lora = self.head_lora(None)?;
         self.with_head(lora.as_ref(), |head| Ok(head_logits(hidden, head, sizes, self.precision.products())?))

@@ -18,6 +18,7 @@ use std::path::PathBuf;
   mclora                                          the small model, 256 to 1024 tokens, with a report
   mclora extend --base DIR --data docs/ --context 8192 --out runs/mine
   mclora eval ppl --base DIR --adapter runs/mine/adapter --data held-out.txt --contexts 2048,8192
+  mclora eval passkey --base DIR --adapter runs/mine/adapter --lengths 2048,8192 --out runs/passkey
   mclora merge --base DIR --adapter runs/mine/adapter --out merged/
   mclora export --format lora-only --base DIR --adapter runs/mine/adapter --out exported/
   mclora rope --base DIR --scaling yarn --factor 8 --plot bands.svg
@@ -41,7 +42,7 @@ pub struct Global {
     /// Print the result as one JSON object on stdout, and events as JSON lines on stderr
     #[arg(long, global = true)]
     pub json: bool,
-    /// Worker threads of quickstart, extend, sweep, pretrain, eval and bench. Default: all cores
+    /// Worker threads of quickstart, extend, sweep, pretrain, eval, generate and bench. Default: all cores
     #[arg(long, global = true, value_name = "N")]
     pub threads: Option<u64>,
 }
@@ -57,6 +58,8 @@ pub enum Command {
     /// Measure a model
     #[command(subcommand)]
     Eval(EvalCommand),
+    /// Continue a text
+    Generate(Generate),
     /// Fold an adapter into its base: a model folder that needs no adapter
     Merge(Merge),
     /// Write an adapter for readers that take LoRA factors alone: vLLM, llama.cpp
@@ -79,6 +82,10 @@ pub enum Command {
 pub enum EvalCommand {
     /// Perplexity by context length, every token scored once
     Ppl(EvalPpl),
+    /// How often a number hidden in a long text is found, by length and depth
+    Passkey(EvalPasskey),
+    /// What sparse attention costs a model that is used with dense attention, by length
+    Gap(EvalGap),
 }
 
 #[derive(Debug, Subcommand)]
@@ -265,26 +272,42 @@ pub struct Sweep {
     pub extend: Extend,
 }
 
-/// Perplexity by context length.
-///
-/// A window of the context's length moves over every document; each token is scored once, in the first window that
-/// reaches it. Every length scores the same tokens. Attention is dense unless asked otherwise.
-#[derive(Debug, Clone, Args)]
-#[command(after_help = "Examples:
-  mclora eval ppl --base models/small --data book.txt --contexts 2048,4096,8192
-  mclora eval ppl --base models/small --adapter runs/mine/adapter --data 'held-out/*.txt' --contexts 8192 --json")]
-pub struct EvalPpl {
+/// The model of an evaluation, and where its results go.
+#[derive(Debug, Clone, Default, Args)]
+pub struct Evaluated {
     /// Model folder
-    #[arg(long, value_name = "DIR")]
-    pub base: PathBuf,
+    #[arg(long, value_name = "DIR", required_unless_present = "resume")]
+    pub base: Option<PathBuf>,
     /// Adapter folder (PEFT)
     #[arg(long, value_name = "DIR")]
     pub adapter: Option<PathBuf>,
+    /// Folder for results and a report, absent or empty [default: nothing is written]
+    #[arg(long, value_name = "DIR")]
+    pub out: Option<PathBuf>,
+    /// Take up the interrupted evaluation in the folder, with the settings found there
+    #[arg(long, requires = "out")]
+    pub resume: bool,
+    /// How positions are stretched: linear, ntk, dynamic, yarn, longrope or llama3, or a JSON object as in rope_scaling of a
+    /// config.json [default: as the adapter, or the model, says]
+    #[arg(long, value_name = "NAME")]
+    pub scaling: Option<String>,
+    /// Stretch from the original context [default: as the adapter, or the model, says; with --scaling alone that of the
+    /// longest context]
+    #[arg(long, value_name = "F")]
+    pub factor: Option<f64>,
+    /// Precision: f32, mixed (products in bf16) or bf16 (storage too) [default: f32]
+    #[arg(long, value_name = "NAME")]
+    pub dtype: Option<String>,
+}
+
+/// The text that perplexity is measured on.
+#[derive(Debug, Clone, Default, Args)]
+pub struct Scored {
     /// Text to score: files, folders, globs
-    #[arg(long, value_name = "PATH", num_args = 1.., required = true)]
+    #[arg(long, value_name = "PATH", num_args = 1.., required_unless_present = "resume")]
     pub data: Vec<String>,
     /// Context lengths in tokens
-    #[arg(long, value_name = "LIST", value_delimiter = ',', required = true)]
+    #[arg(long, value_name = "LIST", value_delimiter = ',', required_unless_present = "resume")]
     pub contexts: Vec<u64>,
     /// Tokens by which the window moves [default: half the context]
     #[arg(long, value_name = "N")]
@@ -292,12 +315,115 @@ pub struct EvalPpl {
     /// Stop after about so many tokens [default: 65536]
     #[arg(long, value_name = "N")]
     pub max_tokens: Option<u64>,
+    /// Seed of which documents are scored [default: 0]
+    #[arg(long, value_name = "N")]
+    pub seed: Option<u64>,
+}
+
+/// Perplexity by context length.
+///
+/// A window of the context's length moves over every document; each token is scored once, in the first window that
+/// reaches it. Every length scores the same tokens. Attention is dense unless asked otherwise.
+#[derive(Debug, Clone, Args)]
+#[command(after_help = "Examples:
+  mclora eval ppl --base models/small --data book.txt --contexts 2048,4096,8192
+  mclora eval ppl --base models/small --adapter runs/mine/adapter --data 'held-out/*.txt' --contexts 8192 --json
+  mclora eval ppl --resume --out runs/ppl")]
+pub struct EvalPpl {
+    #[command(flatten)]
+    pub of: Evaluated,
+    #[command(flatten)]
+    pub text: Scored,
     /// dense, or s2 as in training [default: dense]
     #[arg(long, value_name = "NAME")]
     pub attention: Option<String>,
     /// Group of s2: tokens, or a part of the context [default: 0.25]
     #[arg(long, value_name = "G")]
     pub group: Option<String>,
+}
+
+/// Sparse against dense attention by context length.
+///
+/// Perplexity of the same weights on the same tokens with shifted sparse attention, as in training, and with dense
+/// attention, as in use.
+#[derive(Debug, Clone, Args)]
+#[command(after_help = "Example:
+  mclora eval gap --base models/small --adapter runs/mine/adapter --data book.txt --contexts 2048,8192 --out runs/gap")]
+pub struct EvalGap {
+    #[command(flatten)]
+    pub of: Evaluated,
+    #[command(flatten)]
+    pub text: Scored,
+    /// Group of the sparse attention: tokens, or a part of the context [default: 0.25]
+    #[arg(long, value_name = "G")]
+    pub group: Option<String>,
+}
+
+/// Passkey retrieval by length and depth.
+///
+/// A number is stated in one line of a long text, and asked for at its end; right is an answer whose digits are the
+/// number's. Prompt and answer come to exactly the length. Keys and texts are drawn by seed, length, depth and trial.
+#[derive(Debug, Clone, Args)]
+#[command(after_help = "Examples:
+  mclora eval passkey --base models/small --lengths 1024,2048,4096
+  mclora eval passkey --base models/small --adapter runs/mine/adapter --lengths 8192,16384,32768 \\
+      --depths 0,0.1,0.5,0.9,1 --trials 10 --dtype bf16 --out runs/passkey
+  mclora eval passkey --resume --out runs/passkey")]
+pub struct EvalPasskey {
+    #[command(flatten)]
+    pub of: Evaluated,
+    /// Lengths of prompt and answer in tokens
+    #[arg(long, value_name = "LIST", value_delimiter = ',', required_unless_present = "resume")]
+    pub lengths: Vec<u64>,
+    /// Where the key stands: 0 at the beginning, 1 at the end [default: 0,0.25,0.5,0.75,1]
+    #[arg(long, value_name = "LIST", value_delimiter = ',')]
+    pub depths: Vec<f64>,
+    /// Prompts of each length and depth [default: 5]
+    #[arg(long, value_name = "N")]
+    pub trials: Option<u64>,
+    /// Seed of keys and texts [default: 0]
+    #[arg(long, value_name = "N")]
+    pub seed: Option<u64>,
+    /// Prompts that run together [default: as many as come to 16384 tokens]
+    #[arg(long, value_name = "N")]
+    pub batch: Option<u64>,
+}
+
+/// Continue a text.
+///
+/// Greedy unless a temperature is given. Ends at the model's end token, or after --max-new-tokens.
+#[derive(Debug, Clone, Args)]
+#[command(after_help = "Examples:
+  mclora generate --base models/small --prompt 'Once upon a time' --max-new-tokens 50
+  mclora generate --base models/small --adapter runs/mine/adapter --prompt-file book.txt --temperature 0.8 --top-p 0.95")]
+pub struct Generate {
+    /// Model folder
+    #[arg(long, value_name = "DIR")]
+    pub base: PathBuf,
+    /// Adapter folder (PEFT)
+    #[arg(long, value_name = "DIR")]
+    pub adapter: Option<PathBuf>,
+    /// Text to continue; given more than once, each is continued
+    #[arg(long, value_name = "TEXT", required_unless_present = "prompt_file")]
+    pub prompt: Vec<String>,
+    /// File whose text is continued
+    #[arg(long, value_name = "FILE")]
+    pub prompt_file: Option<PathBuf>,
+    /// Most tokens to make [default: 128]
+    #[arg(long, value_name = "N")]
+    pub max_new_tokens: Option<u64>,
+    /// Draw tokens, at this temperature [default: the most likely one is taken]
+    #[arg(long, value_name = "T")]
+    pub temperature: Option<f64>,
+    /// Draw among the most likely tokens that have this share of the probability [default: 1]
+    #[arg(long, value_name = "P")]
+    pub top_p: Option<f64>,
+    /// Seed of the draws [default: 0]
+    #[arg(long, value_name = "N")]
+    pub seed: Option<u64>,
+    /// Go on past end tokens
+    #[arg(long)]
+    pub ignore_end: bool,
     /// How positions are stretched: linear, ntk, dynamic, yarn, longrope or llama3, or a JSON object as in rope_scaling of a
     /// config.json [default: as the adapter, or the model, says]
     #[arg(long, value_name = "NAME")]

@@ -1,6 +1,9 @@
 //! The commands that are one job each, and `plugin check`.
 
-use crate::args::{EvalPpl, Export, Extend, Global, Logits, Merge, PluginCheck, Pretrain, Rope};
+use crate::args::{
+    EvalGap, EvalPasskey, EvalPpl, Evaluated, Export, Extend, Generate, Global, Logits, Merge, PluginCheck,
+    Pretrain, Rope,
+};
 use crate::failure::{Failure, Result};
 use crate::progress::{Reporter, catch_interrupts};
 use crate::{params, tables};
@@ -85,9 +88,47 @@ pub fn finished(summary: &Value, run: &Path) -> String {
     text
 }
 
+/// Runs an evaluation and shows its table; interrupted, it says how to go on.
+fn evaluation(
+    kind: &str,
+    parameters: &Value,
+    of: &Evaluated,
+    global: &Global,
+    text: fn(&Value) -> String,
+) -> Result<Value> {
+    let result = job(kind, parameters, global).map_err(|e| match &of.out {
+        Some(out) => {
+            let name = kind.trim_start_matches("eval_");
+            e.resumable(|| format!("{} eval {name} --resume --out {}", program(), quoted(out)))
+        }
+        None => e,
+    })?;
+    show(global, || {
+        let report = of.out.as_ref().map(|out| format!("report  {}\n", out.join("report.html").display()));
+        format!("\n{}{}", text(&result), report.unwrap_or_default())
+    });
+    Ok(result)
+}
+
 pub fn eval_ppl(args: &EvalPpl, global: &Global) -> Result<Value> {
-    let result = job("eval_ppl", &params::eval_ppl(args, global)?, global)?;
-    show(global, || format!("\n{}", tables::evaluation(&result)));
+    evaluation("eval_ppl", &params::eval_ppl(args, global)?, &args.of, global, tables::evaluation)
+}
+
+pub fn eval_gap(args: &EvalGap, global: &Global) -> Result<Value> {
+    evaluation("eval_gap", &params::eval_gap(args, global)?, &args.of, global, tables::gap)
+}
+
+pub fn eval_passkey(args: &EvalPasskey, global: &Global) -> Result<Value> {
+    evaluation("eval_passkey", &params::eval_passkey(args, global)?, &args.of, global, tables::passkey)
+}
+
+pub fn generate(args: &Generate, global: &Global) -> Result<Value> {
+    let result = job("generate", &params::generate(args, global)?, global)?;
+    show(global, || {
+        let rows = result["results"].as_array().map(Vec::as_slice).unwrap_or_default();
+        let texts = rows.iter().map(|row| row["text"].as_str().unwrap_or_default());
+        texts.map(|text| format!("{text}\n")).collect::<Vec<_>>().join("\n")
+    });
     Ok(result)
 }
 

@@ -4,7 +4,10 @@
 //! plugin checks: an unknown key in the file travels on and comes back as the plugin's error. Only what JSON cannot say
 //! is read here: the shorthand for stages, sizes with a unit, a group in tokens or as a part.
 
-use crate::args::{EvalPpl, Export, Extend, Global, Logits, Merge, Pretrain, Rope};
+use crate::args::{
+    EvalGap, EvalPasskey, EvalPpl, Evaluated, Export, Extend, Generate, Global, Logits, Merge, Pretrain,
+    Rope, Scored,
+};
 use crate::failure::{Failure, Result};
 use serde_json::{Map, Value, json};
 use std::path::{Path, PathBuf};
@@ -186,17 +189,70 @@ fn resumed(args: &Extend) -> Result<Params> {
     if args.resume && written.is_file() { Params::from_toml(&written) } else { Ok(Params::default()) }
 }
 
+/// What all evaluations are told; one that is taken up goes on with the settings that it wrote.
+fn evaluated(of: &Evaluated, global: &Global) -> Result<Params> {
+    let written =
+        of.out.as_deref().map(|out| out.join("config.toml")).filter(|path| of.resume && path.is_file());
+    let mut params = written.as_deref().map(Params::from_toml).transpose()?.unwrap_or_default();
+    params.set_path("base", of.base.as_ref())?;
+    params.set_path("adapter", of.adapter.as_ref())?;
+    params.set_path("out", of.out.as_ref())?;
+    params.set_some("resume", of.resume.then_some(true));
+    params.set_some("scaling", of.scaling.as_deref().map(scaling).transpose()?);
+    params.set_some("factor", of.factor);
+    params.set_some("dtype", of.dtype.as_deref());
+    params.set_some("threads", global.threads);
+    Ok(params)
+}
+
+fn scored(text: &Scored, params: &mut Params) {
+    params.set_list("data", &text.data);
+    params.set_list("contexts", &text.contexts);
+    params.set_some("stride", text.stride);
+    params.set_some("max_tokens", text.max_tokens);
+    params.set_some("seed", text.seed);
+}
+
 /// The parameters of `eval_ppl`.
 pub fn eval_ppl(args: &EvalPpl, global: &Global) -> Result<Value> {
+    let mut params = evaluated(&args.of, global)?;
+    scored(&args.text, &mut params);
+    params.set_some("attention", args.attention.as_deref());
+    params.set_some("group", args.group.as_deref().map(group).transpose()?);
+    Ok(params.into_value())
+}
+
+/// The parameters of `eval_gap`.
+pub fn eval_gap(args: &EvalGap, global: &Global) -> Result<Value> {
+    let mut params = evaluated(&args.of, global)?;
+    scored(&args.text, &mut params);
+    params.set_some("group", args.group.as_deref().map(group).transpose()?);
+    Ok(params.into_value())
+}
+
+/// The parameters of `eval_passkey`.
+pub fn eval_passkey(args: &EvalPasskey, global: &Global) -> Result<Value> {
+    let mut params = evaluated(&args.of, global)?;
+    params.set_list("lengths", &args.lengths);
+    params.set_list("depths", &args.depths);
+    params.set_some("trials", args.trials);
+    params.set_some("seed", args.seed);
+    params.set_some("batch", args.batch);
+    Ok(params.into_value())
+}
+
+/// The parameters of `generate`.
+pub fn generate(args: &Generate, global: &Global) -> Result<Value> {
     let mut params = Params::default();
     params.set_path("base", Some(&args.base))?;
     params.set_path("adapter", args.adapter.as_ref())?;
-    params.set_list("data", &args.data);
-    params.set_list("contexts", &args.contexts);
-    params.set_some("stride", args.stride);
-    params.set_some("max_tokens", args.max_tokens);
-    params.set_some("attention", args.attention.as_deref());
-    params.set_some("group", args.group.as_deref().map(group).transpose()?);
+    params.set_list("prompts", &args.prompt);
+    params.set_path("prompt_file", args.prompt_file.as_ref())?;
+    params.set_some("max_new_tokens", args.max_new_tokens);
+    params.set_some("temperature", args.temperature);
+    params.set_some("top_p", args.top_p);
+    params.set_some("seed", args.seed);
+    params.set_some("ignore_end", args.ignore_end.then_some(true));
     params.set_some("scaling", args.scaling.as_deref().map(scaling).transpose()?);
     params.set_some("factor", args.factor);
     params.set_some("dtype", args.dtype.as_deref());

@@ -107,6 +107,9 @@ fn status(event: &Value) -> String {
     if let Some(context) = event["context"].as_u64() {
         parts.push(format!("context {context}"));
     }
+    if let Some(depth) = event["depth"].as_f64() {
+        parts.push(format!("depth {depth}"));
+    }
     if let Some(loss) = event["loss"].as_f64() {
         parts.push(format!("loss {loss:.3}"));
     }
@@ -140,7 +143,7 @@ impl Host for Reporter {
             "progress" => self.progress(&event),
             "evaluation" => self.say(&evaluation(&event)),
             "log" => self.say(event["message"].as_str().unwrap_or_default()),
-            "plan" => self.say(event["text"].as_str().unwrap_or_default()),
+            "plan" | "cell" => self.say(event["text"].as_str().unwrap_or_default()),
             // Checkpoints show in the run folder; what a later plugin may tell besides is not for this host.
             _ => {}
         }

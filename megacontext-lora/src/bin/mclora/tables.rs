@@ -96,8 +96,67 @@ pub fn evaluation(result: &Value) -> String {
         })
         .collect();
     let header = ["context", "attention", "perplexity", "nats/token", "tokens scored", "stride"];
-    let rope = result["rope"].as_str().unwrap_or("");
-    format!("{}\n  positions: {rope}; lower is better\n", table(&header, &rows))
+    format!("{}\n  {}; lower is better\n", table(&header, &rows), measured(result))
+}
+
+/// How something was measured, in a line.
+fn measured(result: &Value) -> String {
+    let of = |word: &str, key: &str| result[key].as_str().map(|text| format!("{word}: {text}"));
+    let parts = [("attention", "attention"), ("positions", "rope"), ("scoring", "scoring")];
+    parts.into_iter().filter_map(|(word, key)| of(word, key)).collect::<Vec<_>>().join("; ")
+}
+
+/// The result of `eval_gap`.
+pub fn gap(result: &Value) -> String {
+    let number = |value: &Value| value.as_f64().map_or("?".into(), perplexity);
+    let rows: Vec<Vec<String>> = result["results"]
+        .as_array()
+        .into_iter()
+        .flatten()
+        .map(|r| {
+            vec![
+                thousands(r["context"].as_u64().unwrap_or(0)),
+                number(&r["dense"]["perplexity"]),
+                number(&r["sparse"]["perplexity"]),
+                r["gap"].as_f64().map_or("?".into(), |gap| format!("{:+.2} %", gap * 100.0)),
+                r["sparse"]["attention"].as_str().unwrap_or("").to_owned(),
+                thousands(r["dense"]["tokens"].as_u64().unwrap_or(0)),
+            ]
+        })
+        .collect();
+    let header = ["context", "dense", "sparse", "gap", "sparse attention", "tokens scored"];
+    format!("{}\n  {}; the gap is sparse over dense\n", table(&header, &rows), measured(result))
+}
+
+/// The result of `eval_passkey`: depth down, length across.
+pub fn passkey(result: &Value) -> String {
+    let numbers = |key: &str| result[key].as_array().map(Vec::as_slice).unwrap_or_default();
+    let lengths: Vec<u64> = numbers("lengths").iter().filter_map(Value::as_u64).collect();
+    let depths: Vec<f64> = numbers("depths").iter().filter_map(Value::as_f64).collect();
+    let share = |depth: f64, length: u64| {
+        let cell = numbers("cells")
+            .iter()
+            .find(|cell| cell["length"].as_u64() == Some(length) && cell["depth"].as_f64() == Some(depth));
+        cell.and_then(|cell| cell["accuracy"].as_f64()).map_or("-".into(), |a| format!("{:.0} %", a * 100.0))
+    };
+    let rows: Vec<Vec<String>> = depths
+        .iter()
+        .map(|depth| {
+            std::iter::once(format!("{depth}"))
+                .chain(lengths.iter().map(|length| share(*depth, *length)))
+                .collect()
+        })
+        .collect();
+    let lengths: Vec<String> = lengths.iter().map(|length| thousands(*length)).collect();
+    let header: Vec<&str> =
+        std::iter::once("depth / tokens").chain(lengths.iter().map(String::as_str)).collect();
+    let all = result["accuracy"].as_f64().unwrap_or(0.0) * 100.0;
+    format!(
+        "Keys found, of {} each:\n\n{}\n  {all:.1} % in all\n  {}\n",
+        result["trials"].as_u64().unwrap_or(0),
+        table(&header, &rows),
+        measured(result)
+    )
 }
 
 /// The result of `rope`.
@@ -225,6 +284,35 @@ mod tests {
         assert_eq!(
             [against(88.0, 100.0, "x"), against(103.14, 100.0, "x"), against(1.0, 1.0, "x")],
             ["12 % lower than x", "3.1 % higher than x", "the same as x"]
+        );
+    }
+
+    #[test]
+    fn passkeys_lie_depth_down_and_length_across() {
+        let cell = |length, depth, accuracy| json!({"length": length, "depth": depth, "accuracy": accuracy});
+        let text = passkey(&json!({
+            "lengths": [512, 2048], "depths": [0.0, 0.5], "trials": 4, "accuracy": 0.75, "attention": "dense",
+            "rope": "none", "scoring": "greedy",
+            "cells": [cell(512, 0.0, 1.0), cell(512, 0.5, 0.75), cell(2048, 0.0, 0.25)],
+        }));
+        let lines: Vec<&str> = text.lines().collect();
+        assert_eq!(lines[0], "Keys found, of 4 each:");
+        assert_eq!(lines[2], "  depth / tokens     512   2,048");
+        assert_eq!(lines[3], "  0                100 %    25 %");
+        assert_eq!(lines[4], "  0.5               75 %       -");
+        assert_eq!(lines[6..], ["  75.0 % in all", "  attention: dense; positions: none; scoring: greedy"]);
+    }
+
+    #[test]
+    fn a_gap_has_its_sign() {
+        let of = |perplexity, attention: &str| json!({"perplexity": perplexity, "attention": attention, "tokens": 4096});
+        let text = gap(&json!({
+            "rope": "none", "scoring": "strided",
+            "results": [{"context": 1024, "dense": of(20.0, "dense"), "sparse": of(20.5, "s2 (group 256)"), "gap": 0.025}],
+        }));
+        assert!(
+            text.contains("1,024     20.00    20.50   +2.50 %     s2 (group 256)           4,096"),
+            "{text}"
         );
     }
 

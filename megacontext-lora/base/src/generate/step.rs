@@ -1,0 +1,263 @@
+//! Running new entries of rows over their cache.
+//!
+//! New entries of all rows lie one after the other, N of them: no padding, whatever each row brings. Every block makes
+//! their queries, keys and values, puts keys and values into the cache, attends over it and goes on; the logits are made of
+//! each row's last entry alone. Long prompts go in pieces of [`PIECE`] entries, cut at the same places whether a row is
+//! alone or not, and at most [`PASS`] entries run together, so that the memory of a pass does not grow with the prompt.
+//!
+//! Shapes: N new entries, E model width, V vocabulary. Errors: a row that there is not, twice the same row, no tokens,
+//! unknown tokens, more than a row has room for; nothing has changed then.
+
+use megacontext_kernels::attention::decode::{Cache, CacheAttention, CachedRow};
+use megacontext_kernels::attention::{Pattern, alibi_slopes};
+use megacontext_kernels::cpu::Values;
+use megacontext_kernels::store::bf16;
+
+use super::cache::{Cached, KvCache};
+use crate::block::{Block, Tables};
+use crate::buffers::{PassShape, Scratch, evaluation_bytes, sized};
+use crate::decoder::Decoder;
+use crate::error::{BaseError, Result};
+use crate::rope::Entries;
+
+/// Entries of a prompt that run together.
+pub const PIECE: usize = 512;
+/// Entries of all rows that run together.
+pub const PASS: usize = 2048;
+
+/// What a step adds to a row.
+#[derive(Clone, Copy, Debug)]
+pub struct Addition<'a> {
+    /// Number of the row.
+    pub row: usize,
+    /// Its new tokens, at least one.
+    pub tokens: &'a [u32],
+    /// Whether the logits after the last of them are wanted.
+    pub logits: bool,
+}
+
+/// Cosines and sines of the new entries, each row's for the length that it can come to.
+#[derive(Default)]
+struct Turned {
+    global: [Vec<f32>; 2],
+    /// Of blocks that turn by a base of their own.
+    local: Option<[Vec<f32>; 2]>,
+}
+
+impl Turned {
+    fn slices(&self) -> Tables<'_> {
+        Tables {
+            global: self.global.each_ref().map(Vec::as_slice),
+            local: self.local.as_ref().map(|local| local.each_ref().map(Vec::as_slice)),
+        }
+    }
+}
+
+fn tables(cache: &KvCache, additions: &[Addition]) -> Result<Turned> {
+    let mut all = Turned::default();
+    for add in additions {
+        let row = cache.rows()[add.row];
+        let mu: Vec<f64> = (row.length..row.length + add.tokens.len()).map(|at| at as f64).collect();
+        let own = cache.rope().place(&Entries { mu: &mu, length: Some(row.room), ..Entries::default() })?;
+        for (all, own) in all.global.iter_mut().zip([&own.cos_nd, &own.sin_nd]) {
+            all.extend_from_slice(&Values::of(own)?);
+        }
+        if let Some(own) = &own.local {
+            for (all, own) in all.local.get_or_insert_default().iter_mut().zip(own) {
+                all.extend_from_slice(&Values::of(own)?);
+            }
+        }
+    }
+    Ok(all)
+}
+
+fn input<T>(message: String) -> Result<T> {
+    Err(BaseError::Input { message })
+}
+
+/// Entries of the largest pass over prompts of these lengths.
+pub fn pass_entries(prompts: &[usize]) -> usize {
+    let pieces: usize = prompts.iter().map(|length| length.min(&PIECE)).sum();
+    pieces.min(PASS).max(prompts.len())
+}
+
+/// Bytes that generating takes besides the weights: keys and values for rows that become `rooms` entries long, the buffers
+/// of a pass over their prompts, and the logits of a step.
+pub fn generation_bytes(decoder: &crate::config::DecoderConfig, pass: PassShape, rooms: &[usize]) -> u64 {
+    let cache = KvCache::planned_bytes(decoder, pass.precision, rooms.iter().sum());
+    let buffers = evaluation_bytes(decoder, pass);
+    let logits = 2 * 4 * (rooms.len() * decoder.vocab_size) as u64;
+    cache + buffers.activations + buffers.workspace + logits
+}
+
+impl Decoder {
+    /// Runs the prompts, one for each row of an empty cache; the logits [rows, V] after each. `going` is asked after every
+    /// pass, with the entries that it ran, whether to go on; none where it said no.
+    ///
+    /// # Errors
+    /// See the module.
+    pub fn prefill(
+        &self,
+        cache: &mut KvCache,
+        prompts: &[&[u32]],
+        going: &mut dyn FnMut(usize) -> bool,
+    ) -> Result<Option<Vec<f32>>> {
+        let (rows, vocab) = (cache.rows().len(), self.config().vocab_size);
+        if prompts.len() != rows {
+            return input(format!(
+                "prompts: expected one for each of the cache's {rows} rows, got {}",
+                prompts.len()
+            ));
+        }
+        if let Some(row) = cache.rows().iter().position(|row| row.length > 0) {
+            return input(format!("prompts: expected an empty cache, but row {row} has entries"));
+        }
+        let whole: Vec<Addition> =
+            prompts.iter().enumerate().map(|(row, tokens)| Addition { row, tokens, logits: true }).collect();
+        self.check_additions(cache, &whole)?;
+        let mut logits = vec![0f32; rows * vocab];
+        let longest = prompts.iter().map(|tokens| tokens.len()).max().unwrap_or(0);
+        for start in (0..longest).step_by(PIECE) {
+            let pieces: Vec<Addition> = whole
+                .iter()
+                .filter(|all| start < all.tokens.len())
+                .map(|all| {
+                    let end = all.tokens.len().min(start + PIECE);
+                    Addition {
+                        row: all.row,
+                        tokens: &all.tokens[start..end],
+                        logits: end == all.tokens.len(),
+                    }
+                })
+                .collect();
+            for pieces in pieces.chunks(PASS / PIECE) {
+                let got = self.advance(cache, pieces)?;
+                let wanted = pieces.iter().filter(|piece| piece.logits);
+                for (piece, got) in wanted.zip(got.chunks_exact(vocab)) {
+                    logits[piece.row * vocab..][..vocab].copy_from_slice(got);
+                }
+                if !going(pieces.iter().map(|piece| piece.tokens.len()).sum()) {
+                    return Ok(None);
+                }
+            }
+        }
+        Ok(Some(logits))
+    }
+
+    /// Runs new entries of some rows; the logits [n, V] of the n additions that want them, in their order.
+    ///
+    /// # Errors
+    /// See the module.
+    pub fn advance(&self, cache: &mut KvCache, additions: &[Addition]) -> Result<Vec<f32>> {
+        self.check_additions(cache, additions)?;
+        if self.precision().stores_bf16() {
+            self.advance_in::<bf16>(cache, additions)
+        } else {
+            self.advance_in::<f32>(cache, additions)
+        }
+    }
+
+    fn check_additions(&self, cache: &KvCache, additions: &[Addition]) -> Result<()> {
+        let (rows, vocab) = (cache.rows(), self.config().vocab_size);
+        let mut seen = vec![false; rows.len()];
+        for Addition { row, tokens, .. } in additions {
+            let Some(of) = rows.get(*row) else {
+                return input(format!("rows: expected a row below {}, got {row}", rows.len()));
+            };
+            if std::mem::replace(&mut seen[*row], true) {
+                return input(format!("rows: expected each row once, got row {row} twice"));
+            }
+            if tokens.is_empty() {
+                return input(format!("tokens: expected at least one for row {row}, got none"));
+            }
+            if let Some(token) = tokens.iter().find(|token| **token as usize >= vocab) {
+                return input(format!("tokens: row {row}: expected ids below {vocab}, got {token}"));
+            }
+            if tokens.len() > of.room - of.length {
+                return input(format!(
+                    "tokens: row {row} has room for {} more entries, got {}",
+                    of.room - of.length,
+                    tokens.len()
+                ));
+            }
+        }
+        Ok(())
+    }
+
+    /// Attention of blocks without a window, first, and of those with each of the model's windows.
+    fn cache_attentions(&self, rows: &[CachedRow]) -> Result<Vec<(Option<usize>, CacheAttention)>> {
+        let c = self.config();
+        let sizes = [c.num_attention_heads, c.num_key_value_heads, c.head_dim];
+        let windows = c.architecture.windows().into_iter().map(Some);
+        let of = |window: Option<usize>| -> Result<(Option<usize>, CacheAttention)> {
+            let pattern = window.map_or(Pattern::Dense, |window| Pattern::SlidingWindow { window });
+            let attention = CacheAttention::new(sizes, c.architecture.query_scale, pattern, rows.to_vec())?
+                .with_products(self.precision().products());
+            Ok((
+                window,
+                match c.positions.alibi {
+                    true => attention.with_slopes(&alibi_slopes(c.num_attention_heads))?,
+                    false => attention,
+                },
+            ))
+        };
+        std::iter::once(None).chain(windows).map(of).collect()
+    }
+
+    fn advance_in<S: Cached>(&self, cache: &mut KvCache, additions: &[Addition]) -> Result<Vec<f32>> {
+        let c = self.config();
+        let tokens: Vec<u32> = additions.iter().flat_map(|add| add.tokens).copied().collect();
+        let tables = tables(cache, additions)?;
+        let rows: Vec<CachedRow> =
+            additions.iter().map(|add| cache.rows()[add.row].with(add.tokens.len())).collect();
+        let attentions = self.cache_attentions(&rows)?;
+        self.params().check_mapped()?;
+        let pass = self.pass(None, tables.slices(), None, tokens.len(), None);
+
+        let kv = c.num_key_value_heads * c.head_dim;
+        let held = S::held(cache);
+        held.scratch.prepare(c.num_hidden_layers, c.num_hidden_layers, true);
+        let Scratch { saved, workspace, x, stream, .. } = &mut held.scratch;
+        let saved = &mut saved[0];
+        self.gather(&tokens, x.sized(tokens.len() * c.hidden_size)?)?;
+        self.enter(x, stream)?;
+        for (number, layer) in held.layers.iter_mut().enumerate() {
+            let block = Block::new(number, &pass)?;
+            block.qkv(x, saved, workspace)?;
+            let mut from = 0;
+            for row in &rows {
+                let to = (row.first + row.past) * kv;
+                let len = row.entries * kv;
+                layer.k[to..to + len].copy_from_slice(&saved.k[from..from + len]);
+                layer.v[to..to + len].copy_from_slice(&saved.v[from..from + len]);
+                from += len;
+            }
+            sized(&mut saved.mixed.out, saved.q.len());
+            sized(&mut saved.mixed.lse, tokens.len() * c.num_attention_heads);
+            let window = c.architecture.layers[number].window;
+            let own = attentions.iter().find(|(of, _)| *of == window);
+            let (_, attention) = own.unwrap_or(&attentions[0]);
+            attention.forward_into(&saved.q, Cache { k: &layer.k, v: &layer.v }, &mut saved.mixed);
+            block.rest(x, stream, saved, workspace)?;
+            std::mem::swap(x, stream);
+        }
+
+        let wanted = additions.iter().filter(|add| add.logits).count();
+        let last = held.last.sized(wanted * c.hidden_size)?;
+        let (mut end, mut into) = (0, last.chunks_exact_mut(c.hidden_size));
+        for add in additions {
+            end += add.tokens.len();
+            if add.logits
+                && let Some(into) = into.next()
+            {
+                into.copy_from_slice(&x[(end - 1) * c.hidden_size..][..c.hidden_size]);
+            }
+        }
+        let hidden = self.final_norm(&held.last, &mut workspace.normed)?;
+        let logits = self.logits_of(hidden)?;
+        for add in additions {
+            cache.rows_mut()[add.row].length += add.tokens.len();
+        }
+        Ok(logits)
+    }
+}

@@ -1,0 +1,81 @@
+//! What evaluations share: the model they are about, and what their results depend on.
+
+use std::path::Path;
+
+use megacontext_base::config::DecoderConfig;
+use megacontext_base::rope::{RopeScaling, ScalingChoice};
+use serde::Serialize;
+use serde_json::{Value, json};
+use sha2::{Digest, Sha256};
+
+use crate::error::{IoResultExt, Result};
+use crate::jobs::{ModelDir, to_value};
+use crate::train::config::stretched;
+
+/// Settings of an evaluation that its results do not depend on.
+const BESIDE: [&str; 3] = ["out", "resume", "threads"];
+
+/// The scaling that is asked for, where one is: for contexts of up to `longest` tokens.
+pub(crate) fn asked_scaling(
+    config: &DecoderConfig,
+    scaling: Option<&ScalingChoice>,
+    factor: Option<f64>,
+    longest: usize,
+) -> Result<Option<RopeScaling>> {
+    (scaling.is_some() || factor.is_some()).then(|| stretched(config, scaling, factor, longest)).transpose()
+}
+
+/// What the results of an evaluation depend on: its settings and the bytes it reads. `data` is a hash of the text, where
+/// there is text.
+pub(crate) fn identity(
+    job: &str,
+    settings: &impl Serialize,
+    model: &ModelDir,
+    adapter: Option<&Path>,
+    data: Option<String>,
+) -> Result<Value> {
+    let mut settings = to_value(settings)?;
+    if let Value::Object(settings) = &mut settings {
+        settings.retain(|key, _| !BESIDE.contains(&key.as_str()));
+    }
+    let adapter = match adapter {
+        None => None,
+        Some(dir) => {
+            let path = dir.join("adapter_model.safetensors");
+            Some(hex(&Sha256::digest(std::fs::read(&path).at(&path)?)))
+        }
+    };
+    Ok(json!({
+        "job": job,
+        "version": env!("CARGO_PKG_VERSION"),
+        "settings": settings,
+        "base_fingerprint": model.weights.fingerprint(),
+        "adapter_sha256": adapter,
+        "data_sha256": data,
+    }))
+}
+
+/// A hash of tokens and where documents end.
+pub(crate) fn hash_of(documents: &[Vec<u32>]) -> String {
+    let mut hash = Sha256::new();
+    for document in documents {
+        hash.update((document.len() as u64).to_le_bytes());
+        document.iter().for_each(|token| hash.update(token.to_le_bytes()));
+    }
+    hex(&hash.finalize())
+}
+
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+/// How a model attends in use: dense, but for the windows that it states.
+pub(crate) fn dense_name(config: &DecoderConfig) -> String {
+    match config.architecture.windows()[..] {
+        [] => "dense".to_string(),
+        ref windows => {
+            let windows: Vec<String> = windows.iter().map(usize::to_string).collect();
+            format!("dense (sliding window {})", windows.join(", "))
+        }
+    }
+}
