@@ -260,6 +260,7 @@ impl Session {
             "vocab_size": c.vocab_size,
             "hidden_size": c.hidden_size,
             "head_dim": c.head_dim,
+            "rotary_width": c.architecture.rotary_width,
             "layers": c.num_hidden_layers,
             "heads": c.num_attention_heads,
             "kv_heads": c.num_key_value_heads,

@@ -54,8 +54,9 @@ impl Session {
         self.raw.check().into_result()
     }
 
-    /// Sizes and state: `vocab_size`, `hidden_size`, `head_dim`, `layers`, `heads`, `kv_heads`, `original_context`,
-    /// `context`, `rope`, `positions`, `sigma_scales`, `lora`, `fingerprint`, `phase`, `steps`, `base`, `jobs`. Opened without a base, a session has
+    /// Sizes and state: `vocab_size`, `hidden_size`, `head_dim`, `rotary_width`, `layers`, `heads`, `kv_heads`,
+    /// `original_context`, `context`, `rope`, `positions`, `sigma_scales`, `lora`, `fingerprint`, `phase`, `steps`, `base`,
+    /// `jobs`. Opened without a base, a session has
     /// `base` null and no sizes.
     pub fn describe(&self) -> Result<Value> {
         json(self.raw.describe())

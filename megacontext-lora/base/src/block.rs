@@ -66,14 +66,6 @@ impl Attentions {
     }
 }
 
-/// Where queries, keys and values come from.
-enum Heads<'a> {
-    /// A layer each.
-    Apart(Box<[Projection<'a>; 3]>),
-    /// One layer, [H, 3, D].
-    Together(Projection<'a>),
-}
-
 /// A block's parameters, looked up once per pass.
 pub(crate) struct Block<'a> {
     pass: &'a Pass<'a>,
@@ -84,7 +76,8 @@ pub(crate) struct Block<'a> {
     mlp_out: Option<Norm<'a>>,
     /// Of queries and keys.
     qk_norms: Option<[Norm<'a>; 2]>,
-    heads: Heads<'a>,
+    /// What makes queries, keys and values: three layers, or one that gives them all, [H, 3, D].
+    heads: Vec<Projection<'a>>,
     out: Projection<'a>,
     gate: Option<Projection<'a>>,
     up: Projection<'a>,
@@ -106,11 +99,11 @@ impl<'a> Block<'a> {
             }
             QkNorm::AfterRotary => Some([Norm::plain(c.head_dim, eps), Norm::plain(c.head_dim, eps)]),
         };
-        let heads = if a.fused_qkv {
-            Heads::Together(linear(LinearPart::Qkv)?)
-        } else {
-            Heads::Apart(Box::new([linear(LinearPart::Q)?, linear(LinearPart::K)?, linear(LinearPart::V)?]))
+        let parts: &[LinearPart] = match a.fused_qkv {
+            true => &[LinearPart::Qkv],
+            false => &[LinearPart::Q, LinearPart::K, LinearPart::V],
         };
+        let heads = parts.iter().map(|part| linear(*part)).collect::<Result<_>>()?;
         Ok(Self {
             pass,
             layer: a.layers[layer],
@@ -216,18 +209,17 @@ impl<'a> Block<'a> {
         // Where q and k are normed, backward needs them as they were before.
         let (first_q, first_k) =
             if self.qk_norms.is_some() { (&mut *plain_q, &mut *plain_k) } else { (&mut *q, &mut *k) };
-        match &self.heads {
-            Heads::Apart(layers) => {
-                let [to_q, to_k, to_v] = &**layers;
-                to_q.forward(normed, first_q, linear)?;
-                to_k.forward(normed, first_k, linear)?;
-                to_v.forward(normed, v, linear)?;
-            }
-            Heads::Together(to_all) => {
+        match &self.heads[..] {
+            [to_all] => {
                 to_all.forward(normed, gated, linear)?;
                 let len = self.pass.setting.entries * c.num_attention_heads * c.head_dim;
                 let parts = [first_q.sized(len)?, first_k.sized(len)?, v.sized(len)?];
                 rows::split_heads(gated, c.head_dim, c.num_attention_heads, parts);
+            }
+            layers => {
+                for (layer, made) in layers.iter().zip([first_q, first_k, v]) {
+                    layer.forward(normed, made, linear)?;
+                }
             }
         }
         let sides = [(q, plain_q, c.num_attention_heads), (k, plain_k, c.num_key_value_heads)];
@@ -397,21 +389,21 @@ impl<'a> Block<'a> {
         self.attention_in.forward(x, normed)?;
         let through = input_wanted || self.pass.setting.params.learns(Group::Norms);
         let d_normed = d_normed.sized(x.len())?;
-        match &self.heads {
-            Heads::Apart(layers) => {
-                let sides = [&attention.q, &attention.k, &attention.v];
-                for (which, (layer, g)) in layers.iter().zip(sides).enumerate() {
-                    let dx = through.then_some((&mut *d_normed, which > 0));
-                    layer.backward(normed, g, dx, linear, gradients)?;
-                }
-            }
-            Heads::Together(layer) => {
+        match &self.heads[..] {
+            [layer] => {
                 let c = self.pass.config;
                 let d_fused = d_wide.sized(3 * attention.q.len())?;
                 let parts = [&attention.q[..], &attention.k, &attention.v];
                 rows::join_heads(parts, c.head_dim, c.num_attention_heads, d_fused);
                 let dx = through.then_some((&mut *d_normed, false));
                 layer.backward(normed, &*d_fused, dx, linear, gradients)?;
+            }
+            layers => {
+                let sides = [&attention.q, &attention.k, &attention.v];
+                for (which, (layer, g)) in layers.iter().zip(sides).enumerate() {
+                    let dx = through.then_some((&mut *d_normed, which > 0));
+                    layer.backward(normed, g, dx, linear, gradients)?;
+                }
             }
         }
         if through {

@@ -143,7 +143,7 @@ impl Load<'_> {
         };
         let mut plan = MemoryPlan {
             program: self.program,
-            data: (self.data_tokens + self.context * self.model.head_dim) as u64 * F32,
+            data: (self.data_tokens + self.context * table_widths(self.model)) as u64 * F32,
             weights,
             trainables: learning * F32,
             gradients: learning * F32,
@@ -176,6 +176,12 @@ pub(crate) fn check_training(load: &Load) -> Result<()> {
         ))),
         _ => Ok(()),
     }
+}
+
+/// Values of a position's rotation tables, cosines and sines: twice where some blocks have their own.
+fn table_widths(model: &DecoderConfig) -> usize {
+    let a = &model.architecture;
+    a.rotary_width * if a.local_theta.is_some() { 2 } else { 1 }
 }
 
 /// Packed operands: of products a slab for all threads and a block for each, of attention a few tiles for each.

@@ -7,6 +7,7 @@
 //!
 //! Units: FLOPs. T entries, G group, D head width, E model width, F feed-forward width, V vocabulary.
 
+use megacontext_base::architecture::Layer;
 use megacontext_base::config::DecoderConfig;
 use megacontext_base::lora::{LoraKind, LoraModules};
 use megacontext_kernels::attention::Pattern;
@@ -61,6 +62,9 @@ pub fn attention_forward(pattern: Pattern, entries: usize, heads: usize, width: 
             plain as f64 * grouped(0, group) + (heads - plain) as f64 * grouped(group / 2, group)
         }
         Pattern::Bidirectional => heads as f64 * 2.0 * causal(entries),
+        Pattern::SlidingWindow { window } if window < entries => {
+            heads as f64 * (causal(window) + 4.0 * width as f64 * (window * (entries - window)) as f64)
+        }
         _ => heads as f64 * causal(entries),
     }
 }
@@ -74,10 +78,9 @@ pub fn step(
     recompute: bool,
     head_learns: bool,
 ) -> Work {
-    let (e, f) = (model.hidden_size as f64, model.intermediate_size as f64);
-    let q = (model.num_attention_heads * model.head_dim) as f64;
-    let kv = (model.num_key_value_heads * model.head_dim) as f64;
-    let layers = model.num_hidden_layers as f64;
+    let e = model.hidden_size as f64;
+    let linears = model.linears().into_iter().filter(|l| l.layer.is_some());
+    let weights: usize = linears.map(|l| l.out * l.inp).sum();
     let n = entries as f64;
     let again = if recompute { 1.0 } else { 0.0 };
     let carried = || lora.modules.iter().filter(|module| module.kind != LoraKind::Embedding);
@@ -87,12 +90,22 @@ pub fn step(
     // DoRA makes results again for the magnitudes' gradient.
     let again_dora: usize =
         carried().filter(|module| module.dora).map(|module| module.out * module.inp).sum();
-    let forward = attention_forward(pattern, entries, model.num_attention_heads, model.head_dim);
+    // Dense attention keeps to the windows of blocks that have one.
+    let of_block = |block: &Layer| match (pattern, block.window) {
+        (Pattern::Dense, Some(window)) => Pattern::SlidingWindow { window },
+        _ => pattern,
+    };
+    let forward: f64 = model
+        .architecture
+        .layers
+        .iter()
+        .map(|block| attention_forward(of_block(block), entries, model.num_attention_heads, model.head_dim))
+        .sum();
     Work {
-        linear: layers * 2.0 * (e * (2.0 * q + 2.0 * kv) + 3.0 * e * f) * n * (2.0 + again),
+        linear: 2.0 * weights as f64 * n * (2.0 + again),
         lora: 2.0 * n * (factors as f64 * (3.0 + again) + fixed as f64 * (2.0 + again) + again_dora as f64),
         lm_head: 2.0 * e * model.vocab_size as f64 * n * if head_learns { 3.0 } else { 2.0 },
-        attn: layers * forward * (1.0 + again + ATTENTION_BACKWARD),
+        attn: forward * (1.0 + again + ATTENTION_BACKWARD),
     }
 }
 
@@ -110,6 +123,9 @@ mod tests {
         // Head 0: 4, 4; head 1: 2, 4, 2.
         assert_eq!(of(Pattern::ShiftedSparse { group: 4 }, 8), 32.0 + 24.0);
         assert_eq!(of(Pattern::ShiftedSparse { group: 16 }, 10), 200.0);
+        // A triangle of 4, then 6 queries that see 4 keys each.
+        assert_eq!(of(Pattern::SlidingWindow { window: 4 }, 10), 32.0 + 4.0 * 24.0);
+        assert_eq!(of(Pattern::SlidingWindow { window: 10 }, 10), 200.0);
     }
 
     #[test]
