@@ -37,7 +37,7 @@ use crate::session::{Context, Entries, Session};
 pub static ABI_LINE: [u8; VERSION_BYTES.len()] = VERSION_BYTES;
 
 /// What the plugin can do besides its jobs.
-const CAPABILITIES: [&str; 22] = [
+const CAPABILITIES: &[&str] = &[
     "session:embed",
     "session:rope_tables",
     "session:context_tables",
@@ -48,6 +48,13 @@ const CAPABILITIES: [&str; 22] = [
     "session:phases",
     "session:adapters",
     "model:llama",
+    "model:mistral",
+    "model:qwen2",
+    "model:qwen3",
+    "model:smollm3",
+    "model:gpt_neox",
+    "model:gemma3_text",
+    "model:nanochat",
     "rope:linear",
     "rope:ntk",
     "rope:dynamic",
@@ -103,7 +110,7 @@ fn detected_features() -> Vec<&'static str> {
 
 extern "C" fn capabilities() -> RVec<RString> {
     let jobs = jobs::KINDS.iter().map(|kind| RString::from(format!("job:{kind}")));
-    jobs.chain(CAPABILITIES.into_iter().map(RString::from)).collect()
+    jobs.chain(CAPABILITIES.iter().map(|name| RString::from(*name))).collect()
 }
 
 extern "C" fn open_session(config_json: RStr<'_>, host: HostBox) -> RResult<SessionBox, AbiError> {

@@ -15,7 +15,8 @@ fn extends_and_merges(other: Value) -> Value {
     let fixture = Fixture::new();
     fixture.model_of("family", 3, other);
     let [base, run, merged] = ["family", "run", "merged"].map(|name| fixture.at(name));
-    let flags = [("--base", &base[..]), ("--stages", "64:6,128:6"), ("--lr", "5e-3"), ("--eval-tokens", "512")];
+    let flags =
+        [("--base", &base[..]), ("--stages", "64:6,128:6"), ("--lr", "5e-3"), ("--eval-tokens", "512")];
     let mut args = with(fixture.extend("run"), &flags);
     args.push("--json".into());
     let summary = mclora(&args).success().json();
@@ -23,7 +24,8 @@ fn extends_and_merges(other: Value) -> Value {
     assert!(loss(1, "last_loss") < loss(0, "first_loss") - 0.05, "{summary}");
 
     let adapter = format!("{run}/adapter");
-    let flags = ["merge", "--base", &base, "--adapter", &adapter, "--out", &merged, "--dtype", "f32", "--json"];
+    let flags =
+        ["merge", "--base", &base, "--adapter", &adapter, "--out", &merged, "--dtype", "f32", "--json"];
     let report = mclora(&flags).success().json();
     assert!(report["merged"].as_u64().unwrap() > 0, "{report}");
     let config = read_json(&fixture.path("merged/config.json"));
@@ -45,7 +47,11 @@ fn extends_and_merges(other: Value) -> Value {
     let of_merged = logits(&["--base", &merged], "merged.safetensors");
     let of_base = logits(&["--base", &base], "base.safetensors");
     let apart = |a: &[f32], b: &[f32]| a.iter().zip(b).map(|(a, b)| (a - b).abs()).fold(0f32, f32::max);
-    println!("merged differs by {}, base by {}", apart(&of_merged, &of_adapter), apart(&of_base, &of_adapter));
+    println!(
+        "merged differs by {}, base by {}",
+        apart(&of_merged, &of_adapter),
+        apart(&of_base, &of_adapter)
+    );
     assert!(apart(&of_merged, &of_adapter) < 1e-4);
     assert!(apart(&of_base, &of_adapter) > 0.05, "the adapter changes something");
     config
@@ -60,7 +66,10 @@ fn gpt_neox_is_extended_and_merged() {
     }));
     assert_eq!(config["model_type"], "gpt_neox");
     assert_eq!(config["architectures"], json!(["GPTNeoXForCausalLM"]));
-    assert_eq!((&config["rotary_pct"], &config["rope_parameters"]["partial_rotary_factor"]), (&json!(0.5), &json!(0.5)));
+    assert_eq!(
+        (&config["rotary_pct"], &config["rope_parameters"]["partial_rotary_factor"]),
+        (&json!(0.5), &json!(0.5))
+    );
     assert_eq!(config["rope_scaling"]["factor"], json!(4.0));
 }
 

@@ -67,7 +67,8 @@ impl Session {
         self.raw.embed(tokens, out).into_result()
     }
 
-    /// RoPE tables of the positions mu, F64 `[N]`, blurred by sigma, F64 `[N]` or `[0]` for none: F32 `[N, D/2]` each.
+    /// RoPE tables of the positions mu, F64 `[N]`, blurred by sigma, F64 `[N]` or `[0]` for none: F32 `[N, W/2]` each, W the
+    /// `rotary_width`.
     pub fn rope_tables(
         &self,
         mu: TensorView<'_>,

@@ -120,7 +120,8 @@ pub struct Quickstart {
 
 /// Extend the context of a model.
 ///
-/// The model is a Hugging Face folder of the Llama family. Settings come from the flags, before them from --config, before
+/// The model is a Hugging Face folder of a decoder (llama, mistral, qwen2, qwen3, smollm3, gpt_neox, gemma3_text or
+/// nanochat by its `model_type`). Settings come from the flags, before them from --config, before
 /// that from the defaults. The resolved settings are written to config.toml in the run folder.
 #[derive(Debug, Clone, Default, Args)]
 #[command(after_help = "Examples:
