@@ -98,11 +98,13 @@ pub struct AdamWConfig {
     pub weight_decay: f64,
     /// Largest global gradient norm; larger ones are scaled down to it. 0 switches clipping off.
     pub clip: f64,
+    /// LoRA+ (Hayou et al. 2024): the learning rate of LoRA's B of linear layers in learning rates of everything else.
+    pub lora_plus_lr_ratio: f64,
 }
 
 impl Default for AdamWConfig {
     fn default() -> Self {
-        Self { betas: [0.9, 0.95], eps: 1e-8, weight_decay: 0.0, clip: 1.0 }
+        Self { betas: [0.9, 0.95], eps: 1e-8, weight_decay: 0.0, clip: 1.0, lora_plus_lr_ratio: 1.0 }
     }
 }
 
@@ -146,6 +148,9 @@ impl Optimizer {
             let Some(gradient) = gradients.get(&name) else { continue };
             let decays =
                 matches!(params.group(&name), Some(Group::Base | Group::Lora)) && parameter.rank() > 1;
+            // Rows of tokens are embeddings.
+            let decays = decays && !name.ends_with(".trainable_tokens_delta");
+            let faster = if name.ends_with(".lora_B.weight") { self.config.lora_plus_lr_ratio } else { 1.0 };
             let moments = self.state.entry(name).or_insert_with(|| Moments {
                 step: 0,
                 exp_avg: vec![0.0; gradient.len()],
@@ -153,7 +158,7 @@ impl Optimizer {
             });
             moments.step += 1;
             let with = adamw::AdamW {
-                lr,
+                lr: lr * faster,
                 beta1: self.config.betas[0],
                 beta2: self.config.betas[1],
                 eps: self.config.eps,

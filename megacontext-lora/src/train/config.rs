@@ -11,7 +11,7 @@ use std::path::PathBuf;
 
 use megacontext_base::config::DecoderConfig;
 use megacontext_base::gradients::AdamWConfig;
-use megacontext_base::lora::LoraConfig;
+use megacontext_base::lora::{LoraConfig, LoraKind, Names, TokenIndices};
 use megacontext_base::params::Group;
 use megacontext_base::rope::{RopeScaling, ScalingChoice};
 use megacontext_kernels::attention::Pattern;
@@ -52,8 +52,14 @@ pub struct ExtendConfig {
     pub holdout: f64,
     /// LoRA on the attention projections.
     pub lora: LoraConfig,
-    /// Train the token embeddings in full.
-    pub train_embeddings: bool,
+    /// What of the token embeddings learns; `full` where absent.
+    pub embeddings: Option<EmbeddingPolicy>,
+    /// Tokens whose rows learn under `new-tokens`.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub new_tokens: Vec<u32>,
+    /// The older key for `embeddings`: true is `full`, false is `frozen`. Read, never written.
+    #[serde(skip_serializing)]
+    pub train_embeddings: Option<bool>,
     /// Train the normalisation gains in full.
     pub train_norms: bool,
     /// Optimiser and learning rate.
@@ -90,7 +96,9 @@ impl Default for ExtendConfig {
             factor: None,
             holdout: 0.1,
             lora: LoraConfig::default(),
-            train_embeddings: true,
+            embeddings: None,
+            new_tokens: Vec::new(),
+            train_embeddings: None,
             train_norms: true,
             optimizer: OptimizerConfig::default(),
             batch: BatchConfig::default(),
@@ -102,6 +110,36 @@ impl Default for ExtendConfig {
             activation_checkpointing: Recompute::Auto,
             memory_budget_bytes: None,
             threads: None,
+        }
+    }
+}
+
+/// What of the token embeddings learns. LongLoRA needs them to (its table of embeddings and norms); what that costs is theirs
+/// to weigh, and the plan says it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum EmbeddingPolicy {
+    /// Nothing.
+    Frozen,
+    /// Two factors beside the table, of LoRA's rank; a tied head moves with them.
+    Lora,
+    /// The table, and with it a tied head.
+    Full,
+    /// The rows of `new_tokens`, and the head's of the same tokens.
+    NewTokens,
+}
+
+impl EmbeddingPolicy {
+    /// All, the cheapest first.
+    pub const ALL: [Self; 4] = [Self::Frozen, Self::NewTokens, Self::Lora, Self::Full];
+
+    /// The word used in settings.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Frozen => "frozen",
+            Self::Lora => "lora",
+            Self::Full => "full",
+            Self::NewTokens => "new-tokens",
         }
     }
 }
@@ -124,6 +162,8 @@ pub struct OptimizerConfig {
     pub weight_decay: f64,
     /// Largest global gradient norm, 0 for no clipping.
     pub clip: f64,
+    /// LoRA+: the learning rate of LoRA's B in learning rates of everything else.
+    pub lora_plus_lr_ratio: f64,
 }
 
 impl Default for OptimizerConfig {
@@ -137,6 +177,7 @@ impl Default for OptimizerConfig {
             eps: adamw.eps,
             weight_decay: adamw.weight_decay,
             clip: adamw.clip,
+            lora_plus_lr_ratio: adamw.lora_plus_lr_ratio,
         }
     }
 }
@@ -144,7 +185,13 @@ impl Default for OptimizerConfig {
 impl OptimizerConfig {
     /// The part the optimiser keeps.
     pub fn adamw(&self) -> AdamWConfig {
-        AdamWConfig { betas: self.betas, eps: self.eps, weight_decay: self.weight_decay, clip: self.clip }
+        AdamWConfig {
+            betas: self.betas,
+            eps: self.eps,
+            weight_decay: self.weight_decay,
+            clip: self.clip,
+            lora_plus_lr_ratio: self.lora_plus_lr_ratio,
+        }
     }
 
     /// Learning rate of step `stage_step` of a stage (from 0) that is step `step` of `steps` of the run.
@@ -173,6 +220,7 @@ impl OptimizerConfig {
         };
         positive("lr", self.lr)?;
         positive("eps", self.eps)?;
+        positive("lora_plus_lr_ratio", self.lora_plus_lr_ratio)?;
         for beta in self.betas {
             if !(0.0..1.0).contains(&beta) {
                 return Err(PluginError::usage(format!(
@@ -426,10 +474,50 @@ pub fn check_evaluation(
 }
 
 impl ExtendConfig {
+    /// What of the embeddings learns.
+    pub fn policy(&self) -> EmbeddingPolicy {
+        self.embeddings.unwrap_or(EmbeddingPolicy::Full)
+    }
+
+    /// These settings with another policy for the embeddings, LoRA's included.
+    ///
+    /// # Errors
+    /// When the policy does not fit the other settings, or LoRA the model.
+    pub fn with_policy(&self, policy: EmbeddingPolicy, model: &DecoderConfig) -> Result<Self> {
+        let failed = |e: megacontext_base::error::BaseError| PluginError::usage(e.to_string());
+        let mut out = self.clone();
+        out.embeddings = Some(policy);
+        out.lora.trainable_token_indices = None;
+        if policy == EmbeddingPolicy::NewTokens {
+            if self.new_tokens.is_empty() {
+                return Err(PluginError::usage(
+                    "new_tokens: expected the tokens whose rows learn under embeddings = \"new-tokens\", got none",
+                ));
+            }
+            let module = |weight: &str| weight.trim_end_matches(".weight").to_string();
+            let tables = [model.embedding_name(), model.head_name()].map(module);
+            let rows = tables.map(|table| (table, self.new_tokens.clone()));
+            out.lora.trainable_token_indices = Some(TokenIndices::Modules(rows.into()));
+        } else if policy == EmbeddingPolicy::Lora {
+            let resolved = out.lora.resolve(model).map_err(failed)?;
+            if resolved.of_kind(LoraKind::Embedding).is_none() {
+                out.lora = out.lora.with_embedding(model).map_err(failed)?;
+            }
+        }
+        if policy != EmbeddingPolicy::Lora {
+            let resolved = out.lora.resolve(model).map_err(failed)?;
+            if let Some(embedding) = resolved.of_kind(LoraKind::Embedding) {
+                let excluded = out.lora.exclude_modules.take().unwrap_or(Names::List(Vec::new()));
+                out.lora.exclude_modules = Some(excluded.and(&[embedding.name.as_str()]));
+            }
+        }
+        Ok(out)
+    }
+
     /// The groups that learn.
     pub fn groups(&self) -> Vec<Group> {
         let mut groups = vec![Group::Lora];
-        groups.extend(self.train_embeddings.then_some(Group::Embeddings));
+        groups.extend((self.policy() == EmbeddingPolicy::Full).then_some(Group::Embeddings));
         groups.extend(self.train_norms.then_some(Group::Norms));
         groups
     }
@@ -437,6 +525,41 @@ impl ExtendConfig {
     /// Reads a job's parameters.
     pub fn from_json(value: serde_json::Value) -> Result<Self> {
         crate::jobs::parse(value)
+    }
+
+    /// Settles what of the embeddings learns.
+    fn resolve_embeddings(mut self, model: &DecoderConfig) -> Result<Self> {
+        let usage = |message: String| Err(PluginError::usage(message));
+        let policy = match (self.embeddings, self.train_embeddings.take()) {
+            (Some(policy), Some(older)) => {
+                return usage(format!(
+                    "train_embeddings: expected it left out beside embeddings = \"{}\", got {older}",
+                    policy.name()
+                ));
+            }
+            (Some(policy), None) => policy,
+            (None, Some(false)) => EmbeddingPolicy::Frozen,
+            (None, Some(true) | None) => EmbeddingPolicy::Full,
+        };
+        if policy != EmbeddingPolicy::NewTokens && !self.new_tokens.is_empty() {
+            return usage(format!(
+                "new_tokens: expected none beside embeddings = \"{}\"; embeddings = \"new-tokens\" trains them alone",
+                policy.name()
+            ));
+        }
+        if policy != EmbeddingPolicy::NewTokens && self.lora.trainable_token_indices.is_some() {
+            return usage(
+                "lora.trainable_token_indices: write embeddings = \"new-tokens\" and new_tokens".into(),
+            );
+        }
+        let resolved = self.lora.resolve(model).map_err(|e| PluginError::usage(e.to_string()))?;
+        if policy != EmbeddingPolicy::Lora && resolved.of_kind(LoraKind::Embedding).is_some() {
+            return usage(format!(
+                "lora.target_modules means the embedding, but embeddings = \"{}\"; write embeddings = \"lora\"",
+                policy.name()
+            ));
+        }
+        self.with_policy(policy, model)
     }
 
     /// Fills what was left open and refuses what cannot be run on this model.
@@ -452,6 +575,7 @@ impl ExtendConfig {
         if !(0.0..1.0).contains(&self.holdout) || self.holdout == 0.0 {
             return usage(format!("holdout: expected a share between 0 and 1, got {}", self.holdout));
         }
+        self = self.resolve_embeddings(model)?;
         self.lora.validate(model).map_err(|e| PluginError::usage(e.to_string()))?;
         self.optimizer.validate()?;
         if let Some(steps) = self.steps.filter(|steps| !(1..=MOST).contains(steps)) {

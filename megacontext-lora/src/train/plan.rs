@@ -21,7 +21,7 @@ use megacontext_kernels::precision::Precision;
 use serde::Serialize;
 
 use crate::error::{PluginError, Result};
-use crate::train::config::{ExtendConfig, Recompute};
+use crate::train::config::{EmbeddingPolicy, ExtendConfig, Recompute};
 use crate::train::eval::batch_rows;
 use crate::train::work;
 
@@ -287,6 +287,21 @@ pub struct Plan {
     pub trained: u64,
     /// Parameters in all.
     pub parameters: u64,
+    /// What each policy for the embeddings would take.
+    pub embeddings: Vec<EmbeddingCost>,
+}
+
+/// What a policy for the embeddings takes, everything else as it is.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct EmbeddingCost {
+    /// Its word in settings.
+    pub policy: &'static str,
+    /// Whether it is the run's.
+    pub chosen: bool,
+    /// Bytes of the whole run.
+    pub total: u64,
+    /// Parameters that learn.
+    pub trained: u64,
 }
 
 /// Plans a run whose text is not read yet, choosing recomputation when told `auto`.
@@ -315,30 +330,41 @@ pub fn plan_beside(
         let windows = (config.eval.max_tokens / stride).max(1);
         batch_rows(*context).min(windows) * context
     });
-    let groups = config.groups();
-    let lora = config.lora.resolve(model).map_err(|e| PluginError::usage(e.to_string()))?;
-    let load = |dtype| Load {
-        model,
-        lora: Some(&lora),
-        learning: &groups,
-        dtype,
-        entries,
-        context,
-        evaluated: evaluated.clone().max().unwrap_or(0),
-        data_tokens,
-        program,
+    let resolved =
+        |config: &ExtendConfig| config.lora.resolve(model).map_err(|e| PluginError::usage(e.to_string()));
+    let evaluated = evaluated.max().unwrap_or(0);
+    let memory_of = |groups: &[Group], lora: &LoraModules, dtype, recompute| {
+        let lora = Some(lora);
+        let load =
+            Load { model, lora, learning: groups, dtype, entries, context, evaluated, data_tokens, program };
+        load.memory(recompute)
     };
+    let (groups, lora) = (config.groups(), resolved(config)?);
     // What the process holds is no longer free, and is part of the plan.
     let free = available_bytes().map(|free| free + resident_bytes().unwrap_or(0));
     let budget = config.memory_budget_bytes.or(free).unwrap_or(u64::MAX);
-    let with = |recompute| load(config.dtype).memory(recompute);
+    let with = |recompute| memory_of(&groups, &lora, config.dtype, recompute);
     let memory = match config.activation_checkpointing {
         Recompute::On => with(true),
         Recompute::Off => with(false),
         Recompute::Auto => Some(with(false)).filter(|p| p.total <= budget / 2).unwrap_or_else(|| with(true)),
     };
+    let mut embeddings = Vec::new();
+    for policy in EmbeddingPolicy::ALL {
+        if policy == EmbeddingPolicy::NewTokens && config.new_tokens.is_empty() {
+            continue;
+        }
+        let other = config.with_policy(policy, model)?;
+        let plan = memory_of(&other.groups(), &resolved(&other)?, config.dtype, memory.recompute);
+        embeddings.push(EmbeddingCost {
+            policy: policy.name(),
+            chosen: policy == config.policy(),
+            total: plan.total,
+            trained: plan.trainables / F32,
+        });
+    }
     if memory.total > budget {
-        let narrow = load(Precision::Bf16).memory(memory.recompute).total;
+        let narrow = memory_of(&groups, &lora, Precision::Bf16, memory.recompute).total;
         let mut help = vec!["a smaller --context".to_string()];
         if config.batch.shape(context).0 > 1 {
             help.push("a smaller batch.micro_batch_tokens".to_string());
@@ -349,8 +375,8 @@ pub fn plan_beside(
         if narrow < memory.total {
             help.push(format!("--dtype bf16 (about {})", bytes(narrow)));
         }
-        if config.train_embeddings {
-            help.push("train_embeddings = false".to_string());
+        for cost in embeddings.iter().filter(|cost| cost.total < memory.total) {
+            help.push(format!("--embeddings {} (about {})", cost.policy, bytes(cost.total)));
         }
         return Err(PluginError::memory(format!(
             "the run needs about {} at context {context}, but may use {}: {}. What would help: {}",
@@ -361,7 +387,7 @@ pub fn plan_beside(
         )));
     }
     let speed = measured_flops(config.dtype.products());
-    let head_learns = config.train_embeddings && model.tie_word_embeddings;
+    let head_learns = config.policy() == EmbeddingPolicy::Full && model.tie_word_embeddings;
     let seconds = config
         .stages
         .iter()
@@ -375,23 +401,29 @@ pub fn plan_beside(
         / speed
         * ALLOWANCE;
     let parameters = values(&model.tensors()) + lora.values() as u64;
-    Ok(Plan { trained: memory.trainables / F32, memory, budget, seconds, parameters })
+    Ok(Plan { trained: memory.trainables / F32, memory, budget, seconds, parameters, embeddings })
 }
 
 /// Measured: a step takes about so many times as long as its products alone would.
 const ALLOWANCE: f64 = 1.3;
 
 impl Plan {
-    /// One line for people.
+    /// Two lines for people: the run, and what the embeddings cost.
     pub fn text(&self) -> String {
+        let costs = self.embeddings.iter().map(|cost| {
+            let chosen = if cost.chosen { " (chosen)" } else { "" };
+            format!("{}{chosen} {}, {} learn", cost.policy, bytes(cost.total), count(cost.trained))
+        });
         format!(
-            "plan: about {} of memory ({}), {} free; about {} of training; {} of {} parameters learn",
+            "plan: about {} of memory ({}), {} free; about {} of training; {} of {} parameters learn\n\
+             embeddings: {}",
             bytes(self.memory.total),
             by_kind(&self.memory),
             if self.budget == u64::MAX { "an unknown amount".to_string() } else { bytes(self.budget) },
             duration(self.seconds),
             count(self.trained),
-            count(self.parameters)
+            count(self.parameters),
+            costs.collect::<Vec<_>>().join("; ")
         )
     }
 }

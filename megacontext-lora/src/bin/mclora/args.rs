@@ -173,7 +173,22 @@ pub struct Extend {
     /// Blocks that carry LoRA, by number [default: all]
     #[arg(long, value_name = "NUMBERS", value_delimiter = ',', help_heading = "What learns")]
     pub layers: Vec<u64>,
-    /// Leave the token embeddings as they are
+    /// rsLoRA: updates are scaled by alpha / sqrt(rank)
+    #[arg(long, help_heading = "What learns")]
+    pub rslora: bool,
+    /// DoRA: the lengths of a weight's rows learn by themselves
+    #[arg(long, help_heading = "What learns")]
+    pub dora: bool,
+    /// First values of LoRA: default, gaussian or pissa [default: default]
+    #[arg(long, value_name = "NAME", help_heading = "What learns")]
+    pub init: Option<String>,
+    /// What of the embeddings learns: frozen, lora, full or new-tokens; the plan says what each costs [default: full]
+    #[arg(long, value_name = "NAME", conflicts_with = "freeze_embeddings", help_heading = "What learns")]
+    pub embeddings: Option<String>,
+    /// Tokens whose rows learn under --embeddings new-tokens
+    #[arg(long, value_name = "IDS", value_delimiter = ',', help_heading = "What learns")]
+    pub new_tokens: Vec<u64>,
+    /// Leave the token embeddings as they are: --embeddings frozen
     #[arg(long, help_heading = "What learns")]
     pub freeze_embeddings: bool,
     /// Leave the norms as they are
@@ -204,6 +219,9 @@ pub struct Extend {
     /// Steps of warm-up at the start of every stage [default: 20]
     #[arg(long, value_name = "N", help_heading = "How")]
     pub warmup: Option<u64>,
+    /// LoRA+: the learning rate of LoRA's B in learning rates of everything else [default: 1]
+    #[arg(long, value_name = "RATIO", help_heading = "How")]
+    pub lora_plus_lr_ratio: Option<f64>,
     /// Weight decay; never on norms, biases and embeddings [default: 0]
     #[arg(long, value_name = "W", help_heading = "How")]
     pub weight_decay: Option<f64>,

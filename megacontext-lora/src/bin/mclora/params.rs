@@ -145,7 +145,12 @@ pub fn extend(args: &Extend, global: &Global) -> Result<(Value, PathBuf)> {
     params.set_some("lora.dropout", args.dropout);
     params.set_list("lora.target_modules", &args.target_modules);
     params.set_list("lora.layers", &args.layers);
-    params.set_some("train_embeddings", args.freeze_embeddings.then_some(false));
+    params.set_some("lora.use_rslora", args.rslora.then_some(true));
+    params.set_some("lora.use_dora", args.dora.then_some(true));
+    params.set_some("lora.init", args.init.as_deref());
+    params.set_some("embeddings", args.embeddings.as_deref().or(args.freeze_embeddings.then_some("frozen")));
+    params.set_list("new_tokens", &args.new_tokens);
+    params.set_some("optimizer.lora_plus_lr_ratio", args.lora_plus_lr_ratio);
     params.set_some("train_norms", args.freeze_norms.then_some(false));
     if args.config.is_some() && (args.context.is_some() || args.steps.is_some()) {
         // The file's stages were made for its own context and steps: without them the plugin makes new ones.
