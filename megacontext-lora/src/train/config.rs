@@ -703,6 +703,50 @@ mod tests {
         assert!(o.lr_at(99, 100, 100) - 0.1 < 1e-12);
     }
 
+    fn model() -> DecoderConfig {
+        let dir = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../assets/tiny-llama");
+        DecoderConfig::from_dir(&dir).unwrap()
+    }
+
+    fn resolved(extra: serde_json::Value) -> Result<ExtendConfig> {
+        let mut value = serde_json::json!({ "data": ["x"], "context": 512 });
+        value.as_object_mut().unwrap().extend(extra.as_object().unwrap().clone());
+        ExtendConfig::from_json(value)?.resolve(&model())
+    }
+
+    #[test]
+    fn embeddings_are_a_choice_and_the_older_key_is_read() {
+        let policy = |extra| resolved(extra).unwrap().policy();
+        assert_eq!(policy(serde_json::json!({})), EmbeddingPolicy::Full);
+        assert_eq!(policy(serde_json::json!({ "train_embeddings": false })), EmbeddingPolicy::Frozen);
+        for extra in [
+            serde_json::json!({ "embeddings": "lora" }),
+            serde_json::json!({ "embeddings": "new-tokens", "new_tokens": [5, 6] }),
+        ] {
+            let config = resolved(extra).unwrap();
+            assert!(config.lora.resolve(&model()).unwrap().changes_embedding());
+            assert!(!config.groups().contains(&Group::Embeddings));
+            assert_eq!(config.clone().resolve(&model()).unwrap(), config, "resolving twice changes nothing");
+        }
+    }
+
+    #[test]
+    fn embeddings_that_contradict_other_settings_are_refused() {
+        for (extra, what) in [
+            (serde_json::json!({ "embeddings": "full", "train_embeddings": true }), "train_embeddings"),
+            (serde_json::json!({ "embeddings": "new-tokens" }), "new_tokens: expected the tokens"),
+            (serde_json::json!({ "new_tokens": [3] }), "new_tokens: expected none"),
+            (
+                serde_json::json!({ "lora": { "target_modules": ["embed_tokens"] } }),
+                "write embeddings = \"lora\"",
+            ),
+            (serde_json::json!({ "optimizer": { "lora_plus_lr_ratio": 0.0 } }), "lora_plus_lr_ratio"),
+        ] {
+            let error = resolved(extra).unwrap_err();
+            assert!(error.message.contains(what), "{error}");
+        }
+    }
+
     #[test]
     fn unknown_key_is_refused_by_name() {
         let error = ExtendConfig::from_json(serde_json::json!({"contxt": 1})).unwrap_err();
