@@ -308,22 +308,40 @@ impl Adapter {
     /// # Errors
     /// When a copy of the base's embedding beside LoRA is not the base's; then nothing has been changed.
     pub fn load_into(&self, base: &DecoderConfig, params: &mut ParamStore) -> Result<()> {
+        self.check_copies(base, |name| {
+            Ok(match params.values(name)?.weight() {
+                Weight::F32(values) => values.to_vec(),
+                Weight::Bf16(values) => values.iter().map(|v| v.to_f32()).collect(),
+            })
+        })?;
+        self.put_into(base, params)
+    }
+
+    /// Refuses copies of the base's weights, which PEFT saves beside LoRA on embeddings, that are not what `weight` gives by
+    /// name; rounded to bf16 they may be, as bf16 is how some hold the base.
+    pub fn check_copies(
+        &self,
+        base: &DecoderConfig,
+        weight: impl Fn(&str) -> Result<Vec<f32>>,
+    ) -> Result<()> {
         for (name, copy) in &self.tensors {
             let Some(module) = base_copy(name) else { continue };
-            let weight = format!("{module}.weight");
-            let weight = if weight == base.untied_head_name() { base.head_name() } else { &weight };
+            let of = format!("{module}.weight");
+            let of = if of == base.untied_head_name() { base.head_name() } else { &of };
             let copy = copy.flatten_all()?.to_vec1::<f32>()?;
-            // Stored in bf16, the base's values are the file's rounded.
-            let same = match params.values(weight)?.weight() {
-                Weight::F32(values) => values == copy,
-                Weight::Bf16(values) => values.iter().zip(&copy).all(|(v, c)| *v == bf16::put(*c)),
-            };
-            if !same {
+            let values = weight(of)?;
+            let same = |(v, c): (&f32, &f32)| v == c || *v == bf16::put(*c).to_f32();
+            if values.len() != copy.len() || !values.iter().zip(&copy).all(same) {
                 return Err(self.refuse_tensors(format!(
-                    "expected {PREFIX}{name} to be the base's {weight}, it differs: the adapter was made for another base"
+                    "expected {PREFIX}{name} to be the base's {of}, it differs: the adapter was made for another base"
                 )));
             }
         }
+        Ok(())
+    }
+
+    /// As [`Adapter::load_into`], of an adapter whose copies have been checked.
+    pub fn put_into(&self, base: &DecoderConfig, params: &mut ParamStore) -> Result<()> {
         for (name, tensor) in self.parameters(base) {
             params.insert(name, base.group_of(name), tensor.clone())?;
         }

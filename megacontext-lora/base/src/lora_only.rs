@@ -10,7 +10,8 @@
 //! Layout: `OUT/base` (a model folder), `OUT/adapter` (PEFT's format, `modules_to_save` null, made for `OUT/base` by
 //! fingerprint and scaling).
 //!
-//! Shapes: as in [`crate::merge`]. Errors: as there, and `BaseError::Adapter` for an adapter that has no LoRA on blocks.
+//! Shapes: as in [`crate::merge`]. Errors: as there, and `BaseError::Adapter` for an adapter that has no LoRA on blocks, or
+//! DoRA.
 
 use std::path::{Path, PathBuf};
 
@@ -50,6 +51,11 @@ pub fn export_lora_only(
     dtype: Dtype,
 ) -> Result<LoraOnlyReport> {
     let source = MergedTensors::new(weights, base, adapter)?;
+    if adapter.lora().use_dora {
+        let message = "expected plain LoRA, got DoRA (use_dora), which readers of LoRA alone do not compute: merge the \
+                       adapter instead";
+        return Err(BaseError::adapter(&adapter.dir, message));
+    }
     if !is_vacant(out) {
         let message =
             "expected a folder that does not exist yet or is empty; choose another name or remove it";

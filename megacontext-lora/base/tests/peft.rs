@@ -10,6 +10,7 @@ use megacontext_base::adapter::{Adapter, AdapterConfig, MegacontextKey, read_ada
 use megacontext_base::config::DecoderConfig;
 use megacontext_base::decoder::{Decoder, Forward};
 use megacontext_base::hf_export::Dtype;
+use megacontext_base::lora_only::export_lora_only;
 use megacontext_base::merge::merge;
 use megacontext_base::weights::Weights;
 use megacontext_kernels::attention::{Pattern, Rows};
@@ -164,4 +165,27 @@ fn every_kind_is_written_as_it_was_read() {
         let gap = case.gap(&case.adapted(&read_adapter(&dir).unwrap()));
         assert!(gap <= 1e-4, "{kind}: largest difference {gap:e}");
     }
+}
+
+#[test]
+fn dora_for_readers_of_lora_alone_is_refused() {
+    let case = Case::read("dora");
+    let root = tempfile::tempdir().unwrap();
+    let base = DecoderConfig::from_dir(&case.base).unwrap();
+    let out = root.path().join("out");
+    let error = export_lora_only(&case.weights(), &base, &case.adapter, &out, Dtype::F32).unwrap_err();
+    assert!(error.to_string().contains("expected plain LoRA, got DoRA"), "{error}");
+    assert!(!out.exists());
+}
+
+#[test]
+fn a_copy_of_another_bases_embedding_is_refused() {
+    let case = Case::read("embeddings");
+    let base = DecoderConfig::from_dir(&case.base).unwrap();
+    let weights = case.weights();
+    let of_base = |name: &str| weights.values::<f32>(name, weights.shape(name).unwrap());
+    case.adapter.check_copies(&base, of_base).unwrap();
+    let other = |name: &str| of_base(name).map(|values| values.iter().map(|v| v + 1.0).collect());
+    let error = case.adapter.check_copies(&base, other).unwrap_err().to_string();
+    assert!(error.contains("the adapter was made for another base"), "{error}");
 }

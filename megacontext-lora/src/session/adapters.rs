@@ -213,9 +213,13 @@ impl Loaded {
                 path.display()
             )));
         }
-        adapter.check_against(config, &self.model.weights.fingerprint()).map_err(model_error)?;
+        let weights = &self.model.weights;
+        adapter.check_against(config, &weights.fingerprint()).map_err(model_error)?;
+        // Against the file: in memory another adapter's values may stand.
+        let of_base = |name: &str| weights.values::<f32>(name, weights.shape(name).unwrap_or(&[]));
+        adapter.check_copies(config, of_base).map_err(model_error)?;
         let mut store = ParamStore::new();
-        adapter.load_into(config, &mut store).map_err(model_error)?;
+        adapter.put_into(config, &mut store).map_err(model_error)?;
         let names: Vec<String> = store.names().map(str::to_string).collect();
         let take = |name: String| Ok((name.clone(), store.take(&name).map_err(model_error)?));
         let parameters = names.into_iter().map(take).collect::<Result<_>>()?;
