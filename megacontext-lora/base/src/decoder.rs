@@ -8,31 +8,25 @@
 //! V vocabulary; x_bte is the residual stream, tokens are row-major [B, T].
 //! Units: loss in nats.
 //!
-//! Training walks the blocks explicitly instead of taping the model: the forward pass keeps what each block needs for its
-//! own backward pass (see the private module `block`), the backward pass hands the gradient down from block to block.
-//! With recomputation on (activation checkpointing, Chen et al. 2016) only the blocks' inputs survive the forward pass;
-//! with it off their intermediate results do. Both give the same bits. Blocks below the lowest parameter that learns are
-//! never walked back.
+//! Gradients are made in the private module `step`, text is continued in [`crate::generate`].
 //!
 //! Precision: a [`Precision`] decides how activations and frozen weights are stored and how products are computed; what
 //! learns, gradients, sums, norms, softmax and the loss are f32 in every class. Embeddings given or asked for as tensors
 //! are f32.
 //!
-//! Left out: KV cache and generation, other families.
+//! Left out: attention scores that are capped (Gemma 2).
 
 use candle_core::{Device, Tensor};
 use megacontext_kernels::attention::slices::Prepared;
 use megacontext_kernels::attention::{Pattern, Rows, alibi_slopes};
 use megacontext_kernels::cpu::Values;
 use megacontext_kernels::precision::Precision;
-use megacontext_kernels::rows;
 use megacontext_kernels::store::{Store, bf16};
 
 use crate::block::{Attentions, Block, Pass, Tables};
 use crate::buffers::{Activation, Buffer, Buffers, Scratch};
 use crate::config::DecoderConfig;
 use crate::error::{BaseError, Result};
-use crate::gradients::Gradients;
 use crate::lora::{LoraConfig, LoraModules};
 use crate::norms::Norm;
 use crate::params::{Group, ParamStore};
@@ -43,6 +37,7 @@ use crate::weights::Weights;
 
 mod adapted;
 mod merged;
+mod step;
 
 use adapted::Attached;
 use merged::Merged;
@@ -542,200 +537,6 @@ impl Decoder {
         self.gather(tokens, scratch.x.sized(tokens.len() * self.config.hidden_size)?)?;
         self.nll_of(self.forward(batch, length, with, scratch)?, targets)
     }
-
-    /// Does anything below block `layer` (or its own input) learn?
-    fn learns_below(&self, layer: usize) -> bool {
-        self.embedding_learns() || (0..layer).any(|l| self.block_learns(l))
-    }
-
-    fn block_learns(&self, layer: usize) -> bool {
-        let lora = self.adapted().is_some_and(|lora| lora.in_block(layer));
-        self.params.learns(Group::Base)
-            || self.params.learns(Group::Norms)
-            || (self.params.learns(Group::Sigma) && self.params.contains(SIGMA))
-            || (lora && self.params.learns(Group::Lora))
-    }
-
-    /// The lowest block that is walked back: blocks below it and their inputs do not learn.
-    pub fn lowest_learning_block(&self) -> usize {
-        let layers = self.config.num_hidden_layers;
-        (0..layers).find(|l| self.learns_below(*l) || self.block_learns(*l)).unwrap_or(layers)
-    }
-
-    /// Forward and backward of one micro-batch of `batch` rows of tokens: adds the gradients of `scale`·Σ NLL to
-    /// `gradients`. `targets` are the next tokens, `IGNORE` where nothing is scored.
-    ///
-    /// `recompute` switches activation checkpointing on: less memory, one more forward pass.
-    ///
-    /// # Errors
-    /// When shapes do not agree, the loss is not finite, or LoRA is merged into weights that learn; then nothing has been
-    /// added.
-    pub fn accumulate_gradients(
-        &self,
-        tokens: &[u32],
-        batch: usize,
-        targets: &[u32],
-        with: &Forward,
-        scale: f64,
-        recompute: bool,
-        gradients: &mut Gradients,
-    ) -> Result<StepLoss> {
-        if [Group::Base, Group::Lora].into_iter().any(|group| self.params.learns(group)) {
-            self.refuse_merged("accumulate_gradients")?;
-        }
-        let length = Self::length(tokens, batch)?;
-        if targets.len() != tokens.len() {
-            let message = format!("targets: expected {batch} rows of {length}, got {} in all", targets.len());
-            return Err(BaseError::Input { message });
-        }
-        let input = StepInput::Tokens(tokens);
-        let step = Step { input, batch, targets, with, scale: scale as f32, recompute };
-        self.accumulate_step(&step, gradients)
-    }
-
-    /// As [`Decoder::accumulate_gradients`], of given entries [B, T, E]; the gradient of the entries comes with the loss.
-    ///
-    /// # Errors
-    /// As there.
-    pub fn entry_gradients(
-        &self,
-        x_bte: &Tensor,
-        targets: &[u32],
-        with: &Forward,
-        scale: f64,
-        recompute: bool,
-        gradients: &mut Gradients,
-    ) -> Result<(StepLoss, Tensor)> {
-        let (batch, length) = self.stream(x_bte)?;
-        if targets.len() != batch * length {
-            let message = format!("targets: expected {batch} rows of {length}, got {} in all", targets.len());
-            return Err(BaseError::Input { message });
-        }
-        let x = x_bte.contiguous()?;
-        let input = Values::of(&x)?;
-        let input = StepInput::Entries(&input);
-        let step = Step { input, batch, targets, with, scale: scale as f32, recompute };
-        let loss = self.accumulate_step(&step, gradients)?;
-        let d = gradients.passes().stream_gradient(self.precision.stores_bf16()).to_vec();
-        Ok((loss, Tensor::from_vec(d, x_bte.shape(), &Device::Cpu)?))
-    }
-
-    fn accumulate_step(&self, step: &Step, gradients: &mut Gradients) -> Result<StepLoss> {
-        let mut buffers = gradients.take_passes();
-        let loss = if self.precision.stores_bf16() {
-            self.accumulate(step, bf16::scratch(&mut buffers), gradients)
-        } else {
-            self.accumulate(step, f32::scratch(&mut buffers), gradients)
-        };
-        gradients.put_passes(buffers);
-        loss
-    }
-
-    fn accumulate<S: Activation>(
-        &self,
-        step: &Step,
-        scratch: &mut Scratch<S>,
-        gradients: &mut Gradients,
-    ) -> Result<StepLoss> {
-        let (c, with) = (&self.config, step.with);
-        let entries = step.targets.len();
-        let attention = self.prepare(step.batch, entries / step.batch, with)?;
-        let tables = HeldTables::of(with.rope)?;
-        let spread = self.learning_spread(with.rope)?;
-        let pass = self.pass(Some(&attention), tables.slices(), spread, entries, with.dropout_seed);
-        let layers = c.num_hidden_layers;
-        let given = matches!(step.input, StepInput::Entries(_));
-        let lowest = if given { 0 } else { self.lowest_learning_block() };
-        self.read_input(step.input, scratch.x.sized(entries * c.hidden_size)?)?;
-        self.blocks(&pass, scratch, lowest, step.recompute)?;
-        let Scratch { inputs, saved, workspace, x, stream, d } = scratch;
-
-        let hidden = self.final_norm(x, &mut workspace.normed)?;
-        let (loss, d_hidden) = self.head_loss(hidden, step, gradients)?;
-        let d = d.sized(entries * c.hidden_size)?;
-        d.fill(0.0);
-        self.last_norm()?.backward(x, &d_hidden, d, gradients)?;
-        drop(d_hidden);
-        for layer in (lowest..layers).rev() {
-            let block = Block::new(layer, &pass)?;
-            let input = &inputs[layer - lowest];
-            let place = if step.recompute { 0 } else { layer - lowest };
-            if step.recompute && layer + 1 < layers {
-                block.remake(input, stream, &mut saved[place], workspace)?;
-            }
-            let wanted = given || self.learns_below(layer);
-            block.backward(input, d, &mut saved[place], workspace, gradients, wanted)?;
-        }
-        if !given && !self.embedding_learns() {
-            return Ok(loss);
-        }
-        if let Some(norm) = self.entry_norm() {
-            // What it read is made again instead of kept.
-            let entered = stream.sized(entries * c.hidden_size)?;
-            self.read_input(step.input, entered)?;
-            let d_entered = workspace.d_normed.sized(entries * c.hidden_size)?;
-            d_entered.fill(0.0);
-            norm.backward(entered, d, d_entered, gradients)?;
-            d.copy_from_slice(d_entered);
-        }
-        if let StepInput::Tokens(tokens) = step.input {
-            if let Some(scale) = self.embedding_scale() {
-                rows::scale(d, scale);
-            }
-            self.embedding_gradients(d, tokens, gradients)?;
-        }
-        Ok(loss)
-    }
-
-    fn read_input<S: Store>(&self, input: StepInput, out: &mut [S]) -> Result<()> {
-        match input {
-            StepInput::Tokens(tokens) => self.gather(tokens, out),
-            StepInput::Entries(values) => {
-                for (out, value) in out.iter_mut().zip(values) {
-                    *out = S::put(*value);
-                }
-                Ok(())
-            }
-        }
-    }
-
-    /// The loss over the output head, and the gradient of the hidden states.
-    fn head_loss<S: Store>(
-        &self,
-        hidden: &[S],
-        step: &Step,
-        gradients: &mut Gradients,
-    ) -> Result<(StepLoss, Vec<f32>)> {
-        let (targets, seed) = (step.targets, step.with.dropout_seed);
-        let loss = self.head_gradients(hidden, targets, step.scale, seed, gradients)?;
-        let sum = loss.sum();
-        if !sum.is_finite() {
-            return Err(BaseError::NonFinite { what: "loss".to_string(), value: sum });
-        }
-        let d_hidden = loss.d_hidden.ok_or_else(|| BaseError::Input {
-            message: "scale: expected a gradient scale other than 0, got 0".to_string(),
-        })?;
-        Ok((StepLoss { sum, count: loss.count }, d_hidden))
-    }
-}
-
-/// What enters the first block.
-#[derive(Clone, Copy)]
-enum StepInput<'a> {
-    /// Tokens, whose embeddings may learn.
-    Tokens(&'a [u32]),
-    /// Embeddings [B, T, E], whose gradient is wanted.
-    Entries(&'a [f32]),
-}
-
-/// What [`Decoder::accumulate_gradients`] is given.
-struct Step<'a> {
-    input: StepInput<'a>,
-    batch: usize,
-    targets: &'a [u32],
-    with: &'a Forward<'a>,
-    scale: f32,
-    recompute: bool,
 }
 
 /// Rotation tables, borrowed for a pass.
