@@ -375,7 +375,7 @@ fn config_value_of_another_type() {
     for (text, fact) in [
         ("holdout = \"much\"\n", "holdout: invalid type: string \"much\""),
         ("[checkpoint]\nkeep = -1\n", "checkpoint.keep: invalid value: integer `-1`"),
-        ("[lora]\ntarget_modules = \"q_proj\"\n", "lora.target_modules: invalid type"),
+        ("[lora]\ntarget_modules = 3\n", "lora.target_modules: expected a list of names"),
         ("seed = \n", "settings.toml: line 1"),
     ] {
         fs::write(fixture.path("settings.toml"), text).unwrap();

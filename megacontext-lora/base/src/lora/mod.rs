@@ -388,8 +388,8 @@ impl LoraConfig {
         let mut modules: Vec<LoraModule> = candidates.iter().filter(|m| chosen(m)).cloned().collect();
         if modules.is_empty() {
             return fail(format!(
-                "target_modules: expected to mean at least one of {:?}, got {:?}, which with exclude_modules and layers \
-                 means none",
+                "target_modules: expected to mean at least one of {:?}, got {}, which with exclude_modules and layers \
+                 means none; an expression has to match a module's whole name, a list its last part",
                 short_names(&names),
                 self.target_modules
             ));

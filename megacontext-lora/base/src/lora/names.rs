@@ -28,12 +28,22 @@ pub const ALL_ATTENTION: &str = "all-attention";
 
 /// Modules, by name.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(untagged)]
+#[serde(untagged, expecting = "expected a list of names, an expression, \"all-linear\" or \"all-attention\"")]
 pub enum Names {
     /// Ends of names.
     List(Vec<String>),
     /// A regular expression, `all-linear` or `all-attention`.
     Pattern(String),
+}
+
+impl std::fmt::Display for Names {
+    /// As a configuration has them.
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::List(list) => write!(f, "{list:?}"),
+            Self::Pattern(pattern) => write!(f, "the expression \"{pattern}\""),
+        }
+    }
 }
 
 impl Names {
