@@ -167,7 +167,8 @@ pub struct Extend {
     /// LoRA dropout [default: 0]
     #[arg(long, value_name = "P", help_heading = "What learns")]
     pub dropout: Option<f64>,
-    /// Projections that carry LoRA [default: q_proj,k_proj,v_proj,o_proj]
+    /// Linear layers that carry LoRA, by the ends of their names, or all-linear; expressions go into --config [default:
+    /// all-attention]
     #[arg(long, value_name = "NAMES", value_delimiter = ',', help_heading = "What learns")]
     pub target_modules: Vec<String>,
     /// Blocks that carry LoRA, by number [default: all]

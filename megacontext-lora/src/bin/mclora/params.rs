@@ -143,7 +143,11 @@ pub fn extend(args: &Extend, global: &Global) -> Result<(Value, PathBuf)> {
     params.set_some("lora.r", args.rank);
     params.set_some("lora.alpha", args.alpha);
     params.set_some("lora.dropout", args.dropout);
-    params.set_list("lora.target_modules", &args.target_modules);
+    match &args.target_modules[..] {
+        // A word that stands for many names is no name of its own.
+        [word] if word.starts_with("all-") => params.set("lora.target_modules", word.as_str()),
+        names => params.set_list("lora.target_modules", names),
+    }
     params.set_list("lora.layers", &args.layers);
     params.set_some("lora.use_rslora", args.rslora.then_some(true));
     params.set_some("lora.use_dora", args.dora.then_some(true));
