@@ -17,14 +17,16 @@
 //! the place of gate and up.
 //! Errors: a parameter that is missing; shapes are fixed by the configuration.
 
-use megacontext_kernels::attention::slices::Prepared;
+use megacontext_kernels::attention::Pattern;
+use megacontext_kernels::attention::prefix::{Own, PrefixAttention};
+use megacontext_kernels::attention::slices::{Gradients as AttentionGradients, Prepared};
 use megacontext_kernels::gelu::{
     Gelu, geglu_backward_in_place, geglu_into, gelu_backward_in_place, gelu_into,
 };
 use megacontext_kernels::{mlp, rope, rows};
 
 use crate::architecture::{Layer, Mlp, QkNorm, Residual, Rotation};
-use crate::buffers::{Activation, Buffer, Saved, Workspace, sized};
+use crate::buffers::{Activation, Buffer, KeysValues, Saved, Workspace, sized};
 use crate::config::{DecoderConfig, LinearPart, NormPart};
 use crate::error::{BaseError, Result};
 use crate::gradients::Gradients;
@@ -42,33 +44,62 @@ pub(crate) struct Tables<'a> {
 }
 
 /// What is the same for all blocks of a pass.
-pub(crate) struct Pass<'a> {
+pub(crate) struct Pass<'a, S> {
     pub config: &'a DecoderConfig,
     pub setting: Setting<'a>,
-    /// Attention of blocks without a window, and of those with each of the model's windows; none where the caller attends.
-    pub attention: Option<&'a Attentions>,
+    pub attending: Attending<'a, S>,
     pub tables: Tables<'a>,
     /// What the gradient of sigma needs, where it learns.
     pub spread: Option<&'a Spread>,
 }
 
-/// The checked attention patterns of a pass.
-pub(crate) struct Attentions {
-    pub full: Prepared,
-    pub windowed: Vec<(usize, Prepared)>,
+/// How the entries of a pass attend.
+#[derive(Clone, Copy)]
+pub(crate) enum Attending<'a, S> {
+    /// The caller attends, between [`Block::qkv`] and [`Block::rest`].
+    Elsewhere,
+    /// Within their rows.
+    Rows(&'a ByWindow<Prepared>),
+    /// Within their rows, which continue a document that has run: its keys and values are here, block by block.
+    Document(&'a ByWindow<PrefixAttention>, &'a [KeysValues<S>]),
 }
 
-impl Attentions {
+/// Attention as it was checked: that of blocks without a window, and of those with each of the model's windows.
+pub(crate) struct ByWindow<T> {
+    full: T,
+    windowed: Vec<(usize, T)>,
+}
+
+impl<T> ByWindow<T> {
+    /// Of blocks that attend by `pattern`, made by `make`. Where it is dense, blocks that have a window keep to it.
+    pub(crate) fn new(
+        pattern: Pattern,
+        config: &DecoderConfig,
+        make: impl Fn(Pattern) -> Result<T>,
+    ) -> Result<Self> {
+        let windows = if pattern == Pattern::Dense { config.architecture.windows() } else { Vec::new() };
+        let windowed = windows
+            .into_iter()
+            .map(|window| Ok((window, make(Pattern::SlidingWindow { window })?)))
+            .collect::<Result<_>>()?;
+        Ok(Self { full: make(pattern)?, windowed })
+    }
+
     /// That of a block with this window. Where windows are not honoured there are none to choose from.
-    fn of(&self, window: Option<usize>) -> &Prepared {
+    pub(crate) fn of(&self, window: Option<usize>) -> &T {
         let found = self.windowed.iter().find(|(of, _)| Some(*of) == window);
-        found.map_or(&self.full, |(_, prepared)| prepared)
+        found.map_or(&self.full, |(_, made)| made)
     }
 }
 
+fn no_attention() -> Result<()> {
+    Err(BaseError::Input { message: "attention: expected a pattern for this pass, got none".to_string() })
+}
+
 /// A block's parameters, looked up once per pass.
-pub(crate) struct Block<'a> {
-    pass: &'a Pass<'a>,
+pub(crate) struct Block<'a, S> {
+    pass: &'a Pass<'a, S>,
+    number: usize,
     layer: Layer,
     attention_in: Norm<'a>,
     attention_out: Option<Norm<'a>>,
@@ -84,8 +115,8 @@ pub(crate) struct Block<'a> {
     down: Projection<'a>,
 }
 
-impl<'a> Block<'a> {
-    pub(crate) fn new(layer: usize, pass: &'a Pass<'a>) -> Result<Self> {
+impl<'a, S: Activation> Block<'a, S> {
+    pub(crate) fn new(layer: usize, pass: &'a Pass<'a, S>) -> Result<Self> {
         let (c, params) = (pass.config, pass.setting.params);
         let a = &c.architecture;
         let (width, eps) = (c.hidden_size, c.rms_norm_eps);
@@ -106,6 +137,7 @@ impl<'a> Block<'a> {
         let heads = parts.iter().map(|part| linear(*part)).collect::<Result<_>>()?;
         Ok(Self {
             pass,
+            number: layer,
             layer: a.layers[layer],
             attention_in: norm(NormPart::AttentionIn, width)?,
             attention_out: behind(NormPart::AttentionOut)?,
@@ -120,15 +152,38 @@ impl<'a> Block<'a> {
         })
     }
 
-    fn attention(&self) -> Result<&Prepared> {
-        let attention = self.pass.attention.ok_or_else(|| BaseError::Input {
-            message: "attention: expected a pattern for this pass, got none".to_string(),
-        })?;
-        Ok(attention.of(self.layer.window))
+    /// What attention mixes, from queries, keys and values.
+    fn attend(&self, saved: &mut Saved<S>) -> Result<()> {
+        let Saved { q, k, v, mixed, .. } = saved;
+        match self.pass.attending {
+            Attending::Elsewhere => return no_attention(),
+            Attending::Rows(attention) => attention.of(self.layer.window).forward_into(q, k, v, mixed),
+            Attending::Document(attention, document) => {
+                let (own, document) = (Own { q, k, v }, document[self.number].document());
+                attention.of(self.layer.window).forward_into(own, document, mixed);
+            }
+        }
+        Ok(())
+    }
+
+    /// Gradients of queries, keys and values for those of what was mixed.
+    fn attend_back(&self, saved: &Saved<S>, d_mixed: &[f32], d: &mut AttentionGradients) -> Result<()> {
+        let Saved { q, k, v, mixed, .. } = saved;
+        match self.pass.attending {
+            Attending::Elsewhere => return no_attention(),
+            Attending::Rows(attention) => {
+                attention.of(self.layer.window).backward_into(q, k, v, mixed, d_mixed, d);
+            }
+            Attending::Document(attention, document) => {
+                let (own, document) = (Own { q, k, v }, document[self.number].document());
+                attention.of(self.layer.window).backward_into(own, document, mixed, d_mixed, d);
+            }
+        }
+        Ok(())
     }
 
     /// Rotates heads by the block's tables; `direction` is 1 forward and −1 back.
-    fn rotate<S: Activation>(&self, x: &mut [S], heads: usize, direction: f32) -> Result<()> {
+    fn rotate<X: Activation>(&self, x: &mut [X], heads: usize, direction: f32) -> Result<()> {
         let tables = match self.layer.rotation {
             Rotation::None => return Ok(()),
             Rotation::Global => self.pass.tables.global,
@@ -144,7 +199,7 @@ impl<'a> Block<'a> {
     }
 
     /// The block's output of `x` [N, E] into `y`; what backward needs into `saved`.
-    pub(crate) fn forward<S: Activation>(
+    pub(crate) fn forward(
         &self,
         x: &[S],
         y: &mut Buffer<S>,
@@ -157,7 +212,7 @@ impl<'a> Block<'a> {
 
     /// What backward needs of `x` [N, E] into `saved` once more, as [`Block::forward`] left it. The output is of no use then,
     /// so the last product is left out where nothing behind it is kept; `y` holds no output afterwards.
-    pub(crate) fn remake<S: Activation>(
+    pub(crate) fn remake(
         &self,
         x: &[S],
         y: &mut Buffer<S>,
@@ -186,21 +241,15 @@ impl<'a> Block<'a> {
     }
 
     /// Queries, keys and values of `x` [N, E] and what attention mixes of them, into `saved`.
-    fn mix<S: Activation>(&self, x: &[S], saved: &mut Saved<S>, ws: &mut Workspace<S>) -> Result<()> {
+    fn mix(&self, x: &[S], saved: &mut Saved<S>, ws: &mut Workspace<S>) -> Result<()> {
         self.qkv(x, saved, ws)?;
         sized(&mut saved.mixed.out, saved.q.len());
         sized(&mut saved.mixed.lse, self.pass.setting.entries * self.pass.config.num_attention_heads);
-        self.attention()?.forward_into(&saved.q, &saved.k, &saved.v, &mut saved.mixed);
-        Ok(())
+        self.attend(saved)
     }
 
     /// Queries, keys and values of `x` [N, E], normed and rotated, into `saved`.
-    pub(crate) fn qkv<S: Activation>(
-        &self,
-        x: &[S],
-        saved: &mut Saved<S>,
-        ws: &mut Workspace<S>,
-    ) -> Result<()> {
+    pub(crate) fn qkv(&self, x: &[S], saved: &mut Saved<S>, ws: &mut Workspace<S>) -> Result<()> {
         let c = self.pass.config;
         let Workspace { normed, gated, linear, .. } = ws;
         let normed = normed.sized(x.len())?;
@@ -240,7 +289,7 @@ impl<'a> Block<'a> {
     }
 
     /// The block's output of `x` [N, E] into `y`, from what attention mixed.
-    pub(crate) fn rest<S: Activation>(
+    pub(crate) fn rest(
         &self,
         x: &[S],
         y: &mut Buffer<S>,
@@ -289,7 +338,7 @@ impl<'a> Block<'a> {
     }
 
     /// What the feed-forward layer's last linear layer reads, into `gated`.
-    fn feed<S: Activation>(
+    fn feed(
         &self,
         normed: &[S],
         gate: &mut Buffer<S>,
@@ -302,7 +351,7 @@ impl<'a> Block<'a> {
     }
 
     /// The feed-forward layer's first linear layers.
-    fn widen<S: Activation>(
+    fn widen(
         &self,
         normed: &[S],
         gate: &mut Buffer<S>,
@@ -315,7 +364,7 @@ impl<'a> Block<'a> {
         self.up.forward(normed, up, linear)
     }
 
-    fn activate<S: Activation>(&self, gate: &[S], up: &[S], out: &mut Buffer<S>) -> Result<()> {
+    fn activate(&self, gate: &[S], up: &[S], out: &mut Buffer<S>) -> Result<()> {
         let out = out.sized(up.len())?;
         match self.pass.config.architecture.mlp {
             Mlp::SwiGlu => mlp::swiglu_into(gate, up, out),
@@ -328,7 +377,7 @@ impl<'a> Block<'a> {
     }
 
     /// `gate` and `up` become their own gradients, given that of what they were activated to.
-    fn activate_back<S: Activation>(&self, gate: &mut [S], up: &mut [S], g: &[f32]) {
+    fn activate_back(&self, gate: &mut [S], up: &mut [S], g: &[f32]) {
         match self.pass.config.architecture.mlp {
             Mlp::SwiGlu => mlp::swiglu_backward_in_place(gate, up, g),
             Mlp::GeGlu => geglu_backward_in_place(Gelu::Tanh, gate, up, g),
@@ -340,7 +389,7 @@ impl<'a> Block<'a> {
 
     /// Backward: `d` is the gradient of the output and becomes that of the input `x`, which is complete only when
     /// `input_wanted`; gradients of what learns are added to `gradients`. `saved` is used up.
-    pub(crate) fn backward<S: Activation>(
+    pub(crate) fn backward(
         &self,
         x: &[S],
         d: &mut [f32],
@@ -382,7 +431,7 @@ impl<'a> Block<'a> {
         sized(&mut attention.q, saved.q.len());
         sized(&mut attention.k, saved.k.len());
         sized(&mut attention.v, saved.v.len());
-        self.attention()?.backward_into(&saved.q, &saved.k, &saved.v, &saved.mixed, d_mixed, attention);
+        self.attend_back(saved, d_mixed, attention)?;
         self.heads_back(saved, attention, d_wide, gradients)?;
 
         let normed = normed.sized(x.len())?;
@@ -413,7 +462,7 @@ impl<'a> Block<'a> {
     }
 
     /// The feed-forward half's backward, from `d` to the gradient of its normed input in `ws.d_normed`.
-    fn feed_back<S: Activation>(
+    fn feed_back(
         &self,
         x: &[S],
         d: &[f32],
@@ -446,7 +495,7 @@ impl<'a> Block<'a> {
     }
 
     /// Back through the rotation whose result was `turned`, in place.
-    fn rotate_back<S: Activation>(
+    fn rotate_back(
         &self,
         turned: &[S],
         d: &mut [f32],
@@ -460,10 +509,10 @@ impl<'a> Block<'a> {
     }
 
     /// Back through the rotation and the norms of queries and keys, in place.
-    fn heads_back<S: Activation>(
+    fn heads_back(
         &self,
         saved: &Saved<S>,
-        d: &mut megacontext_kernels::attention::slices::Gradients,
+        d: &mut AttentionGradients,
         d_wide: &mut Buffer<f32>,
         gradients: &mut Gradients,
     ) -> Result<()> {

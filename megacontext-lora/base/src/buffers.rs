@@ -10,6 +10,7 @@
 use std::marker::PhantomData;
 use std::ops::{Deref, DerefMut};
 
+use megacontext_kernels::attention::prefix::Document;
 use megacontext_kernels::attention::slices::{Gradients as AttentionGradients, Mixed};
 use megacontext_kernels::linear::{self, LoraShape};
 use megacontext_kernels::loss::chunk_rows;
@@ -102,6 +103,49 @@ pub(crate) struct Saved<S> {
     /// Empty where nothing gates.
     pub gate: Buffer<S>,
     pub up: Buffer<S>,
+}
+
+/// Keys and values of one block, of entries that others continue.
+#[derive(Default)]
+pub(crate) struct KeysValues<S> {
+    /// [C, G, D], rotated; C entries.
+    pub k: Buffer<S>,
+    /// [C, G, D].
+    pub v: Buffer<S>,
+}
+
+impl<S: Activation> KeysValues<S> {
+    /// Room for `entries` entries in each of the model's blocks.
+    ///
+    /// # Errors
+    /// When the system has no more memory.
+    pub fn of_blocks(config: &DecoderConfig, entries: usize) -> Result<Vec<Self>> {
+        let len = entries * config.num_key_value_heads * config.head_dim;
+        let mut blocks = Vec::with_capacity(config.num_hidden_layers);
+        for _ in 0..config.num_hidden_layers {
+            let mut block = Self::default();
+            block.k.sized(len)?;
+            block.v.sized(len)?;
+            blocks.push(block);
+        }
+        Ok(blocks)
+    }
+
+    /// As a document that rows continue.
+    pub fn document(&self) -> Document<'_, S> {
+        Document { k: &self.k, v: &self.v }
+    }
+
+    pub fn bytes(&self) -> u64 {
+        self.k.bytes() + self.v.bytes()
+    }
+}
+
+/// Bytes of keys and values of `entries` entries in all blocks.
+pub fn keys_values_bytes(config: &DecoderConfig, precision: Precision, entries: usize) -> u64 {
+    let stored = if precision.stores_bf16() { 2 } else { 4 };
+    let entry = config.num_key_value_heads * config.head_dim * 2 * config.num_hidden_layers;
+    entries as u64 * entry as u64 * stored
 }
 
 /// Buffers that are free between blocks.

@@ -8,7 +8,8 @@
 //! V vocabulary; x_bte is the residual stream, tokens are row-major [B, T].
 //! Units: loss in nats.
 //!
-//! Gradients are made in the private module `step`, text is continued in [`crate::generate`].
+//! Gradients are made in the private module `step`, rows that continue a document are run in `continuation`, text is
+//! continued in [`crate::generate`].
 //!
 //! Precision: a [`Precision`] decides how activations and frozen weights are stored and how products are computed; what
 //! learns, gradients, sums, norms, softmax and the loss are f32 in every class. Embeddings given or asked for as tensors
@@ -23,7 +24,7 @@ use megacontext_kernels::cpu::Values;
 use megacontext_kernels::precision::Precision;
 use megacontext_kernels::store::{Store, bf16};
 
-use crate::block::{Attentions, Block, Pass, Tables};
+use crate::block::{Attending, Block, ByWindow, Pass, Tables};
 use crate::buffers::{Activation, Buffer, Buffers, Scratch};
 use crate::config::DecoderConfig;
 use crate::error::{BaseError, Result};
@@ -36,8 +37,11 @@ use crate::rope::{RopeTables, SIGMA, Spread};
 use crate::weights::Weights;
 
 mod adapted;
+mod continuation;
 mod merged;
 mod step;
+
+pub use continuation::{Continuation, ContinuationLoss, Document, DocumentShape, Objective};
 
 use adapted::Attached;
 use merged::Merged;
@@ -317,24 +321,30 @@ impl Decoder {
         Ok(Tensor::from_vec(rows, (batch, length, self.config.hidden_size), &Device::Cpu)?)
     }
 
-    fn prepare(&self, batch: usize, length: usize, with: &Forward) -> Result<Attentions> {
-        let c = &self.config;
-        let half = c.architecture.rotary_width / 2;
-        let local = with.rope.local.iter().flatten();
-        for table in [&with.rope.cos_nd, &with.rope.sin_nd].into_iter().chain(local) {
+    /// Refuses rotation tables that are neither those of a row nor of all rows.
+    fn check_tables(&self, batch: usize, length: usize, rope: &RopeTables) -> Result<()> {
+        let half = self.config.architecture.rotary_width / 2;
+        let local = rope.local.iter().flatten();
+        for table in [&rope.cos_nd, &rope.sin_nd].into_iter().chain(local) {
             if table.dims() != [length, half] && table.dims() != [batch * length, half]
-                || table.dims() != with.rope.cos_nd.dims()
+                || table.dims() != rope.cos_nd.dims()
             {
                 return Err(BaseError::Input {
                     message: format!(
                         "rope tables: expected [{length}, {half}] or [{}, {half}], got {:?} and {:?}",
                         batch * length,
-                        with.rope.cos_nd.dims(),
+                        rope.cos_nd.dims(),
                         table.dims()
                     ),
                 });
             }
         }
+        Ok(())
+    }
+
+    fn prepare(&self, batch: usize, length: usize, with: &Forward) -> Result<ByWindow<Prepared>> {
+        let c = &self.config;
+        self.check_tables(batch, length, with.rope)?;
         self.params.check_mapped()?;
         let sizes = [batch, length, c.num_attention_heads, c.num_key_value_heads, c.head_dim];
         let prepared = |pattern| -> Result<Prepared> {
@@ -356,12 +366,7 @@ impl Decoder {
                 }),
             }
         };
-        let windows = if with.pattern == Pattern::Dense { c.architecture.windows() } else { Vec::new() };
-        let windowed = windows
-            .into_iter()
-            .map(|window| Ok((window, prepared(Pattern::SlidingWindow { window })?)))
-            .collect::<Result<Vec<_>>>()?;
-        Ok(Attentions { full: prepared(with.pattern)?, windowed })
+        ByWindow::new(with.pattern, c, prepared)
     }
 
     /// Batch and length of a residual stream.
@@ -374,17 +379,17 @@ impl Decoder {
         }
     }
 
-    pub(crate) fn pass<'a>(
+    pub(crate) fn pass<'a, S>(
         &'a self,
-        attention: Option<&'a Attentions>,
+        attending: Attending<'a, S>,
         tables: Tables<'a>,
         spread: Option<&'a Spread>,
         entries: usize,
         dropout_seed: Option<u64>,
-    ) -> Pass<'a> {
+    ) -> Pass<'a, S> {
         let products = self.precision.products();
         let setting = Setting { params: &self.params, lora: self.adapted(), dropout_seed, products, entries };
-        Pass { config: &self.config, setting, attention, tables, spread }
+        Pass { config: &self.config, setting, attending, tables, spread }
     }
 
     /// What the gradient of sigma needs, where it learns.
@@ -404,7 +409,7 @@ impl Decoder {
     /// `lowest` on are kept, and what they need for their backward pass (with `recompute`: the last one only).
     fn blocks<S: Activation>(
         &self,
-        pass: &Pass,
+        pass: &Pass<S>,
         scratch: &mut Scratch<S>,
         lowest: usize,
         recompute: bool,
@@ -451,7 +456,8 @@ impl Decoder {
     ) -> Result<&'s [S]> {
         let attention = self.prepare(batch, length, with)?;
         let tables = HeldTables::of(with.rope)?;
-        let pass = self.pass(Some(&attention), tables.slices(), None, batch * length, None);
+        let attending = Attending::Rows(&attention);
+        let pass = self.pass(attending, tables.slices(), None, batch * length, None);
         self.blocks(&pass, scratch, self.config.num_hidden_layers, true)?;
         let Scratch { workspace, x, .. } = scratch;
         self.final_norm(x, &mut workspace.normed)

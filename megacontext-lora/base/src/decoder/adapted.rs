@@ -30,7 +30,7 @@ pub(super) struct Attached {
 }
 
 /// Factors of the head, turned round where they are an embedding's.
-struct HeadLora<'a> {
+pub(super) struct HeadLora<'a> {
     module: &'a LoraModule,
     a: Vec<f32>,
     b: Vec<f32>,
@@ -134,7 +134,7 @@ impl Decoder {
     }
 
     /// LoRA on the head, or on the embedding it is tied to.
-    fn head_lora(&self, dropout_seed: Option<u64>) -> Result<Option<HeadLora<'_>>> {
+    pub(super) fn head_lora(&self, dropout_seed: Option<u64>) -> Result<Option<HeadLora<'_>>> {
         let Some(lora) = self.adapted() else { return Ok(None) };
         let Some(module) = lora.modules.iter().find(|m| m.kind == LoraKind::Head || m.tied) else {
             return Ok(None);
@@ -150,7 +150,11 @@ impl Decoder {
     }
 
     /// Calls `f` with the output head, and whether its weight learns.
-    fn with_head<R>(&self, lora: Option<&HeadLora>, f: impl FnOnce(Head) -> Result<R>) -> Result<R> {
+    pub(super) fn with_head<R>(
+        &self,
+        lora: Option<&HeadLora>,
+        f: impl FnOnce(Head) -> Result<R>,
+    ) -> Result<R> {
         let weight = self.params.values(self.config.head_name())?;
         let rows = self.own_rows(false);
         let values: Option<Held> = rows.map(|rows| self.params.values(&rows.name())).transpose()?;
@@ -172,7 +176,7 @@ impl Decoder {
     }
 
     /// Sizes of the output head's product for `entries` positions: [N, E, V].
-    fn head_sizes(&self, entries: usize) -> [usize; 3] {
+    pub(super) fn head_sizes(&self, entries: usize) -> [usize; 3] {
         [entries, self.config.hidden_size, self.config.vocab_size]
     }
 

@@ -15,7 +15,7 @@ use megacontext_kernels::rows;
 use megacontext_kernels::store::{Store, bf16};
 
 use super::{Decoder, Forward, HeldTables, StepLoss};
-use crate::block::Block;
+use crate::block::{Attending, Block, Pass};
 use crate::buffers::{Activation, Scratch};
 use crate::error::{BaseError, Result};
 use crate::gradients::Gradients;
@@ -117,30 +117,48 @@ impl Decoder {
         scratch: &mut Scratch<S>,
         gradients: &mut Gradients,
     ) -> Result<StepLoss> {
-        let (c, with) = (&self.config, step.with);
+        let with = step.with;
         let entries = step.targets.len();
         let attention = self.prepare(step.batch, entries / step.batch, with)?;
         let tables = HeldTables::of(with.rope)?;
         let spread = self.learning_spread(with.rope)?;
-        let pass = self.pass(Some(&attention), tables.slices(), spread, entries, with.dropout_seed);
-        let layers = c.num_hidden_layers;
-        let given = matches!(step.input, StepInput::Entries(_));
+        let attending = Attending::Rows(&attention);
+        let pass = self.pass(attending, tables.slices(), spread, entries, with.dropout_seed);
+        self.walk(&pass, step.input, step.recompute, scratch, gradients, |hidden, gradients| {
+            self.head_loss(hidden, step, gradients)
+        })
+    }
+
+    /// Forward and backward through all that a pass walks; `loss` gives a value and the gradient of the hidden states. The
+    /// gradient of given entries is left in `scratch.d`.
+    pub(super) fn walk<S: Activation, L>(
+        &self,
+        pass: &Pass<S>,
+        input: StepInput,
+        recompute: bool,
+        scratch: &mut Scratch<S>,
+        gradients: &mut Gradients,
+        loss: impl FnOnce(&[S], &mut Gradients) -> Result<(L, Vec<f32>)>,
+    ) -> Result<L> {
+        let c = &self.config;
+        let (layers, len) = (c.num_hidden_layers, pass.setting.entries * c.hidden_size);
+        let given = matches!(input, StepInput::Entries(_));
         let lowest = if given { 0 } else { self.lowest_learning_block() };
-        self.read_input(step.input, scratch.x.sized(entries * c.hidden_size)?)?;
-        self.blocks(&pass, scratch, lowest, step.recompute)?;
+        self.read_input(input, scratch.x.sized(len)?)?;
+        self.blocks(pass, scratch, lowest, recompute)?;
         let Scratch { inputs, saved, workspace, x, stream, d } = scratch;
 
         let hidden = self.final_norm(x, &mut workspace.normed)?;
-        let (loss, d_hidden) = self.head_loss(hidden, step, gradients)?;
-        let d = d.sized(entries * c.hidden_size)?;
+        let (loss, d_hidden) = loss(hidden, gradients)?;
+        let d = d.sized(len)?;
         d.fill(0.0);
         self.last_norm()?.backward(x, &d_hidden, d, gradients)?;
         drop(d_hidden);
         for layer in (lowest..layers).rev() {
-            let block = Block::new(layer, &pass)?;
+            let block = Block::new(layer, pass)?;
             let input = &inputs[layer - lowest];
-            let place = if step.recompute { 0 } else { layer - lowest };
-            if step.recompute && layer + 1 < layers {
+            let place = if recompute { 0 } else { layer - lowest };
+            if recompute && layer + 1 < layers {
                 block.remake(input, stream, &mut saved[place], workspace)?;
             }
             let wanted = given || self.learns_below(layer);
@@ -151,14 +169,14 @@ impl Decoder {
         }
         if let Some(norm) = self.entry_norm() {
             // What it read is made again instead of kept.
-            let entered = stream.sized(entries * c.hidden_size)?;
-            self.read_input(step.input, entered)?;
-            let d_entered = workspace.d_normed.sized(entries * c.hidden_size)?;
+            let entered = stream.sized(len)?;
+            self.read_input(input, entered)?;
+            let d_entered = workspace.d_normed.sized(len)?;
             d_entered.fill(0.0);
             norm.backward(entered, d, d_entered, gradients)?;
             d.copy_from_slice(d_entered);
         }
-        if let StepInput::Tokens(tokens) = step.input {
+        if let StepInput::Tokens(tokens) = input {
             if let Some(scale) = self.embedding_scale() {
                 rows::scale(d, scale);
             }
@@ -167,7 +185,7 @@ impl Decoder {
         Ok(loss)
     }
 
-    fn read_input<S: Store>(&self, input: StepInput, out: &mut [S]) -> Result<()> {
+    pub(super) fn read_input<S: Store>(&self, input: StepInput, out: &mut [S]) -> Result<()> {
         match input {
             StepInput::Tokens(tokens) => self.gather(tokens, out),
             StepInput::Entries(values) => {
@@ -201,7 +219,7 @@ impl Decoder {
 
 /// What enters the first block.
 #[derive(Clone, Copy)]
-enum StepInput<'a> {
+pub(super) enum StepInput<'a> {
     /// Tokens, whose embeddings may learn.
     Tokens(&'a [u32]),
     /// Embeddings [B, T, E], whose gradient is wanted.

@@ -16,7 +16,7 @@ use megacontext_kernels::attention::decode::CachedRow;
 use megacontext_kernels::precision::Precision;
 use megacontext_kernels::store::bf16;
 
-use crate::buffers::{Activation, Buffer, Scratch};
+use crate::buffers::{Activation, Buffer, KeysValues, Scratch, keys_values_bytes};
 use crate::config::DecoderConfig;
 use crate::error::{BaseError, Result};
 use crate::rope::Rope;
@@ -32,19 +32,10 @@ pub(crate) struct Row {
     pub length: usize,
 }
 
-/// Keys and values of one block.
-#[derive(Default)]
-pub(crate) struct Layer<S> {
-    /// [C, G, D], rotated.
-    pub k: Buffer<S>,
-    /// [C, G, D].
-    pub v: Buffer<S>,
-}
-
 /// What lies in one storage: the caches of all blocks, and the buffers of a step.
 #[derive(Default)]
 pub(crate) struct Held<S> {
-    pub layers: Vec<Layer<S>>,
+    pub layers: Vec<KeysValues<S>>,
     pub scratch: Scratch<S>,
     /// The stream at the entries whose logits are wanted.
     pub last: Buffer<S>,
@@ -52,19 +43,12 @@ pub(crate) struct Held<S> {
 
 impl<S: Activation> Held<S> {
     fn new(config: &DecoderConfig, entries: usize) -> Result<Self> {
-        let len = entries * config.num_key_value_heads * config.head_dim;
-        let mut layers = Vec::with_capacity(config.num_hidden_layers);
-        for _ in 0..config.num_hidden_layers {
-            let mut layer = Layer::default();
-            layer.k.sized(len)?;
-            layer.v.sized(len)?;
-            layers.push(layer);
-        }
+        let layers = KeysValues::of_blocks(config, entries)?;
         Ok(Self { layers, scratch: Scratch::default(), last: Buffer::default() })
     }
 
     fn bytes(&self) -> u64 {
-        self.layers.iter().map(|layer| layer.k.bytes() + layer.v.bytes()).sum()
+        self.layers.iter().map(KeysValues::bytes).sum()
     }
 }
 
@@ -111,9 +95,7 @@ impl KvCache {
 
     /// Bytes of keys and values for `entries` entries of all rows together.
     pub fn planned_bytes(config: &DecoderConfig, precision: Precision, entries: usize) -> u64 {
-        let stored = if precision.stores_bf16() { 2 } else { 4 };
-        let entry = config.num_key_value_heads * config.head_dim * 2 * config.num_hidden_layers;
-        entries as u64 * entry as u64 * stored
+        keys_values_bytes(config, precision, entries)
     }
 
     /// Bytes of keys and values held.

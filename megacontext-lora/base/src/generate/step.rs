@@ -14,7 +14,7 @@ use megacontext_kernels::cpu::Values;
 use megacontext_kernels::store::bf16;
 
 use super::cache::{Cached, KvCache};
-use crate::block::{Block, Tables};
+use crate::block::{Attending, Block, ByWindow, Tables};
 use crate::buffers::{PassShape, Scratch, evaluation_bytes, sized};
 use crate::decoder::Decoder;
 use crate::error::{BaseError, Result};
@@ -184,24 +184,17 @@ impl Decoder {
         Ok(())
     }
 
-    /// Attention of blocks without a window, first, and of those with each of the model's windows.
-    fn cache_attentions(&self, rows: &[CachedRow]) -> Result<Vec<(Option<usize>, CacheAttention)>> {
+    fn cache_attention(&self, rows: &[CachedRow]) -> Result<ByWindow<CacheAttention>> {
         let c = self.config();
         let sizes = [c.num_attention_heads, c.num_key_value_heads, c.head_dim];
-        let windows = c.architecture.windows().into_iter().map(Some);
-        let of = |window: Option<usize>| -> Result<(Option<usize>, CacheAttention)> {
-            let pattern = window.map_or(Pattern::Dense, |window| Pattern::SlidingWindow { window });
+        ByWindow::new(Pattern::Dense, c, |pattern| {
             let attention = CacheAttention::new(sizes, c.architecture.query_scale, pattern, rows.to_vec())?
                 .with_products(self.precision().products());
-            Ok((
-                window,
-                match c.positions.alibi {
-                    true => attention.with_slopes(&alibi_slopes(c.num_attention_heads))?,
-                    false => attention,
-                },
-            ))
-        };
-        std::iter::once(None).chain(windows).map(of).collect()
+            Ok(match c.positions.alibi {
+                true => attention.with_slopes(&alibi_slopes(c.num_attention_heads))?,
+                false => attention,
+            })
+        })
     }
 
     fn advance_in<S: Cached>(&self, cache: &mut KvCache, additions: &[Addition]) -> Result<Vec<f32>> {
@@ -210,9 +203,9 @@ impl Decoder {
         let tables = tables(cache, additions)?;
         let rows: Vec<CachedRow> =
             additions.iter().map(|add| cache.rows()[add.row].with(add.tokens.len())).collect();
-        let attentions = self.cache_attentions(&rows)?;
+        let attention = self.cache_attention(&rows)?;
         self.params().check_mapped()?;
-        let pass = self.pass(None, tables.slices(), None, tokens.len(), None);
+        let pass = self.pass(Attending::Elsewhere, tables.slices(), None, tokens.len(), None);
 
         let kv = c.num_key_value_heads * c.head_dim;
         let held = S::held(cache);
@@ -235,9 +228,8 @@ impl Decoder {
             sized(&mut saved.mixed.out, saved.q.len());
             sized(&mut saved.mixed.lse, tokens.len() * c.num_attention_heads);
             let window = c.architecture.layers[number].window;
-            let own = attentions.iter().find(|(of, _)| *of == window);
-            let (_, attention) = own.unwrap_or(&attentions[0]);
-            attention.forward_into(&saved.q, Cache { k: &layer.k, v: &layer.v }, &mut saved.mixed);
+            let cached = Cache { k: &layer.k, v: &layer.v };
+            attention.of(window).forward_into(&saved.q, cached, &mut saved.mixed);
             block.rest(x, stream, saved, workspace)?;
             std::mem::swap(x, stream);
         }

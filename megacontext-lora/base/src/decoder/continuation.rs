@@ -1,0 +1,449 @@
+//! Rows that continue one document: what the model predicts after entries other than the document's own, at the price of
+//! those entries alone.
+//!
+//! Source: MegaContext's ΔNLL@H, which replaces a block of a document and asks how much worse the tokens behind it are
+//! predicted. Attention is causal, so everything before the block is the same in both contexts. The document runs once,
+//! without a graph: its keys and values and the NLL of every token are kept ([`Decoder::run_document`]). Each row then is
+//! the document's first `prefix` entries, as they were computed, and R entries of its own
+//! ([`Decoder::continue_document`]): n rows cost n·R entries instead of n·(T + R), and the loss is the same number.
+//! Gradients are those of the rows' own entries, through the frozen model.
+//!
+//! The losses, per own entry: next-token NLL, and KL(document ‖ row) from what the model said at a stated place of the
+//! document as it is.
+//!
+//! Shapes: T entries of the document, n rows of R entries, E model width, V vocabulary, W rotated width.
+//! Units: nats, entries. Errors: sizes that do not agree; a model in which something learns, because the document's keys and
+//! values are constants here; ALiBi, whose distances would have to follow entries that stand for more than one token.
+//! Left out: gradients for the model's parameters; several documents in a call.
+
+use candle_core::{Device, Tensor};
+use megacontext_kernels::attention::prefix::{Continuations, PrefixAttention};
+use megacontext_kernels::attention::{Pattern, Rows};
+use megacontext_kernels::cpu::Values;
+use megacontext_kernels::loss::{Gradient, IGNORE, Targets, Teacher, head_cross_entropy, head_divergence};
+use megacontext_kernels::precision::Precision;
+use megacontext_kernels::store::bf16;
+
+use super::step::StepInput;
+use super::{Decoder, Forward, HeldTables};
+use crate::block::{Attending, Block, ByWindow};
+use crate::buffers::{Activation, Buffer, Buffers, KeysValues, Scratch, keys_values_bytes};
+use crate::config::DecoderConfig;
+use crate::error::{BaseError, Result};
+use crate::gradients::Gradients;
+use crate::params::Group;
+use crate::rope::RopeTables;
+
+/// A document that has run.
+pub struct Document {
+    tokens: Vec<u32>,
+    pattern: Pattern,
+    /// NLL of every next token, T − 1 values.
+    nll: Vec<f32>,
+    f32: Ran<f32>,
+    bf16: Ran<bf16>,
+}
+
+/// What a document leaves in one storage.
+#[derive(Default)]
+struct Ran<S> {
+    blocks: Vec<KeysValues<S>>,
+    /// The final norm's output [T, E], where a divergence from it is wanted.
+    hidden: Option<Buffer<S>>,
+}
+
+/// The part of a document that is stored as S.
+trait Stored: Activation {
+    fn ran(document: &Document) -> &Ran<Self>;
+    fn keep(document: &mut Document, ran: Ran<Self>);
+}
+
+impl Stored for f32 {
+    fn ran(document: &Document) -> &Ran<Self> {
+        &document.f32
+    }
+    fn keep(document: &mut Document, ran: Ran<Self>) {
+        document.f32 = ran;
+    }
+}
+
+impl Stored for bf16 {
+    fn ran(document: &Document) -> &Ran<Self> {
+        &document.bf16
+    }
+    fn keep(document: &mut Document, ran: Ran<Self>) {
+        document.bf16 = ran;
+    }
+}
+
+/// How large a document is.
+#[derive(Clone, Copy, Debug)]
+pub struct DocumentShape {
+    /// T.
+    pub entries: usize,
+    /// Class.
+    pub precision: Precision,
+    /// Are its hidden states kept?
+    pub hidden: bool,
+}
+
+impl DocumentShape {
+    /// Bytes that a document of this shape holds.
+    pub fn bytes(self, config: &DecoderConfig) -> u64 {
+        let stored = if self.precision.stores_bf16() { 2 } else { 4 };
+        let hidden = if self.hidden { stored * (self.entries * config.hidden_size) as u64 } else { 0 };
+        keys_values_bytes(config, self.precision, self.entries) + hidden + 8 * self.entries as u64
+    }
+}
+
+impl Document {
+    /// Its tokens, T of them.
+    pub fn tokens(&self) -> &[u32] {
+        &self.tokens
+    }
+
+    /// The NLL of token i + 1, given those up to i, in nats: T − 1 values.
+    pub fn nll(&self) -> &[f32] {
+        &self.nll
+    }
+
+    /// The attention it ran with, and rows that continue it run with.
+    pub fn pattern(&self) -> Pattern {
+        self.pattern
+    }
+
+    /// Bytes held.
+    pub fn bytes(&self) -> u64 {
+        fn of<S: Activation>(ran: &Ran<S>) -> u64 {
+            ran.blocks.iter().map(KeysValues::bytes).sum::<u64>()
+                + ran.hidden.as_ref().map_or(0, Buffer::bytes)
+        }
+        of(&self.f32) + of(&self.bf16) + 4 * (self.tokens.len() + self.nll.len()) as u64
+    }
+}
+
+/// Rows that continue a document.
+#[derive(Clone, Copy)]
+pub struct Continuation<'a> {
+    /// Entries of the document before each of the n rows.
+    pub prefix: &'a [usize],
+    /// Own entries of each row that count; none means all R.
+    pub lengths: Option<&'a [usize]>,
+    /// The rows' own entries, [n, R, E].
+    pub x_nre: &'a Tensor,
+    /// Their rotation tables, [n·R, W/2].
+    pub rope: &'a RopeTables,
+    /// The token that each entry should predict, n·R of them, [`IGNORE`] where nothing is scored.
+    pub targets: &'a [u32],
+    /// The entry of the document whose prediction each scored entry is compared with; none where no divergence is wanted.
+    pub teacher: Option<&'a [usize]>,
+}
+
+/// What is made smaller: Σ over scored entries of weight·(nll·NLL + kl·KL).
+#[derive(Clone, Copy, Debug)]
+pub struct Objective<'a> {
+    /// Factor of NLL.
+    pub nll: f32,
+    /// Factor of KL(document ‖ row).
+    pub kl: f32,
+    /// Weight of each entry, n·R of them; none means 1.
+    pub weights: Option<&'a [f32]>,
+}
+
+/// Losses of rows.
+#[derive(Debug)]
+pub struct ContinuationLoss {
+    /// NLL of each entry's target in nats, n·R of them, 0 where nothing is scored.
+    pub nll: Vec<f32>,
+    /// KL(document ‖ row) of each entry in nats, likewise, where it was asked for.
+    pub kl: Option<Vec<f32>>,
+    /// Gradient of the objective for the rows' own entries, [n, R, E], where there was one.
+    pub d_nre: Option<Tensor>,
+}
+
+/// Groups of the model's parameters.
+const GROUPS: [Group; 5] = [Group::Base, Group::Embeddings, Group::Norms, Group::Lora, Group::Sigma];
+
+fn input<T>(message: String) -> Result<T> {
+    Err(BaseError::Input { message })
+}
+
+impl Decoder {
+    /// Runs a document, for rows to continue it; `hidden` keeps its final hidden states as well, for a divergence from it.
+    ///
+    /// # Errors
+    /// Fewer than two tokens, unknown tokens, tables of another length; no memory.
+    pub fn run_document(
+        &self,
+        tokens: &[u32],
+        pattern: Pattern,
+        rope: &RopeTables,
+        hidden: bool,
+        buffers: &mut Buffers,
+    ) -> Result<Document> {
+        if tokens.len() < 2 {
+            return input(format!("document: expected at least 2 tokens, got {}", tokens.len()));
+        }
+        if self.precision.stores_bf16() {
+            self.run_in::<bf16>(tokens, pattern, rope, hidden, buffers)
+        } else {
+            self.run_in::<f32>(tokens, pattern, rope, hidden, buffers)
+        }
+    }
+
+    fn run_in<S: Stored>(
+        &self,
+        tokens: &[u32],
+        pattern: Pattern,
+        rope: &RopeTables,
+        hidden: bool,
+        buffers: &mut Buffers,
+    ) -> Result<Document> {
+        let (c, entries) = (&self.config, tokens.len());
+        let with = Forward { pattern, rope, rows: &Rows::default(), dropout_seed: None };
+        let attention = self.prepare(1, entries, &with)?;
+        let tables = HeldTables::of(rope)?;
+        let pass = self.pass(Attending::Rows(&attention), tables.slices(), None, entries, None);
+        let mut ran = Ran { blocks: KeysValues::of_blocks(c, entries)?, hidden: None };
+        let scratch = S::scratch(buffers);
+        scratch.prepare(c.num_hidden_layers, c.num_hidden_layers, true);
+        self.gather(tokens, scratch.x.sized(entries * c.hidden_size)?)?;
+        let Scratch { saved, workspace, x, stream, .. } = scratch;
+        let saved = &mut saved[0];
+        self.enter(x, stream)?;
+        for (layer, kept) in ran.blocks.iter_mut().enumerate() {
+            Block::new(layer, &pass)?.forward(x, stream, saved, workspace)?;
+            // The block's own buffers become the document's; those of the document serve the next block.
+            std::mem::swap(&mut kept.k, &mut saved.k);
+            std::mem::swap(&mut kept.v, &mut saved.v);
+            std::mem::swap(x, stream);
+        }
+        let last = self.final_norm(x, &mut workspace.normed)?;
+        let targets: Vec<u32> = tokens[1..].iter().copied().chain([IGNORE]).collect();
+        let mut nll = self.nll_of(last, &targets)?;
+        nll.pop();
+        if hidden {
+            let mut kept = Buffer::default();
+            kept.sized(last.len())?.copy_from_slice(last);
+            ran.hidden = Some(kept);
+        }
+        let mut document =
+            Document { tokens: tokens.to_vec(), pattern, nll, f32: Ran::default(), bf16: Ran::default() };
+        S::keep(&mut document, ran);
+        Ok(document)
+    }
+
+    /// Runs rows that continue a document; with an objective, its gradient for the rows' own entries too. `recompute`
+    /// switches activation checkpointing on.
+    ///
+    /// # Errors
+    /// See the module; a loss that is not finite.
+    pub fn continue_document(
+        &self,
+        document: &Document,
+        rows: &Continuation,
+        objective: Option<Objective>,
+        recompute: bool,
+        buffers: &mut Buffers,
+    ) -> Result<ContinuationLoss> {
+        self.check_continuation(document, rows, objective)?;
+        if self.precision.stores_bf16() {
+            self.continue_in::<bf16>(document, rows, objective, recompute, buffers)
+        } else {
+            self.continue_in::<f32>(document, rows, objective, recompute, buffers)
+        }
+    }
+
+    fn check_continuation(
+        &self,
+        document: &Document,
+        rows: &Continuation,
+        objective: Option<Objective>,
+    ) -> Result<()> {
+        let (n, entries) = self.stream(rows.x_nre)?;
+        if let Some(group) = GROUPS.into_iter().find(|group| self.params.learns(*group)) {
+            return input(format!(
+                "rows of a document: expected a frozen model, but its group {group} learns"
+            ));
+        }
+        if self.config.positions.alibi {
+            return input("rows of a document: expected a model without ALiBi, got one with it".to_string());
+        }
+        let counts = [
+            ("prefixes", Some(rows.prefix.len()), n),
+            ("targets", Some(rows.targets.len()), n * entries),
+            ("teacher's entries", rows.teacher.map(<[usize]>::len), n * entries),
+            ("weights", objective.and_then(|o| o.weights).map(<[f32]>::len), n * entries),
+        ];
+        for (what, got, expected) in counts {
+            if let Some(got) = got.filter(|got| *got != expected) {
+                return input(format!("rows of a document: expected {expected} {what}, got {got}"));
+            }
+        }
+        let wants_kl = objective.is_some_and(|objective| objective.kl != 0.0);
+        if wants_kl && rows.teacher.is_none() {
+            return input(
+                "rows of a document: expected the teacher's entries for a divergence, got none".into(),
+            );
+        }
+        if let Some(teacher) = rows.teacher {
+            let held = if self.precision.stores_bf16() {
+                document.bf16.hidden.is_some()
+            } else {
+                document.f32.hidden.is_some()
+            };
+            if !held {
+                return input(
+                    "rows of a document: expected one that keeps its hidden states, got one without".into(),
+                );
+            }
+            let scored = teacher.iter().zip(rows.targets).filter(|(_, target)| **target != IGNORE);
+            if let Some((at, _)) = scored.into_iter().find(|(at, _)| **at >= document.tokens.len()) {
+                return input(format!(
+                    "rows of a document: expected teacher's entries below {}, got {at}",
+                    document.tokens.len()
+                ));
+            }
+        }
+        Ok(())
+    }
+
+    fn continue_in<S: Stored>(
+        &self,
+        document: &Document,
+        rows: &Continuation,
+        objective: Option<Objective>,
+        recompute: bool,
+        buffers: &mut Buffers,
+    ) -> Result<ContinuationLoss> {
+        let c = &self.config;
+        let (n, entries) = self.stream(rows.x_nre)?;
+        let ran = S::ran(document);
+        if ran.blocks.is_empty() {
+            return input(
+                "rows of a document: expected one that ran in the model's class, got another's".into(),
+            );
+        }
+        self.check_tables(n, entries, rows.rope)?;
+        let sizes = [n, entries, c.num_attention_heads, c.num_key_value_heads, c.head_dim];
+        let continued = Continuations {
+            prefix: rows.prefix.to_vec(),
+            lengths: rows.lengths.map(<[usize]>::to_vec),
+            lower: None,
+        };
+        let attention = ByWindow::new(document.pattern, c, |pattern| {
+            let scale = c.architecture.query_scale;
+            let made = PrefixAttention::new(sizes, document.tokens.len(), scale, pattern, continued.clone())?;
+            Ok(made.with_products(self.precision.products()))
+        })?;
+        let tables = HeldTables::of(rows.rope)?;
+        let attending = Attending::Document(&attention, &ran.blocks);
+        let pass = self.pass(attending, tables.slices(), None, n * entries, None);
+        let x = rows.x_nre.contiguous()?;
+        let x = Values::of(&x)?;
+        let scratch = S::scratch(buffers);
+        let Some(objective) = objective else {
+            self.read_input(StepInput::Entries(&x), scratch.x.sized(x.len())?)?;
+            self.blocks(&pass, scratch, c.num_hidden_layers, true)?;
+            let hidden = self.final_norm(&scratch.x, &mut scratch.workspace.normed)?;
+            let nll = self.nll_of(hidden, rows.targets)?;
+            let kl = match rows.teacher {
+                None => None,
+                Some(teacher) => Some(self.divergence(hidden, ran, rows.targets, teacher, None)?.0),
+            };
+            return Ok(ContinuationLoss { nll, kl, d_nre: None });
+        };
+        // Nothing of the model learns, so nothing is added here.
+        let mut gradients = Gradients::new();
+        let (nll, kl) =
+            self.walk(&pass, StepInput::Entries(&x), recompute, scratch, &mut gradients, |hidden, _| {
+                self.continuation_loss(hidden, ran, rows, objective)
+            })?;
+        let d = Tensor::from_slice(&scratch.d, rows.x_nre.shape(), &Device::Cpu)?;
+        Ok(ContinuationLoss { nll, kl, d_nre: Some(d) })
+    }
+
+    /// The losses of rows, and the objective's gradient for their hidden states.
+    #[allow(clippy::type_complexity)]
+    fn continuation_loss<S: Activation>(
+        &self,
+        hidden: &[S],
+        ran: &Ran<S>,
+        rows: &Continuation,
+        objective: Objective,
+    ) -> Result<((Vec<f32>, Option<Vec<f32>>), Vec<f32>)> {
+        let sizes = self.head_sizes(rows.targets.len());
+        let lora = self.head_lora(None)?;
+        let targets = Targets { ids: rows.targets, weights: objective.weights };
+        let wanted = match objective.nll {
+            0.0 => Gradient::Skip,
+            scale => Gradient::Hidden { scale },
+        };
+        let loss = self.with_head(lora.as_ref(), |head| {
+            Ok(head_cross_entropy(hidden, head, sizes, targets, wanted, self.precision.products())?)
+        })?;
+        if !loss.sum().is_finite() {
+            return Err(BaseError::NonFinite { what: "loss".to_string(), value: loss.sum() });
+        }
+        let mut d_hidden = loss.d_hidden.unwrap_or_else(|| vec![0.0; hidden.len()]);
+        let kl = match rows.teacher {
+            None => None,
+            Some(teacher) => {
+                let wanted = (objective.kl != 0.0).then_some((objective, &mut d_hidden[..]));
+                let (kl, sum) = self.divergence(hidden, ran, rows.targets, teacher, wanted)?;
+                if !sum.is_finite() {
+                    return Err(BaseError::NonFinite { what: "divergence".to_string(), value: sum });
+                }
+                Some(kl)
+            }
+        };
+        Ok(((loss.nll, kl), d_hidden))
+    }
+
+    /// KL(document ‖ row) of scored entries, 0 at others, and its sum; its gradient is added where it is wanted.
+    fn divergence<S: Activation>(
+        &self,
+        hidden: &[S],
+        ran: &Ran<S>,
+        targets: &[u32],
+        teacher: &[usize],
+        wanted: Option<(Objective, &mut [f32])>,
+    ) -> Result<(Vec<f32>, f64)> {
+        let width = self.config.hidden_size;
+        let scored: Vec<usize> = (0..targets.len()).filter(|at| targets[*at] != IGNORE).collect();
+        let of_document = ran.hidden.as_deref().unwrap_or_default();
+        let gather = |from: &[S], places: &mut dyn Iterator<Item = usize>| -> Vec<S> {
+            places.flat_map(|at| from[at * width..][..width].iter().copied()).collect()
+        };
+        let student = gather(hidden, &mut scored.iter().copied());
+        let says = gather(of_document, &mut scored.iter().map(|at| teacher[*at]));
+        let weights: Option<Vec<f32>> = wanted
+            .as_ref()
+            .and_then(|(objective, _)| objective.weights)
+            .map(|weights| scored.iter().map(|at| weights[*at]).collect());
+        let gradient = match &wanted {
+            None => Gradient::Skip,
+            Some((objective, _)) => Gradient::Hidden { scale: objective.kl },
+        };
+        let lora = self.head_lora(None)?;
+        let products = self.precision.products();
+        let found = self.with_head(lora.as_ref(), |head| {
+            let sizes = self.head_sizes(scored.len());
+            let teacher = Teacher::Hidden { h: &says, width, head };
+            Ok(head_divergence(&student, head, sizes, teacher, weights.as_deref(), gradient, products)?)
+        })?;
+        if let (Some((_, into)), Some(d)) = (wanted, &found.d_hidden) {
+            for (at, d) in scored.iter().zip(d.chunks_exact(width)) {
+                for (into, d) in into[at * width..][..width].iter_mut().zip(d) {
+                    *into += d;
+                }
+            }
+        }
+        let mut kl = vec![0f32; targets.len()];
+        for (at, value) in scored.iter().zip(&found.kl) {
+            kl[*at] = *value;
+        }
+        let sum = found.kl.iter().map(|kl| f64::from(*kl)).sum();
+        Ok((kl, sum))
+    }
+}
