@@ -88,6 +88,26 @@ pub enum BaseError {
         /// Argument, expectation and value.
         message: String,
     },
+    /// A gist tree that cannot be built, extended or used so.
+    #[error("gist tree: {message}")]
+    Tree {
+        /// Which thing, expectation and finding.
+        message: String,
+    },
+    /// A working context that is none, or an edit of one that would make it so.
+    #[error("working context: {message}")]
+    WorkingContext {
+        /// Which entry or limit, expectation and finding.
+        message: String,
+    },
+    /// A `.ctx` file or a tree's folder that is missing, damaged, of another tree, or cannot be written so.
+    #[error("gist tree {}: {message}", path.display())]
+    TreeFile {
+        /// The file or folder.
+        path: PathBuf,
+        /// Expectation and finding.
+        message: String,
+    },
     /// An operation refused its operands.
     #[error(transparent)]
     Kernel(#[from] KernelError),

@@ -6,7 +6,8 @@
 //! angles. [`config`], [`weights`] and [`tokenizer`] read a Hugging Face folder, [`hf_export`] writes one, [`adapter`]
 //! reads and writes PEFT folders, [`merge`] folds one into its base, [`lora_only`] and
 //! [`gguf`] write it for readers that take LoRA factors alone. [`atomic`] makes folders appear whole or not at all;
-//! [`generate`] continues prompts over a cache of keys and values.
+//! [`generate`] continues prompts over a cache of keys and values. [`context`] keeps a long history at several resolutions
+//! and the working context that is shown of it.
 //! [`random`] is the one source of random numbers.
 //!
 //! Errors are [`error::BaseError`]: what was refused, what was expected, what was found, and where.
@@ -18,6 +19,7 @@ pub mod atomic;
 mod block;
 pub mod buffers;
 pub mod config;
+pub mod context;
 pub mod decoder;
 pub mod error;
 mod families;
