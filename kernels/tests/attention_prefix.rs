@@ -106,7 +106,13 @@ impl Case {
             let rows = Rows { lengths: None, segments: Some(vec![starts]) };
             let (heads, kv_heads, width) = (self.heads, self.kv_heads, self.width);
             let problem = Problem {
-                sizes: Sizes { batch: 1, entries: prefix + length, heads, kv_heads, width },
+                sizes: Sizes {
+                    batch: 1,
+                    entries: self.document.max(prefix + length),
+                    heads,
+                    kv_heads,
+                    width,
+                },
                 scale: self.scale(),
                 pattern: self.pattern,
                 rows: &rows,

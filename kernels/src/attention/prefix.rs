@@ -3,10 +3,12 @@
 //! Row r of n continues the document's first `prefix[r]` entries with R entries of its own. Everything before is the same
 //! in all rows, so its keys and values are taken from one pass over the document, and its queries are not run again:
 //! n·R queries instead of n·(T + R). The result is that of [`super::attention`] over the document's first entries followed
-//! by the row's own, at the row's own entries.
+//! by the row's own, filled up to the document's length, at the row's own entries.
 //!
 //! Query i of row r stands at index prefix\[r\] + i of that sequence, and sees the keys max(start, lower\[r\]) ..= itself,
-//! with the start that the pattern gives there: of the document as far as the prefix goes, then of the row itself.
+//! with the start that the pattern gives there: of the document as far as the prefix goes, then of the row itself. Groups are
+//! those of the document's length where the row ends before it, so that a group that is shorter than the document is not
+//! taken for dense attention in a row that fits into it.
 //! Gradients are those of the rows' q, k and v; the document is a constant.
 //!
 //! Shapes: q [n, R, H, D], k and v [n, R, Hkv, D], the document's k and v [T, Hkv, D], all row-major. Units: entries.
@@ -145,6 +147,7 @@ impl PrefixAttention {
     fn panels(&self, spec: &Spec<'_>, row: usize, kv_head: usize) -> Vec<Panel> {
         let (prefix, length) = (self.rows.prefix[row], self.length(row));
         let floor = self.rows.lower.as_ref().map_or(0, |lower| lower[row]);
+        let whole = self.document.max(prefix + length);
         let group = self.dims.heads / self.dims.kv_heads;
         let mut panels = Vec::new();
         for of_shift in [false, true] {
@@ -158,7 +161,7 @@ impl PrefixAttention {
                     spec,
                     queries.iter().map(|(head, entry)| {
                         let index = prefix + entry;
-                        let start = lower(self.pattern, prefix + length, of_shift, index).max(floor);
+                        let start = lower(self.pattern, whole, of_shift, index).max(floor);
                         Query { entry: *entry, head: *head, keys: start..index + 1, position: index as f32 }
                     }),
                 )

@@ -156,17 +156,23 @@ impl Case {
         let (mut mu, mut sigma): (Vec<f64>, Vec<f64>) = (0..row.prefix).map(|p| (p as f64, 0.0)).unzip();
         mu.extend(&row.mu);
         sigma.extend(&row.sigma);
-        let targets: Vec<u32> =
+        let mut targets: Vec<u32> =
             vec![IGNORE; row.prefix].into_iter().chain(row.targets.iter().copied()).collect();
+        // Filled up to the document's length: nothing looks ahead, and groups are those of the document.
+        let own = mu.len();
+        x.resize(T * self.width, 0.1);
+        mu.resize(T, T as f64);
+        sigma.resize(T, 0.0);
+        targets.resize(T, IGNORE);
         let rope = self.tables(&mu, &sigma);
         let rows = Rows::default();
         let with = Forward { pattern, rope: &rope, rows: &rows, dropout_seed: None };
-        let x = Tensor::from_vec(x, (1, mu.len(), self.width), &Device::Cpu).unwrap();
+        let x = Tensor::from_vec(x, (1, T, self.width), &Device::Cpu).unwrap();
         let nll = self.decoder.nll(&x, &targets, &with).unwrap();
         let mut gradients = Gradients::new();
         let (_, d) = self.decoder.entry_gradients(&x, &targets, &with, 0.5, false, &mut gradients).unwrap();
         let d: Vec<f32> = d.flatten_all().unwrap().to_vec1().unwrap();
-        (nll[row.prefix..].to_vec(), d[row.prefix * self.width..].to_vec())
+        (nll[row.prefix..own].to_vec(), d[row.prefix * self.width..own * self.width].to_vec())
     }
 }
 

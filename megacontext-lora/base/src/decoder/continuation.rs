@@ -112,6 +112,11 @@ impl Document {
         self.pattern
     }
 
+    /// Are its hidden states kept, which a divergence from it takes?
+    pub fn keeps_hidden(&self) -> bool {
+        self.f32.hidden.is_some() || self.bf16.hidden.is_some()
+    }
+
     /// Bytes held.
     pub fn bytes(&self) -> u64 {
         fn of<S: Activation>(ran: &Ran<S>) -> u64 {
@@ -287,12 +292,7 @@ impl Decoder {
             );
         }
         if let Some(teacher) = rows.teacher {
-            let held = if self.precision.stores_bf16() {
-                document.bf16.hidden.is_some()
-            } else {
-                document.f32.hidden.is_some()
-            };
-            if !held {
+            if !document.keeps_hidden() {
                 return input(
                     "rows of a document: expected one that keeps its hidden states, got one without".into(),
                 );
