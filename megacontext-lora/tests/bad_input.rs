@@ -385,6 +385,38 @@ fn config_value_of_another_type() {
 }
 
 #[test]
+fn layers_that_no_model_or_not_this_one_has() {
+    let fixture = Fixture::new();
+    for (flag, value, facts) in [
+        (
+            "--target-modules",
+            "(q_proj",
+            &["target_modules", "expected a regular expression, got \"(q_proj\""][..],
+        ),
+        (
+            "--target-modules",
+            "r_proj",
+            &["target_modules: expected names out of", "q_proj", "got \"r_proj\""],
+        ),
+        ("--target-modules", ".*r_proj", &["target_modules: expected to mean at least one", ".*r_proj"]),
+        ("--exclude-modules", "all-linear", &["expected to mean at least one", "exclude_modules"]),
+        ("--layers", "first:3", &["layers: expected 1 to 2 blocks", "got \"first:3\""]),
+        ("--layers", "2", &["layers: expected block numbers 0 to 1", "got 2"]),
+        ("--layers", "middle:2", &["--layers: expected block numbers", "got \"middle:2\""]),
+        (
+            "--rank-pattern",
+            "r_proj=2",
+            &["rank_pattern: expected patterns that mean a layer", "got \"r_proj\""],
+        ),
+        ("--rank-pattern", "q_proj=0", &["rank_pattern: expected ranks of at least 1", "got 0"]),
+        ("--rank-pattern", "q_proj=x", &["--rank-pattern: expected REGEX=a rank", "got \"q_proj=x\""]),
+        ("--alpha-pattern", "q_proj=0", &["alpha_pattern", "expected a positive number, got 0"]),
+    ] {
+        fixture.refuses(&[(flag, value)], 2, facts);
+    }
+}
+
+#[test]
 fn unknown_flag() {
     let outcome = mclora(&["extend", "--bse", "x"]);
     assert_eq!(outcome.status.code(), Some(2));

@@ -331,6 +331,41 @@ fn extend_evaluate_merge_and_compare() {
 }
 
 #[test]
+fn flags_say_which_layers_carry_lora_and_how_much() {
+    let bench = Bench::new();
+    bench.succeeds(
+        r"extend --base base --data text.txt --out run --context 64 --stages 64:1 --tokens-per-step 64 --eval-tokens 100
+          --threads 1 --embeddings frozen --target-modules .*\.(?:q_proj|v_proj|up_proj) --exclude-modules 0.mlp.up_proj
+          --rank-pattern v_proj=3 --rank-pattern [a-z]+_proj=2 --alpha-pattern up_proj=5",
+    );
+    let file = bench.path("run/adapter/adapter_config.json");
+    let config: Value = serde_json::from_slice(&std::fs::read(file).unwrap()).unwrap();
+    assert_eq!(config["target_modules"], r".*\.(?:q_proj|v_proj|up_proj)");
+    assert_eq!(config["exclude_modules"].to_string(), r#"["0.mlp.up_proj"]"#);
+    assert_eq!(config["rank_pattern"].to_string(), r#"{"v_proj":3,"[a-z]+_proj":2}"#);
+    assert_eq!(config["alpha_pattern"].to_string(), r#"{"up_proj":5}"#);
+    let bytes = std::fs::read(bench.path("run/adapter/adapter_model.safetensors")).unwrap();
+    let tensors = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+    let rank = |module: &str| {
+        let name = format!("base_model.model.model.layers.{module}.lora_A.weight");
+        tensors.tensor(&name).ok().map(|a| a.shape()[0])
+    };
+    assert_eq!(
+        ["0.self_attn.q_proj", "1.self_attn.v_proj", "1.mlp.up_proj", "0.mlp.up_proj", "0.self_attn.k_proj"]
+            .map(rank),
+        [Some(2), Some(3), Some(2), None, None]
+    );
+
+    bench.succeeds(
+        "extend --base base --data text.txt --out last --context 64 --stages 64:1 --tokens-per-step 64 --eval-tokens 100
+         --threads 1 --layers last:1",
+    );
+    let file = bench.path("last/adapter/adapter_config.json");
+    let config: Value = serde_json::from_slice(&std::fs::read(file).unwrap()).unwrap();
+    assert_eq!(config["layers_to_transform"].to_string(), "[1]");
+}
+
+#[test]
 #[cfg(unix)]
 fn an_interrupted_run_says_how_to_go_on_and_leaves_a_checkpoint() {
     use std::io::{BufRead, BufReader};

@@ -29,6 +29,11 @@ fn and(mut args: Vec<String>, more: &[&str]) -> Vec<String> {
     args
 }
 
+/// A file of settings.
+fn settings(fixture: &Fixture, file: &str) -> Value {
+    toml::from_str(&fs::read_to_string(fixture.path(file)).unwrap()).unwrap()
+}
+
 /// What of a summary does not depend on the clock, the machine and the folder.
 fn lasting(mut summary: Value) -> Value {
     for key in ["seconds", "next_command", "base", "data"] {
@@ -81,6 +86,11 @@ fn the_report_follows_from_the_runs_and_an_interrupted_sweep_ends_the_same() {
     let page = fs::read_to_string(fixture.path("whole/report.html")).unwrap();
     assert!(page.contains(&format!("Take rank {}.", told["choice"]["rank"])));
     assert_eq!(read_json(&fixture.path("whole/summary.json")), told);
+    let next = settings(&fixture, "whole/extend.toml");
+    assert_eq!(next["lora"]["r"], told["choice"]["rank"]);
+    assert_eq!((&next["context"], &next["optimizer"]["lr"]), (&json!(64), &json!(3e-3)));
+    assert_eq!((next.get("steps"), &next["out"]), (None, &json!("runs/extend")));
+    assert!(told["next_command"].as_str().unwrap().ends_with("whole/extend.toml"));
 
     // Interrupted while the second rank trains.
     let args = and(sweep(&fixture, "broken"), &["--budget-steps", "14"]);
@@ -124,10 +134,43 @@ fn seconds_become_steps_before_the_first_one() {
     let args = and(sweep(&fixture, "run"), &["--json", "--budget-seconds", "0.5"]);
     let told = mclora(&args).success().json();
     assert!(told["steps"].as_u64().unwrap() >= 1);
-    let text = fs::read_to_string(fixture.path("run/config.toml")).unwrap();
-    let config: Value = toml::from_str(&text).unwrap();
+    let config = settings(&fixture, "run/config.toml");
     assert_eq!(config["steps"], told["steps"]);
     assert_eq!(config["budget_seconds"], json!(0.5));
+}
+
+#[test]
+fn strength_is_the_same_where_patterns_say_rank_or_alpha() {
+    let fixture = Fixture::new();
+    let run = |out: &str, more: &[&str]| {
+        let args = common::with(sweep(&fixture, out), &[("--ranks", "1,4"), ("--budget-steps", "2")]);
+        mclora(&and(args, more)).success();
+        [1, 4].map(|rank| read_json(&fixture.path(&format!("{out}/rank-{rank}/adapter/adapter_config.json"))))
+    };
+    let ranks = run(
+        "ranks",
+        &["--rank-pattern", "q_proj=2", "--rank-pattern", "[a-z]+_proj=3", "--layers", "last:1"],
+    );
+    for adapter in ranks {
+        // The first that fits counts, so their order has to last through files and calls.
+        assert_eq!(adapter["rank_pattern"].to_string(), r#"{"q_proj":2,"[a-z]+_proj":3}"#);
+        assert_eq!(adapter["alpha_pattern"].to_string(), r#"{"q_proj":4,"[a-z]+_proj":6}"#);
+        assert_eq!(adapter["layers_to_transform"], json!([1]));
+    }
+    // Of rank 8 and alpha 32 where nothing else is said: strength 4.
+    let [one, four] = run("alphas", &["--alpha-pattern", "q_proj=32"]);
+    let strengths =
+        |adapter: &Value| [&adapter["lora_alpha"], &adapter["alpha_pattern"]["q_proj"]].map(Value::as_f64);
+    assert_eq!(strengths(&one), [Some(2.0), Some(4.0)]);
+    assert_eq!(strengths(&four), [Some(8.0), Some(16.0)]);
+}
+
+#[test]
+fn patterns_of_rank_and_of_alpha_at_once_are_refused() {
+    refused(
+        &["--rank-pattern", "q_proj=2", "--alpha-pattern", "q_proj=2"],
+        &["lora.alpha_pattern", "lora.rank_pattern", "got both"],
+    );
 }
 
 /// What a sweep is refused with before it makes its folder.

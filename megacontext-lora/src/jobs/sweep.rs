@@ -7,7 +7,7 @@
 //! steps before the first one. Seconds are a wish, not a limit.
 //!
 //! Folder: `config.toml` (settings as resolved), `rank-N/` (a run folder of `extend` each), `summary.json`
-//! ([`SweepSummary`]), `report.html`. A sweep goes on where it was interrupted: finished ranks are kept, the one that was
+//! ([`SweepSummary`]), `report.html`, `extend.toml` (settings of a whole run at the chosen rank). A sweep goes on where it was interrupted: finished ranks are kept, the one that was
 //! running resumes as `extend` does, so it ends with the same numbers.
 //!
 //! Memory: the peak of each rank is measured from its own beginning where the system allows to reset it
@@ -17,6 +17,7 @@
 
 use std::path::{Path, PathBuf};
 
+use megacontext_base::lora::LoraConfig;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
@@ -35,6 +36,8 @@ use crate::train::rank::{Choice, RULE, choose, mean_loss};
 const STEPS_EACH: usize = 60;
 /// Ranks tried where none are named.
 const RANKS: [usize; 4] = [4, 8, 16, 32];
+/// Settings of a whole run at the chosen rank.
+const NEXT: &str = "extend.toml";
 /// A rank's folder: this and the rank.
 const RANK_DIR: &str = "rank-";
 
@@ -151,7 +154,7 @@ impl<'h> Sweep<'h> {
         resume: bool,
         host: &'h dyn HostApi,
     ) -> Result<Self> {
-        settings.check()?;
+        settings.check(&config.lora)?;
         let scale = settings.scale.unwrap_or(config.lora.alpha / config.lora.r.max(1) as f64);
         settings.scale = Some(scale);
         // The text is the same for all ranks, and so is what an evaluation at the context to reach scores.
@@ -250,6 +253,8 @@ impl<'h> Sweep<'h> {
             finished.push((rank, summary));
         }
         let summary = self.summary(&finished, scale)?;
+        let next = self.next(scale, summary.choice.rank)?;
+        self.folder.write(NEXT, next.as_bytes())?;
         self.folder.write("report.html", render(&summary, &self.toml()?).as_bytes())?;
         self.folder.write_json(SUMMARY, &summary)?;
         to_value(&summary)
@@ -302,15 +307,20 @@ impl<'h> Sweep<'h> {
             seconds: finished.iter().map(|(_, s)| s.seconds).sum(),
             base: self.config.base.display().to_string(),
             data: self.config.data.clone(),
-            next_command: format!(
-                "mclora extend --base {} --data {} --context {context} --rank {} --alpha {}",
-                self.config.base.display(),
-                self.config.data.join(" "),
-                choice.rank,
-                scale * choice.rank as f64
-            ),
+            next_command: format!("mclora extend --config {}", self.folder.path().join(NEXT).display()),
             choice,
         })
+    }
+
+    /// Settings of a whole run at a rank: those of the sweep, with the default number of steps and of lengths to measure.
+    fn next(&self, scale: f64, rank: usize) -> Result<String> {
+        let mut config = of_rank(&self.config, scale, rank, true);
+        let own = ExtendConfig::default();
+        (config.out, config.eval.contexts) = (own.out, own.eval.contexts);
+        if config.stages.is_empty() {
+            config.steps = own.steps;
+        }
+        config_toml(&config)
     }
 
     fn say(&self, message: &str) {
@@ -320,7 +330,7 @@ impl<'h> Sweep<'h> {
 
 impl Settings {
     /// Refuses what does not depend on the model; ranks ascending afterwards.
-    fn check(&mut self) -> Result<()> {
+    fn check(&mut self, lora: &LoraConfig) -> Result<()> {
         let usage = |message: String| Err(PluginError::usage(message));
         if self.ranks.is_empty() {
             self.ranks = RANKS.to_vec();
@@ -334,6 +344,13 @@ impl Settings {
         }
         if let Some(bad) = self.scale.filter(|s| !s.is_finite() || *s <= 0.0) {
             return usage(format!("scale: expected a positive number, got {bad}"));
+        }
+        if !lora.rank_pattern.is_empty() && !lora.alpha_pattern.is_empty() {
+            return usage(
+                "lora.alpha_pattern: expected none beside lora.rank_pattern, since alpha goes with the rank and a layer may be \
+                 meant by both; got both"
+                    .into(),
+            );
         }
         if self.budget_steps.is_some() && self.budget_seconds.is_some() {
             return usage("budget_steps, budget_seconds: expected one of them, got both".into());
@@ -402,8 +419,13 @@ impl Settings {
 /// The settings of one rank's run; `first` is measured with what all are compared with.
 fn of_rank(config: &ExtendConfig, scale: f64, rank: usize, first: bool) -> ExtendConfig {
     let mut own = config.clone();
-    own.lora.r = rank;
-    own.lora.alpha = scale * rank as f64;
+    let (r, alpha) = (config.lora.r.max(1) as f64, scale * rank as f64);
+    // Strength stays the same for every layer: what a pattern says of alpha goes with the rank, and a layer whose rank a
+    // pattern fixes keeps the strength of the others.
+    own.lora.alpha_pattern = config.lora.alpha_pattern.map(|alpha| alpha * rank as f64 / r);
+    let fixed = config.lora.rank_pattern.0.iter();
+    own.lora.alpha_pattern.0.extend(fixed.map(|(pattern, rank)| (pattern.clone(), scale * *rank as f64)));
+    (own.lora.r, own.lora.alpha) = (rank, alpha);
     own.eval.baselines = first;
     own.out = rank_dir(&config.out, rank);
     own

@@ -2,6 +2,7 @@
 //! so a flag that was not given is absent, and the default shown in its help is the plugin's.
 
 use crate::bench::BenchCommand;
+use crate::lora::LoraFlags;
 use clap::{Args, Parser, Subcommand};
 use std::path::PathBuf;
 
@@ -158,31 +159,8 @@ pub struct Extend {
     #[arg(long, value_name = "SHARE", help_heading = "What")]
     pub holdout: Option<f64>,
 
-    /// LoRA rank [default: 8]
-    #[arg(long, value_name = "R", help_heading = "What learns")]
-    pub rank: Option<u64>,
-    /// LoRA strength: updates are scaled by alpha / rank [default: 16]
-    #[arg(long, value_name = "A", help_heading = "What learns")]
-    pub alpha: Option<f64>,
-    /// LoRA dropout [default: 0]
-    #[arg(long, value_name = "P", help_heading = "What learns")]
-    pub dropout: Option<f64>,
-    /// Linear layers that carry LoRA, by the ends of their names, or all-linear; expressions go into --config [default:
-    /// all-attention]
-    #[arg(long, value_name = "NAMES", value_delimiter = ',', help_heading = "What learns")]
-    pub target_modules: Vec<String>,
-    /// Blocks that carry LoRA, by number [default: all]
-    #[arg(long, value_name = "NUMBERS", value_delimiter = ',', help_heading = "What learns")]
-    pub layers: Vec<u64>,
-    /// rsLoRA: updates are scaled by alpha / sqrt(rank)
-    #[arg(long, help_heading = "What learns")]
-    pub rslora: bool,
-    /// DoRA: the lengths of a weight's rows learn by themselves
-    #[arg(long, help_heading = "What learns")]
-    pub dora: bool,
-    /// First values of LoRA: default, gaussian or pissa [default: default]
-    #[arg(long, value_name = "NAME", help_heading = "What learns")]
-    pub init: Option<String>,
+    #[command(flatten)]
+    pub lora: LoraFlags,
     /// What of the embeddings learns: frozen, lora, full or new-tokens; the plan says what each costs [default: full]
     #[arg(long, value_name = "NAME", conflicts_with = "freeze_embeddings", help_heading = "What learns")]
     pub embeddings: Option<String>,

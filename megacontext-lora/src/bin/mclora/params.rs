@@ -140,18 +140,7 @@ pub fn extend(args: &Extend, global: &Global) -> Result<(Value, PathBuf)> {
     params.set_path("out", args.out.as_ref())?;
     params.set_some("seed", args.seed);
     params.set_some("holdout", args.holdout);
-    params.set_some("lora.r", args.rank);
-    params.set_some("lora.alpha", args.alpha);
-    params.set_some("lora.dropout", args.dropout);
-    match &args.target_modules[..] {
-        // A word that stands for many names is no name of its own.
-        [word] if word.starts_with("all-") => params.set("lora.target_modules", word.as_str()),
-        names => params.set_list("lora.target_modules", names),
-    }
-    params.set_list("lora.layers", &args.layers);
-    params.set_some("lora.use_rslora", args.rslora.then_some(true));
-    params.set_some("lora.use_dora", args.dora.then_some(true));
-    params.set_some("lora.init", args.init.as_deref());
+    args.lora.set(&mut params)?;
     params.set_some("embeddings", args.embeddings.as_deref().or(args.freeze_embeddings.then_some("frozen")));
     params.set_list("new_tokens", &args.new_tokens);
     params.set_some("optimizer.lora_plus_lr_ratio", args.lora_plus_lr_ratio);

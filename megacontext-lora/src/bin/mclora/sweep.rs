@@ -18,7 +18,8 @@ use crate::tables::{duration, perplexity, table, thousands};
 const DEFAULT_OUT: &str = "runs/sweep";
 
 pub fn run(args: &Sweep, global: &Global) -> Result<Value> {
-    for (flag, given) in [("--rank", args.extend.rank.is_some()), ("--alpha", args.extend.alpha.is_some())] {
+    let lora = &args.extend.lora;
+    for (flag, given) in [("--rank", lora.rank.is_some()), ("--alpha", lora.alpha.is_some())] {
         if given {
             return Err(Failure::usage(format!(
                 "{flag}: a sweep tries the ranks of --ranks, each with alpha = scale times rank (--scale); expected no {flag}"
