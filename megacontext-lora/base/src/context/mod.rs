@@ -7,6 +7,8 @@
 //! |---|---|
 //! | know which tokens an entry stands for, its children, its parent | [`Hierarchy`], [`Node`] |
 //! | keep a history with its gists, appended to and refreshed | [`GistTree`] |
+//! | choose what a model is shown, and edit it | [`WorkingContext`], [`Limits`] |
+//! | feed it to a decoder | [`WorkingContext::input`], [`ContextInput::places`] |
 //! | give a tree what it is made from | [`GistSource`], [`TokenEmbeddings`] |
 //!
 //! Words: an entry of level (LOD) 0 is a token; one of level l is the gist of K entries of level l − 1, so it stands for
@@ -18,9 +20,14 @@
 //! Left out on purpose: networks (GistNet, LensNet), scores and the choice of edits (the focus allocator).
 
 mod hierarchy;
+mod input;
+mod rebuild;
 mod source;
 mod tree;
+mod working;
 
 pub use hierarchy::{Hierarchy, Node};
+pub use input::{ContextInput, NO_TOKEN};
 pub use source::{GistSource, TokenEmbeddings};
 pub use tree::{BaseModel, GistTree};
+pub use working::{Change, Entry, Limits, Residency, WorkingContext};
