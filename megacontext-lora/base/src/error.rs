@@ -108,6 +108,14 @@ pub enum BaseError {
         /// Expectation and finding.
         message: String,
     },
+    /// A setting or an input of a small network (GistNet, LensNet) that does not fit it.
+    #[error("{network}: {message}")]
+    Network {
+        /// The network.
+        network: &'static str,
+        /// Setting or argument, expectation and value.
+        message: String,
+    },
     /// An operation refused its operands.
     #[error(transparent)]
     Kernel(#[from] KernelError),
@@ -130,6 +138,11 @@ impl BaseError {
 
     pub(crate) fn tensor(path: &Path, tensor: &str, message: impl Into<String>) -> Self {
         Self::Weights { path: path.to_path_buf(), tensor: Some(tensor.to_string()), message: message.into() }
+    }
+
+    /// What a small network refuses.
+    pub fn network(network: &'static str, message: impl Into<String>) -> Self {
+        Self::Network { network, message: message.into() }
     }
 
     pub(crate) fn tokenizer(path: &Path, message: impl Into<String>) -> Self {

@@ -5,12 +5,16 @@
 //! keeps its moments and its own step count.
 //!
 //! Source: AdamW (Loshchilov and Hutter 2019); clipping by global norm (Pascanu et al. 2013).
-//! Weight decay is left off for norms, embeddings and biases, as is usual.
+//! Weight decay is left off for norms, embeddings (GistNet's prepended token and LensNet's levels among them) and biases,
+//! as is usual.
 
 use std::borrow::Cow;
 use std::collections::BTreeMap;
 
+use candle_core::Tensor;
 use megacontext_kernels::adamw;
+use megacontext_kernels::cpu::Values;
+use megacontext_kernels::rows;
 use serde::{Deserialize, Serialize};
 
 use crate::buffers::Buffers;
@@ -73,6 +77,33 @@ impl Gradients {
         self.buffers.keys().map(String::as_str)
     }
 
+    /// Walks back from `loss`, a scalar on candle's tape, and adds the gradient of every parameter of `params` that learns.
+    ///
+    /// # Errors
+    /// When `loss` is no scalar, or a parameter that learns gets no gradient: one that got lost would never learn, and
+    /// nothing would say so. Then nothing has been added.
+    pub fn add_backward(&mut self, loss: &Tensor, params: &ParamStore) -> Result<()> {
+        if loss.rank() != 0 {
+            let message = format!("loss: expected a scalar, got {:?}", loss.dims());
+            return Err(BaseError::Input { message });
+        }
+        let grads = loss.backward()?;
+        let arrived = |(name, leaf): (String, Tensor)| match grads.get(&leaf) {
+            Some(gradient) => Ok((name, gradient.contiguous()?)),
+            None => Err(BaseError::Parameter {
+                name,
+                message: "expected a gradient, since it learns, got none from this loss".to_string(),
+            }),
+        };
+        let arrived: Vec<(String, Tensor)> =
+            params.trainable().into_iter().map(arrived).collect::<Result<_>>()?;
+        for (name, gradient) in arrived {
+            let values = Values::of(&gradient)?;
+            rows::add_assign(&values, self.buffer(&name, values.len()));
+        }
+        Ok(())
+    }
+
     /// Global L2 norm.
     pub fn norm(&self) -> f64 {
         self.buffers.values().map(|g| adamw::sum_of_squares(g)).sum::<f64>().sqrt()
@@ -115,6 +146,14 @@ struct Moments {
     exp_avg_sq: Vec<f32>,
 }
 
+/// Do weights of this group and name decay? Rows of tokens and of levels are embeddings, and so is a token of a network's
+/// own.
+fn decays(group: Group, name: &str) -> bool {
+    const EMBEDDINGS: [&str; 3] = [".trainable_tokens_delta", "cls_token", "level_embed.weight"];
+    matches!(group, Group::Base | Group::Lora | Group::Gistnet | Group::Lensnet)
+        && !EMBEDDINGS.iter().any(|end| name.ends_with(end))
+}
+
 /// AdamW over a [`ParamStore`].
 #[derive(Clone)]
 pub struct Optimizer {
@@ -147,9 +186,7 @@ impl Optimizer {
         for (name, parameter) in params.trainable() {
             let Some(gradient) = gradients.get(&name) else { continue };
             let decays =
-                matches!(params.group(&name), Some(Group::Base | Group::Lora)) && parameter.rank() > 1;
-            // Rows of tokens are embeddings.
-            let decays = decays && !name.ends_with(".trainable_tokens_delta");
+                parameter.rank() > 1 && params.group(&name).is_some_and(|group| decays(group, &name));
             let faster = if name.ends_with(".lora_B.weight") { self.config.lora_plus_lr_ratio } else { 1.0 };
             let moments = self.state.entry(name).or_insert_with(|| Moments {
                 step: 0,

@@ -8,6 +8,7 @@
 //! [`gguf`] write it for readers that take LoRA factors alone. [`atomic`] makes folders appear whole or not at all;
 //! [`generate`] continues prompts over a cache of keys and values. [`context`] keeps a long history at several resolutions
 //! and the working context that is shown of it.
+//! [`tower`] is the stack of blocks that GistNet and LensNet share, [`network_file`] the file of such a network.
 //! [`random`] is the one source of random numbers.
 //!
 //! Errors are [`error::BaseError`]: what was refused, what was expected, what was found, and where.
@@ -31,10 +32,12 @@ pub mod lora;
 pub mod lora_only;
 pub mod merge;
 mod names;
+pub mod network_file;
 mod norms;
 pub mod params;
 mod projection;
 pub mod random;
 pub mod rope;
 pub mod tokenizer;
+pub mod tower;
 pub mod weights;

@@ -270,6 +270,18 @@ impl ParamStore {
         self.params.get(name).and_then(|p| p.value.tensor().ok())
     }
 
+    /// A parameter for a graph that candle tapes: its leaf where its group learns, else a value outside any graph.
+    ///
+    /// # Errors
+    /// When there is none of this name.
+    pub fn taped(&self, name: &str) -> Result<Tensor> {
+        let param = self.params.get(name).ok_or_else(|| unknown(name))?;
+        match &param.value {
+            Stored::Leaf(leaf) if self.learns(param.group) => Ok(leaf.as_tensor().clone()),
+            value => value.tensor(),
+        }
+    }
+
     /// The values of a parameter, borrowed as they are stored.
     ///
     /// # Errors

@@ -13,7 +13,7 @@
 //!
 //! Left out on purpose: pickled weights (`.bin`, `.pt`): reading a pickle runs code.
 
-use std::collections::{BTreeMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -123,6 +123,15 @@ impl MappedFile {
         Ok(Self { path: path.to_path_buf(), map, data: 8 + header_len, header })
     }
 
+    pub(crate) fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// What its writer said about it.
+    pub(crate) fn metadata(&self) -> Option<&HashMap<String, String>> {
+        self.header.metadata().as_ref()
+    }
+
     pub(crate) fn names(&self) -> Vec<String> {
         self.header.offset_keys()
     }
@@ -151,7 +160,7 @@ impl MappedFile {
     }
 
     /// A tensor's values in row-major order, whatever its shape.
-    fn read<S: Store>(&self, name: &str) -> Result<Vec<S>> {
+    pub(crate) fn read<S: Store>(&self, name: &str) -> Result<Vec<S>> {
         let dtype = self.dtype(name)?;
         let bytes = self.bytes(name).ok_or_else(|| BaseError::tensor(&self.path, name, "no such tensor"))?;
         let values: Vec<S> = convert(bytes, dtype);

@@ -106,7 +106,10 @@ pub fn model_error(error: BaseError) -> PluginError {
         BaseError::Adapter { .. } => Kind::Adapter,
         BaseError::Io { .. } => Kind::Io,
         BaseError::OutOfMemory { .. } => Kind::Memory,
-        BaseError::Lora { .. } | BaseError::Tree { .. } | BaseError::WorkingContext { .. } => Kind::Usage,
+        BaseError::Lora { .. }
+        | BaseError::Tree { .. }
+        | BaseError::WorkingContext { .. }
+        | BaseError::Network { .. } => Kind::Usage,
         BaseError::TreeFile { .. } => Kind::Model,
         // A loss that is not a number comes from the model and its settings, not from a defect here.
         BaseError::NonFinite { .. } => Kind::Model,

@@ -1,0 +1,114 @@
+//! The weights of a small network (GistNet, LensNet) in one safetensors file, with what they are for in its metadata.
+//!
+//! Written whole or not at all ([`crate::atomic`]), tensors and metadata in order of name, so that the same network gives the
+//! same bytes. Read strictly: every tensor that the network has, of its shape and finite, and no other.
+//! Source: the safetensors format; values of its `__metadata__` are strings.
+//! Errors: `BaseError::Weights`, naming file and tensor.
+
+use std::collections::BTreeMap;
+use std::io::{BufWriter, Write};
+use std::path::Path;
+
+use serde_json::{Map, Value, json};
+
+use crate::atomic;
+use crate::error::{BaseError, Result};
+use crate::params::ParamStore;
+use crate::weights::MappedFile;
+
+/// An opened file whose header has been checked.
+pub struct NetworkFile {
+    file: MappedFile,
+}
+
+impl NetworkFile {
+    /// Opens a file.
+    ///
+    /// # Errors
+    /// When there is none, or it is no complete safetensors file.
+    pub fn open(path: &Path) -> Result<Self> {
+        Ok(Self { file: MappedFile::open(path)? })
+    }
+
+    /// Where it is.
+    pub fn path(&self) -> &Path {
+        self.file.path()
+    }
+
+    /// An entry of the metadata.
+    pub fn metadata(&self, key: &str) -> Option<&str> {
+        self.file.metadata()?.get(key).map(String::as_str)
+    }
+
+    /// Shape of a tensor, where there is one of this name.
+    pub fn shape(&self, name: &str) -> Option<&[usize]> {
+        self.file.shape(name)
+    }
+
+    /// An error that blames this file.
+    pub fn refuse(&self, message: impl Into<String>) -> BaseError {
+        BaseError::weights(self.path(), message)
+    }
+
+    /// The values of the given tensors in their order, in f32.
+    ///
+    /// # Errors
+    /// When one is missing, of another shape, not floating, or not finite; when there is a tensor that was not asked for.
+    pub fn read(&self, expected: &[(String, Vec<usize>)]) -> Result<Vec<Vec<f32>>> {
+        let mut others = self.file.names();
+        others.retain(|name| !expected.iter().any(|(wanted, _)| wanted == name));
+        others.sort();
+        if let Some(other) = others.first() {
+            let message = "expected only tensors of this network, it has none of this name";
+            return Err(BaseError::tensor(self.path(), other, message));
+        }
+        let values = |(name, shape): &(String, Vec<usize>)| match self.file.shape(name) {
+            None => {
+                Err(BaseError::tensor(self.path(), name, "expected this tensor, there is none of this name"))
+            }
+            Some(found) if found != shape => {
+                let message = format!("expected shape {shape:?}, got {found:?}");
+                Err(BaseError::tensor(self.path(), name, message))
+            }
+            Some(_) => self.file.read::<f32>(name),
+        };
+        expected.iter().map(values).collect()
+    }
+}
+
+/// Writes every parameter of `params`, in f32, and `metadata`.
+///
+/// # Errors
+/// When a parameter is not finite, or the system refuses; then whatever was there is still there.
+pub fn write(path: &Path, params: &ParamStore, metadata: &BTreeMap<String, String>) -> Result<()> {
+    let mut header = Map::new();
+    header.insert("__metadata__".to_string(), json!(metadata));
+    let mut offset = 0;
+    for name in params.names() {
+        let values = params.values(name)?.to_f32();
+        if let Some(at) = values.iter().position(|value| !value.is_finite()) {
+            let message = format!("expected finite values, got {} at place {at}", values[at]);
+            return Err(BaseError::Parameter { name: name.to_string(), message });
+        }
+        let end = offset + 4 * values.len();
+        let shape = params.shape(name).unwrap_or(&[]);
+        header
+            .insert(name.to_string(), json!({"dtype": "F32", "shape": shape, "data_offsets": [offset, end]}));
+        offset = end;
+    }
+    let mut header =
+        serde_json::to_vec(&Value::Object(header)).map_err(|e| BaseError::weights(path, e.to_string()))?;
+    header.resize(header.len().next_multiple_of(8), b' ');
+    atomic::write_file_with(path, |file| {
+        let mut out = BufWriter::with_capacity(1 << 20, file);
+        let io = |result: std::io::Result<()>| result.map_err(BaseError::io(path));
+        io(out.write_all(&(header.len() as u64).to_le_bytes()))?;
+        io(out.write_all(&header))?;
+        for name in params.names() {
+            for value in params.values(name)?.to_f32() {
+                io(out.write_all(&value.to_le_bytes()))?;
+            }
+        }
+        io(out.flush())
+    })
+}
