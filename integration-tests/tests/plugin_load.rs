@@ -55,18 +55,10 @@ fn the_plugin_says_what_it_is() {
     assert!(plugin.build_info().rustc.starts_with("rustc "));
     assert_eq!(plugin.build_info().crate_version, env!("CARGO_PKG_VERSION"));
     let can = plugin.capabilities();
-    let jobs = [
-        "extend",
-        "pretrain",
-        "eval_ppl",
-        "eval_gap",
-        "eval_passkey",
-        "generate",
-        "merge",
-        "export",
-        "sweep",
-        "logits",
-    ];
+    let told = plugin.open_session(&json!({}), ()).unwrap().describe().unwrap();
+    let jobs: Vec<&str> = told["jobs"].as_array().unwrap().iter().map(|job| job.as_str().unwrap()).collect();
+    assert!(jobs.contains(&"extend") && jobs.contains(&"sweep"), "{jobs:?}");
+    assert_eq!(can.iter().filter(|name| name.starts_with("job:")).count(), jobs.len());
     for job in jobs {
         assert!(can.contains(&format!("job:{job}")), "{job}: {can:?}");
     }

@@ -3,22 +3,21 @@
 //! The task and its prompts are [`crate::train::passkey`]'s. Prompts of a cell run in batches over a cache of keys and
 //! values; cells can be interrupted and taken up ([`crate::run::cells`]).
 
-use std::path::PathBuf;
 use std::time::Instant;
 
 use megacontext_base::buffers::PassShape;
 use megacontext_base::decoder::Decoder;
 use megacontext_base::generate::{Generation, KvCache, Sampling, generation_bytes, pass_entries, room};
-use megacontext_base::rope::{RopeScaling, ScalingChoice};
-use megacontext_kernels::precision::Precision;
+use megacontext_base::rope::RopeScaling;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
-use super::evaluation::{asked_scaling, dense_name, identity};
+use super::evaluation::{dense_name, identity};
 use super::generate::end_tokens;
+use super::parameters::{Kept, Model, Parameters};
 use crate::error::{PluginError, Result};
 use crate::host::HostApi;
-use crate::jobs::{ModelDir, model_error, parse, to_value, with_threads};
+use crate::jobs::{ModelDir, model_error, to_value, with_threads};
 use crate::report::evaluation::{Measured, Page, render};
 use crate::run::cells::Cells;
 use crate::train::config::LONGEST_CONTEXT;
@@ -34,13 +33,23 @@ const BATCH_TOKENS: usize = 16_384;
 const MOST_TRIALS: usize = 10_000;
 
 /// What the job is told.
-#[derive(Clone, Debug, Serialize, Deserialize)]
-#[serde(default, deny_unknown_fields)]
+#[derive(Clone, Debug, Serialize)]
 pub struct EvalPasskey {
-    /// Model folder.
-    pub base: PathBuf,
-    /// Adapter folder.
-    pub adapter: Option<PathBuf>,
+    /// The model.
+    #[serde(flatten)]
+    pub model: Model,
+    /// What is asked.
+    #[serde(flatten)]
+    pub asked: Asked,
+    /// Where results go.
+    #[serde(flatten)]
+    pub kept: Kept,
+}
+
+/// The questions.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Asked {
     /// Lengths of prompt and answer, tokens.
     pub lengths: Vec<usize>,
     /// Where the key stands, 0 at the beginning, 1 at the end.
@@ -51,42 +60,15 @@ pub struct EvalPasskey {
     pub seed: u64,
     /// Prompts that run together; none means as many as come to 16384 tokens.
     pub batch: Option<usize>,
-    /// Folder for results and report; none writes nothing.
-    pub out: Option<PathBuf>,
-    /// Take up the evaluation in that folder.
-    pub resume: bool,
-    /// How positions are stretched, instead of as the adapter or the model says: a name, or a table as in `rope_scaling`.
-    pub scaling: Option<ScalingChoice>,
-    /// Stretch from the original context, instead of the adapter's or the model's own; with `scaling` alone that of the
-    /// longest context.
-    pub factor: Option<f64>,
-    /// Precision class.
-    pub dtype: Precision,
-    /// Threads; none means all.
-    pub threads: Option<usize>,
 }
 
-impl Default for EvalPasskey {
+impl Default for Asked {
     fn default() -> Self {
-        Self {
-            base: PathBuf::new(),
-            adapter: None,
-            lengths: Vec::new(),
-            depths: vec![0.0, 0.25, 0.5, 0.75, 1.0],
-            trials: 5,
-            seed: 0,
-            batch: None,
-            out: None,
-            resume: false,
-            scaling: None,
-            factor: None,
-            dtype: Precision::F32,
-            threads: None,
-        }
+        Self { lengths: Vec::new(), depths: vec![0.0, 0.25, 0.5, 0.75, 1.0], trials: 5, seed: 0, batch: None }
     }
 }
 
-impl EvalPasskey {
+impl Asked {
     fn check(&self) -> Result<()> {
         let usage = |message: String| Err(PluginError::usage(message));
         if self.lengths.is_empty() {
@@ -130,13 +112,15 @@ fn repeated<T: PartialEq + Copy>(values: &[T]) -> Option<T> {
 
 /// Runs the job.
 pub fn run(params: Value, host: &dyn HostApi) -> Result<Value> {
-    let job: EvalPasskey = parse(params)?;
-    with_threads(job.threads, || evaluate(&job, host))?
+    let mut params = Parameters::new(params)?;
+    let job = EvalPasskey { model: params.take()?, asked: params.take()?, kept: params.take()? };
+    params.end()?;
+    with_threads(job.model.threads, || evaluate(&job, host))?
 }
 
 /// What all cells share.
 struct Run<'a> {
-    job: &'a EvalPasskey,
+    asked: &'a Asked,
     decoder: &'a Decoder,
     passkeys: Passkeys<'a>,
     scaling: &'a RopeScaling,
@@ -151,39 +135,40 @@ struct Run<'a> {
 }
 
 fn evaluate(job: &EvalPasskey, host: &dyn HostApi) -> Result<Value> {
-    job.check()?;
-    let model = ModelDir::open(&job.base)?;
+    let EvalPasskey { model: used, asked, kept } = job;
+    asked.check()?;
+    let model = ModelDir::open(&used.base)?;
     let passkeys = Passkeys::new(&model.tokenizer)?;
     let least = passkeys.least()?;
-    if let Some(short) = job.lengths.iter().find(|length| **length < least) {
+    if let Some(short) = asked.lengths.iter().find(|length| **length < least) {
         return Err(PluginError::usage(format!(
             "lengths: expected at least {least} tokens, room for the key's line, the question and the answer, got {short}"
         )));
     }
-    let longest = job.lengths.iter().copied().max().unwrap_or(0);
-    let asked = asked_scaling(&model.config, job.scaling.as_ref(), job.factor, longest)?;
+    let longest = asked.lengths.iter().copied().max().unwrap_or(0);
+    let scaling = used.asked_scaling(&model.config, longest)?;
     check_memory(job, &model)?;
-    let end = end_tokens(&model, &job.base);
-    let identity = identity("eval_passkey", job, &model, job.adapter.as_deref(), None)?;
+    let end = end_tokens(&model, &used.base);
+    let identity = identity("eval_passkey", job, &model, used.adapter.as_deref(), None)?;
     // An adapter that does not fit is refused before a folder is made.
-    let (decoder, own, _) = model.decoder_with(job.adapter.as_deref(), job.dtype)?;
-    let scaling = asked.unwrap_or(own);
-    let mut cells: Cells<Cell> = Cells::open(job.out.as_deref(), job.resume, &identity)?;
+    let (decoder, own, _) = model.decoder_with(used.adapter.as_deref(), used.dtype)?;
+    let scaling = scaling.unwrap_or(own);
+    let mut cells: Cells<Cell> = Cells::open(kept.out.as_deref(), kept.resume, &identity)?;
 
     let grid: Vec<(usize, f64)> =
-        job.lengths.iter().flat_map(|length| job.depths.iter().map(|depth| (*length, *depth))).collect();
+        asked.lengths.iter().flat_map(|length| asked.depths.iter().map(|depth| (*length, *depth))).collect();
     let left = &grid[cells.done().len().min(grid.len())..];
     let mut run = Run {
-        job,
+        asked,
         decoder: &decoder,
         passkeys,
         scaling: &scaling,
         end: &end,
         host,
-        prompts: grid.len() * job.trials,
-        answered: cells.done().len() * job.trials,
+        prompts: grid.len() * asked.trials,
+        answered: cells.done().len() * asked.trials,
         tokens: 0,
-        tokens_to_do: left.iter().map(|(length, _)| length * job.trials).sum(),
+        tokens_to_do: left.iter().map(|(length, _)| length * asked.trials).sum(),
         began: Instant::now(),
     };
     for (length, depth) in left {
@@ -199,16 +184,16 @@ fn evaluate(job: &EvalPasskey, host: &dyn HostApi) -> Result<Value> {
     let (right, all) =
         cells.done().iter().fold((0, 0), |(right, all), cell| (right + cell.right, all + cell.trials));
     let result = to_value(json!({
-        "base": job.base,
-        "adapter": job.adapter,
-        "dtype": job.dtype,
+        "base": used.base,
+        "adapter": used.adapter,
+        "dtype": used.dtype,
         "rope": scaling.to_string(),
         "attention": dense_name(&model.config),
         "scoring": SCORING,
-        "seed": job.seed,
-        "trials": job.trials,
-        "lengths": job.lengths,
-        "depths": job.depths,
+        "seed": asked.seed,
+        "trials": asked.trials,
+        "lengths": asked.lengths,
+        "depths": asked.depths,
         "stated_context": model.config.max_position_embeddings,
         "accuracy": right as f64 / all.max(1) as f64,
         "cells": cells.done().iter().map(summary).collect::<Vec<Value>>(),
@@ -227,27 +212,27 @@ fn summary(cell: &Cell) -> Value {
 
 /// Refuses lengths whose batches do not fit.
 fn check_memory(job: &EvalPasskey, model: &ModelDir) -> Result<()> {
-    for &length in &job.lengths {
-        let rows = job.rows(length);
+    for &length in &job.asked.lengths {
+        let rows = job.asked.rows(length);
         let prompts = vec![length - ANSWER; rows];
         let rooms = vec![room(length - ANSWER, ANSWER); rows];
-        let pass = PassShape { entries: pass_entries(&prompts), precision: job.dtype, lora: None };
+        let pass = PassShape { entries: pass_entries(&prompts), precision: job.model.dtype, lora: None };
         let needed = generation_bytes(&model.config, pass, &rooms);
-        let cache = KvCache::planned_bytes(&model.config, job.dtype, rooms.iter().sum());
+        let cache = KvCache::planned_bytes(&model.config, job.model.dtype, rooms.iter().sum());
         let what = format!("the evaluation of {rows} prompts of {length} tokens at a time");
-        check_beside_weights(&what, &model.config, job.dtype, needed, cache)?;
+        check_beside_weights(&what, &model.config, job.model.dtype, needed, cache)?;
     }
     Ok(())
 }
 
 impl Run<'_> {
     fn cell(&mut self, length: usize, depth: f64) -> Result<Cell> {
-        let mut answers: Vec<Answer> = Vec::with_capacity(self.job.trials);
-        let trials: Vec<usize> = (0..self.job.trials).collect();
-        for batch in trials.chunks(self.job.rows(length)) {
+        let mut answers: Vec<Answer> = Vec::with_capacity(self.asked.trials);
+        let trials: Vec<usize> = (0..self.asked.trials).collect();
+        for batch in trials.chunks(self.asked.rows(length)) {
             let prompts = batch
                 .iter()
-                .map(|trial| self.passkeys.prompt(self.job.seed, length, depth, *trial))
+                .map(|trial| self.passkeys.prompt(self.asked.seed, length, depth, *trial))
                 .collect::<Result<Vec<_>>>()?;
             let rows: Vec<Vec<u32>> = prompts.iter().map(|prompt| prompt.tokens.clone()).collect();
             let with = Generation {

@@ -3,18 +3,15 @@
 //! Every length scores the same tokens, dense unless S²-Attn is asked for. Documents are used as they are given: hold
 //! out what you want held out. Lengths can be interrupted and taken up ([`crate::run::cells`]).
 
-use std::path::PathBuf;
-
-use megacontext_base::rope::{RopeScaling, ScalingChoice};
-use megacontext_kernels::precision::Precision;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
-use super::evaluation::{asked_scaling, hash_of, identity};
+use super::evaluation::{hash_of, identity};
+use super::parameters::{Kept, Model, Parameters, Scored};
 use crate::data::documents::tokenize;
 use crate::error::Result;
 use crate::host::HostApi;
-use crate::jobs::{ModelDir, parse, to_value, with_threads};
+use crate::jobs::{ModelDir, to_value, with_threads};
 use crate::report::evaluation::{Measured, Page, render};
 use crate::run::cells::Cells;
 use crate::train::config::{Attention, GroupSize, check_evaluation, pattern};
@@ -22,119 +19,130 @@ use crate::train::eval::{Perplexity, Protocol, SCORING, batch_rows, perplexity, 
 use crate::train::plan::check_forward;
 
 /// What the job is told.
-#[derive(Clone, Debug, Serialize, Deserialize)]
-#[serde(default, deny_unknown_fields)]
+#[derive(Clone, Debug, Serialize)]
 pub struct EvalPpl {
-    /// Model folder.
-    pub base: PathBuf,
-    /// Adapter folder.
-    pub adapter: Option<PathBuf>,
-    /// Files, folders, globs, or `corpus:held-out`.
-    pub data: Vec<String>,
-    /// Context lengths in tokens.
-    pub contexts: Vec<usize>,
-    /// Tokens the window moves by; none means half the context.
-    pub stride: Option<usize>,
-    /// Stop after about so many scored tokens.
-    pub max_tokens: usize,
-    /// Seed of which documents are scored.
-    pub seed: u64,
+    /// The model.
+    #[serde(flatten)]
+    pub model: Model,
+    /// The text.
+    #[serde(flatten)]
+    pub text: Scored,
+    /// Dense, as the model is used, or as it was trained.
+    #[serde(flatten)]
+    pub attending: Attending,
+    /// Where results go.
+    #[serde(flatten)]
+    pub kept: Kept,
+}
+
+/// How the model attends.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Attending {
     /// Attention; dense is what the model is used with.
     pub attention: Attention,
     /// Group size for S²-Attn.
     pub group: GroupSize,
-    /// Folder for results and report; none writes nothing.
-    pub out: Option<PathBuf>,
-    /// Take up the evaluation in that folder.
-    pub resume: bool,
-    /// How positions are stretched, instead of as the adapter or the model says: a name, or a table as in `rope_scaling`.
-    pub scaling: Option<ScalingChoice>,
-    /// Stretch from the original context, instead of the adapter's or the model's own; with `scaling` alone that of the
-    /// longest context.
-    pub factor: Option<f64>,
-    /// Precision class.
-    pub dtype: Precision,
-    /// Threads; none means all.
-    pub threads: Option<usize>,
 }
 
-impl Default for EvalPpl {
+impl Default for Attending {
     fn default() -> Self {
-        Self {
-            base: PathBuf::new(),
-            adapter: None,
-            data: Vec::new(),
-            contexts: Vec::new(),
-            stride: None,
-            max_tokens: 65_536,
-            seed: 0,
-            attention: Attention::Dense,
-            group: GroupSize::Part(0.25),
-            out: None,
-            resume: false,
-            scaling: None,
-            factor: None,
-            dtype: Precision::F32,
-            threads: None,
-        }
+        Self { attention: Attention::Dense, group: GroupSize::Part(0.25) }
+    }
+}
+
+impl EvalPpl {
+    fn read(params: Value) -> Result<Self> {
+        let mut params = Parameters::new(params)?;
+        let job = Self {
+            model: params.take()?,
+            text: params.take()?,
+            attending: params.take()?,
+            kept: params.take()?,
+        };
+        params.end()?;
+        Ok(job)
     }
 }
 
 /// Runs the job.
 pub fn run(params: Value, host: &dyn HostApi) -> Result<Value> {
-    let job: EvalPpl = parse(params)?;
-    with_threads(job.threads, || evaluate(&job, host))?
+    let job = EvalPpl::read(params)?;
+    with_threads(job.model.threads, || evaluate(&job, host))?
 }
 
 fn evaluate(job: &EvalPpl, host: &dyn HostApi) -> Result<Value> {
-    let attentions = [job.attention];
-    let (cells, scaling, identity) = measure("eval_ppl", job, job, &attentions, host)?;
-    let result = to_value(json!({
-        "base": job.base,
-        "adapter": job.adapter,
-        "dtype": job.dtype,
-        "rope": scaling.to_string(),
-        "scoring": SCORING,
-        "seed": job.seed,
-        "results": cells.done(),
-    }))?;
+    let measurement = Measurement {
+        job: "eval_ppl",
+        settings: to_value(job)?,
+        model: &job.model,
+        text: &job.text,
+        kept: &job.kept,
+        attentions: &[job.attending.attention],
+        group: job.attending.group,
+    };
+    let (cells, result, identity) = measurement.run(host)?;
+    let result = with_results(result, to_value(cells.done())?);
     let page = Page { result: &result, identity: &identity, measured: Measured::Perplexity(cells.done()) };
     cells.finish(&result, || render(&page))?;
     Ok(result)
 }
 
-/// Perplexity at every length with each of `attentions`; what was measured before is taken up. `settings` are those of the
-/// job `name`.
-pub(super) fn measure(
-    name: &str,
-    job: &EvalPpl,
-    settings: &impl Serialize,
-    attentions: &[Attention],
-    host: &dyn HostApi,
-) -> Result<(Cells<Perplexity>, RopeScaling, Value)> {
-    check_evaluation("", &job.contexts, job.stride, job.max_tokens)?;
-    let mut patterns = Vec::new();
-    for &context in &job.contexts {
-        for attention in attentions {
-            patterns.push((context, pattern(*attention, job.group, context)?));
+/// Perplexity of a model on a text at every length with each of some kinds of attention.
+pub(super) struct Measurement<'a> {
+    /// The job's name and all its settings.
+    pub job: &'a str,
+    pub settings: Value,
+    pub model: &'a Model,
+    pub text: &'a Scored,
+    pub kept: &'a Kept,
+    pub attentions: &'a [Attention],
+    pub group: GroupSize,
+}
+
+impl Measurement<'_> {
+    /// What was measured, now or before it was taken up; the result's keys but for `results`; and what it all depends on.
+    pub fn run(&self, host: &dyn HostApi) -> Result<(Cells<Perplexity>, Value, Value)> {
+        let Scored { contexts, stride, max_tokens, seed, .. } = self.text;
+        check_evaluation("", contexts, *stride, *max_tokens)?;
+        let mut patterns = Vec::new();
+        for &context in contexts {
+            for attention in self.attentions {
+                patterns.push((context, pattern(*attention, self.group, context)?));
+            }
         }
+        let longest = contexts.iter().copied().max().unwrap_or(0);
+        let (adapter, dtype) = (self.model.adapter.as_deref(), self.model.dtype);
+        let model = ModelDir::open(&self.model.base)?;
+        let entries = contexts.iter().map(|context| batch_rows(*context) * context).max().unwrap_or(0);
+        check_forward("the evaluation", &model.config, dtype, entries, 0)?;
+        let documents = super::extend::load_data(&self.text.data, host)?;
+        let (decoder, own, _) = model.decoder_with(adapter, dtype)?;
+        let scaling = self.model.asked_scaling(&model.config, longest)?.unwrap_or(own);
+        let tokens = select(&tokenize(&documents, &model.encoder())?, longest, *max_tokens, *seed);
+        let identity = identity(self.job, &self.settings, &model, adapter, Some(hash_of(&tokens)))?;
+        let mut cells: Cells<Perplexity> =
+            Cells::open(self.kept.out.as_deref(), self.kept.resume, &identity)?;
+        for (context, pattern) in patterns.into_iter().skip(cells.done().len()) {
+            let protocol = Protocol { context, stride: *stride, pattern, scaling: scaling.clone() };
+            let result = perplexity(&decoder, &tokens, &protocol, host)?;
+            host.event("evaluation", &to_value(&result)?);
+            cells.push(result)?;
+        }
+        let result = json!({
+            "base": self.model.base,
+            "adapter": adapter,
+            "dtype": dtype,
+            "rope": scaling.to_string(),
+            "scoring": SCORING,
+            "seed": seed,
+        });
+        Ok((cells, result, identity))
     }
-    let longest = job.contexts.iter().copied().max().unwrap_or(0);
-    let model = ModelDir::open(&job.base)?;
-    let entries = job.contexts.iter().map(|context| batch_rows(*context) * context).max().unwrap_or(0);
-    check_forward("the evaluation", &model.config, job.dtype, entries, 0)?;
-    let documents = super::extend::load_data(&job.data, host)?;
-    let (decoder, own, _) = model.decoder_with(job.adapter.as_deref(), job.dtype)?;
-    let asked = asked_scaling(&model.config, job.scaling.as_ref(), job.factor, longest)?;
-    let scaling = asked.unwrap_or(own);
-    let tokens = select(&tokenize(&documents, &model.encoder())?, longest, job.max_tokens, job.seed);
-    let identity = identity(name, settings, &model, job.adapter.as_deref(), Some(hash_of(&tokens)))?;
-    let mut cells: Cells<Perplexity> = Cells::open(job.out.as_deref(), job.resume, &identity)?;
-    for (context, pattern) in patterns.into_iter().skip(cells.done().len()) {
-        let protocol = Protocol { context, stride: job.stride, pattern, scaling: scaling.clone() };
-        let result = perplexity(&decoder, &tokens, &protocol, host)?;
-        host.event("evaluation", &to_value(&result)?);
-        cells.push(result)?;
-    }
-    Ok((cells, scaling, identity))
+}
+
+/// A result with its `results`.
+pub(super) fn with_results(mut result: Value, results: Value) -> Value {
+    result["results"] = results;
+    result
 }

@@ -3,27 +3,15 @@
 use std::path::Path;
 
 use megacontext_base::config::DecoderConfig;
-use megacontext_base::rope::{RopeScaling, ScalingChoice};
 use serde::Serialize;
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 
 use crate::error::{IoResultExt, Result};
 use crate::jobs::{ModelDir, to_value};
-use crate::train::config::stretched;
 
 /// Settings of an evaluation that its results do not depend on.
 const BESIDE: [&str; 3] = ["out", "resume", "threads"];
-
-/// The scaling that is asked for, where one is: for contexts of up to `longest` tokens.
-pub(crate) fn asked_scaling(
-    config: &DecoderConfig,
-    scaling: Option<&ScalingChoice>,
-    factor: Option<f64>,
-    longest: usize,
-) -> Result<Option<RopeScaling>> {
-    (scaling.is_some() || factor.is_some()).then(|| stretched(config, scaling, factor, longest)).transpose()
-}
 
 /// What the results of an evaluation depend on: its settings and the bytes it reads. `data` is a hash of the text, where
 /// there is text.

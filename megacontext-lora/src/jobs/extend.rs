@@ -287,7 +287,7 @@ impl<'h> Run<'h> {
         let mut decoder = model.decoder(config.dtype, &groups)?;
         decoder.attach_lora(config.lora.clone(), config.seed).map_err(model_error)?;
         let inputs = Inputs::of(&model, &text);
-        let trainer = Trainer::new(
+        let mut trainer = Trainer::new(
             decoder,
             &groups,
             config.optimizer.clone(),
@@ -304,28 +304,13 @@ impl<'h> Run<'h> {
         let mut warnings: Vec<String> = text.warning.into_iter().collect();
         let loaded =
             if resume { load_latest(folder.path(), &config_hash, &mut |w| warnings.push(w))? } else { None };
-        let run = match loaded {
+        let (state, telemetry) = match loaded {
             None => {
                 folder.write("config.toml", toml.as_bytes())?;
-                let telemetry = Telemetry::create(&folder, &toml)?;
                 let stage_seconds = vec![0.0; config.stages.len()];
                 let state =
                     State { config_hash, seed: config.seed, stage_seconds, inputs, ..State::default() };
-                let (data, held_out) = (text.summary, text.held_out);
-                Run {
-                    host,
-                    config,
-                    model,
-                    data,
-                    held_out,
-                    losses: Vec::new(),
-                    plan,
-                    trainer,
-                    folder,
-                    telemetry,
-                    state,
-                    started,
-                }
+                (state, Telemetry::create(&folder, &toml)?)
             }
             Some(loaded) => {
                 let state: State = serde_json::from_value(loaded.state.clone())
@@ -333,24 +318,23 @@ impl<'h> Run<'h> {
                 warnings.extend(state.inputs.check(&inputs)?);
                 let telemetry =
                     Telemetry::resume(&folder, &toml, state.metric_lines, &mut |w| warnings.push(w))?;
-                let mut trainer = trainer;
                 trainer.restore(loaded)?;
-                let (data, held_out) = (text.summary, text.held_out);
-                Run {
-                    host,
-                    config,
-                    model,
-                    data,
-                    held_out,
-                    losses: Vec::new(),
-                    plan,
-                    trainer,
-                    folder,
-                    telemetry,
-                    state,
-                    started,
-                }
+                (state, telemetry)
             }
+        };
+        let run = Run {
+            host,
+            config,
+            model,
+            data: text.summary,
+            held_out: text.held_out,
+            losses: Vec::new(),
+            plan,
+            trainer,
+            folder,
+            telemetry,
+            state,
+            started,
         };
         for warning in warnings {
             run.say(&warning);

@@ -2,33 +2,43 @@
 //!
 //! Prompts begin with what the tokenizer's own template puts in front of a text. A row ends at any end token that
 //! `config.json`, `generation_config.json` or the tokenizer names.
+//!
+//! The result says how many entries a second prompts (`prefill`) and new tokens (`decoding`, a row's first token belongs to
+//! its prompt) took, reading of the model left out.
 
 use std::path::{Path, PathBuf};
+use std::time::Instant;
 
 use megacontext_base::buffers::PassShape;
 use megacontext_base::generate::{Generation, KvCache, Sampling, generation_bytes, pass_entries, room};
-use megacontext_base::rope::ScalingChoice;
-use megacontext_kernels::precision::Precision;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
-use super::evaluation::{asked_scaling, dense_name};
+use super::evaluation::dense_name;
+use super::parameters::{Model, Parameters};
 use crate::error::{IoResultExt, PluginError, Result};
 use crate::host::HostApi;
-use crate::jobs::{ModelDir, model_error, parse, to_value, with_threads};
+use crate::jobs::{ModelDir, model_error, to_value, with_threads};
 use crate::train::plan::check_beside_weights;
 
 /// Most tokens a row may get: far beyond any context.
 const MOST_NEW: usize = 1 << 24;
 
 /// What the job is told.
-#[derive(Clone, Debug, Serialize, Deserialize)]
-#[serde(default, deny_unknown_fields)]
+#[derive(Clone, Debug, Serialize)]
 pub struct GenerateJob {
-    /// Model folder.
-    pub base: PathBuf,
-    /// Adapter folder.
-    pub adapter: Option<PathBuf>,
+    /// The model.
+    #[serde(flatten)]
+    pub model: Model,
+    /// The texts, and how they go on.
+    #[serde(flatten)]
+    pub asked: Asked,
+}
+
+/// What is continued, and how.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Asked {
     /// Texts to continue, each a row.
     pub prompts: Vec<String>,
     /// A file whose text is one more prompt.
@@ -43,22 +53,11 @@ pub struct GenerateJob {
     pub seed: u64,
     /// Go on past end tokens.
     pub ignore_end: bool,
-    /// How positions are stretched, instead of as the adapter or the model says: a name, or a table as in `rope_scaling`.
-    pub scaling: Option<ScalingChoice>,
-    /// Stretch from the original context, instead of the adapter's or the model's own; with `scaling` alone that of the
-    /// longest context.
-    pub factor: Option<f64>,
-    /// Precision class.
-    pub dtype: Precision,
-    /// Threads; none means all.
-    pub threads: Option<usize>,
 }
 
-impl Default for GenerateJob {
+impl Default for Asked {
     fn default() -> Self {
         Self {
-            base: PathBuf::new(),
-            adapter: None,
             prompts: Vec::new(),
             prompt_file: None,
             max_new_tokens: 128,
@@ -66,22 +65,20 @@ impl Default for GenerateJob {
             top_p: None,
             seed: 0,
             ignore_end: false,
-            scaling: None,
-            factor: None,
-            dtype: Precision::F32,
-            threads: None,
         }
     }
 }
 
 /// Runs the job.
 pub fn run(params: Value, host: &dyn HostApi) -> Result<Value> {
-    let job: GenerateJob = parse(params)?;
-    with_threads(job.threads, || generate(&job, host))?
+    let mut params = Parameters::new(params)?;
+    let job = GenerateJob { model: params.take()?, asked: params.take()? };
+    params.end()?;
+    with_threads(job.model.threads, || generate(&job, host))?
 }
 
-fn sampling(job: &GenerateJob) -> Result<Sampling> {
-    let sampling = match (job.temperature, job.top_p) {
+fn sampling(asked: &Asked) -> Result<Sampling> {
+    let sampling = match (asked.temperature, asked.top_p) {
         (None, None) => Sampling::Greedy,
         (None, Some(top_p)) => {
             return Err(PluginError::usage(format!(
@@ -89,7 +86,7 @@ fn sampling(job: &GenerateJob) -> Result<Sampling> {
             )));
         }
         (Some(temperature), top_p) => {
-            Sampling::Nucleus { temperature, top_p: top_p.unwrap_or(1.0), seed: job.seed }
+            Sampling::Nucleus { temperature, top_p: top_p.unwrap_or(1.0), seed: asked.seed }
         }
     };
     sampling.check().map_err(|e| PluginError::usage(e.to_string().replace("decoder: ", "")))?;
@@ -119,21 +116,22 @@ pub(crate) fn end_tokens(model: &ModelDir, dir: &Path) -> Vec<u32> {
 }
 
 fn generate(job: &GenerateJob, host: &dyn HostApi) -> Result<Value> {
-    let sampling = sampling(job)?;
-    if !(1..=MOST_NEW).contains(&job.max_new_tokens) {
+    let GenerateJob { model: used, asked } = job;
+    let sampling = sampling(asked)?;
+    if !(1..=MOST_NEW).contains(&asked.max_new_tokens) {
         return Err(PluginError::usage(format!(
             "max_new_tokens: expected 1 to {MOST_NEW}, got {}",
-            job.max_new_tokens
+            asked.max_new_tokens
         )));
     }
-    let mut texts = job.prompts.clone();
-    if let Some(path) = &job.prompt_file {
+    let mut texts = asked.prompts.clone();
+    if let Some(path) = &asked.prompt_file {
         texts.push(std::fs::read_to_string(path).at(path)?);
     }
     if texts.is_empty() {
         return Err(PluginError::usage("prompts: expected at least one text, got none"));
     }
-    let model = ModelDir::open(&job.base)?;
+    let model = ModelDir::open(&used.base)?;
     let encode = |text: &String| -> Result<Vec<u32>> {
         let own = model.tokenizer.encode(text).map_err(model_error)?;
         Ok([model.tokenizer.opening(), &own].concat())
@@ -144,31 +142,34 @@ fn generate(job: &GenerateJob, host: &dyn HostApi) -> Result<Value> {
             "prompts: expected a text of at least one token, got an empty one at {row}"
         )));
     }
-    let end = if job.ignore_end { Vec::new() } else { end_tokens(&model, &job.base) };
-    if end.is_empty() && !job.ignore_end {
+    let end = if asked.ignore_end { Vec::new() } else { end_tokens(&model, &used.base) };
+    if end.is_empty() && !asked.ignore_end {
         return Err(PluginError::model(
             "expected an end-of-sequence token in config.json, generation_config.json or tokenizer_config.json, got none; \
              to go on without, say ignore_end",
         ));
     }
     let lengths: Vec<usize> = prompts.iter().map(Vec::len).collect();
-    let rooms: Vec<usize> = lengths.iter().map(|length| room(*length, job.max_new_tokens)).collect();
-    let pass = PassShape { entries: pass_entries(&lengths), precision: job.dtype, lora: None };
-    let cache_bytes = KvCache::planned_bytes(&model.config, job.dtype, rooms.iter().sum());
+    let rooms: Vec<usize> = lengths.iter().map(|length| room(*length, asked.max_new_tokens)).collect();
+    let pass = PassShape { entries: pass_entries(&lengths), precision: used.dtype, lora: None };
+    let cache_bytes = KvCache::planned_bytes(&model.config, used.dtype, rooms.iter().sum());
     let needed = generation_bytes(&model.config, pass, &rooms);
     let what = format!(
         "the generation of {} rows of up to {} tokens",
         rooms.len(),
         rooms.iter().max().unwrap_or(&0)
     );
-    check_beside_weights(&what, &model.config, job.dtype, needed, cache_bytes)?;
-    let (decoder, own, _) = model.decoder_with(job.adapter.as_deref(), job.dtype)?;
+    check_beside_weights(&what, &model.config, used.dtype, needed, cache_bytes)?;
+    let (decoder, own, _) = model.decoder_with(used.adapter.as_deref(), used.dtype)?;
     let longest = rooms.iter().copied().max().unwrap_or(0);
-    let asked = asked_scaling(&model.config, job.scaling.as_ref(), job.factor, longest)?;
-    let scaling = asked.unwrap_or(own);
-    let with = Generation { max_new_tokens: job.max_new_tokens, end: &end, sampling, scaling: &scaling };
+    let scaling = used.asked_scaling(&model.config, longest)?.unwrap_or(own);
+    let with = Generation { max_new_tokens: asked.max_new_tokens, end: &end, sampling, scaling: &scaling };
+    let mut clock = Clock::new(lengths.iter().sum());
     let rows = decoder
-        .generate(&prompts, &with, &mut |_| !host.cancelled())
+        .generate(&prompts, &with, &mut |entries| {
+            clock.ran(entries);
+            !host.cancelled()
+        })
         .map_err(model_error)?
         .ok_or_else(|| PluginError::cancelled("the host asked to stop while text was made"))?;
     let mut results = Vec::with_capacity(rows.len());
@@ -182,13 +183,54 @@ fn generate(job: &GenerateJob, host: &dyn HostApi) -> Result<Value> {
         }));
     }
     to_value(json!({
-        "base": job.base,
-        "adapter": job.adapter,
-        "dtype": job.dtype,
+        "base": used.base,
+        "adapter": used.adapter,
+        "dtype": used.dtype,
         "rope": scaling.to_string(),
         "attention": dense_name(&model.config),
         "stated_context": model.config.max_position_embeddings,
         "cache_bytes": cache_bytes,
+        "prefill": clock.prefill.told(),
+        "decoding": clock.decoding.told(),
         "results": results,
     }))
+}
+
+/// Where the time of a generation goes: prompts are run in passes, new tokens one step at a time.
+struct Clock {
+    prompts: usize,
+    last: Instant,
+    prefill: Spent,
+    decoding: Spent,
+}
+
+/// Entries that were run, and how long it took.
+#[derive(Default)]
+struct Spent {
+    tokens: usize,
+    seconds: f64,
+}
+
+impl Clock {
+    /// Starts it before a generation from so many tokens of prompts.
+    fn new(prompts: usize) -> Self {
+        Self { prompts, last: Instant::now(), prefill: Spent::default(), decoding: Spent::default() }
+    }
+
+    /// So many entries were run since it was asked last.
+    fn ran(&mut self, entries: usize) {
+        let prefill = self.prefill.tokens < self.prompts;
+        let spent = if prefill { &mut self.prefill } else { &mut self.decoding };
+        spent.tokens += entries;
+        spent.seconds += self.last.elapsed().as_secs_f64();
+        self.last = Instant::now();
+    }
+}
+
+impl Spent {
+    /// As the result says it; no rate where nothing was run.
+    fn told(&self) -> Value {
+        let rate = (self.tokens > 0).then(|| self.tokens as f64 / self.seconds.max(1e-9));
+        json!({ "tokens": self.tokens, "seconds": self.seconds, "tokens_per_s": rate })
+    }
 }

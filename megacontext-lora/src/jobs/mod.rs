@@ -44,6 +44,7 @@ pub mod extend;
 pub mod generate;
 pub mod logits;
 pub mod merge;
+pub mod parameters;
 pub mod pretrain;
 pub mod rope;
 pub mod sweep;

@@ -523,7 +523,23 @@ impl ExtendConfig {
     }
 
     /// Reads a job's parameters.
+    ///
+    /// # Errors
+    /// A key that does not exist, or a value of another type, by key; `sigma` among what is to learn.
     pub fn from_json(value: serde_json::Value) -> Result<Self> {
+        let asks = |key: &str| match &value[key] {
+            serde_json::Value::Null | serde_json::Value::Bool(false) => false,
+            serde_json::Value::Array(groups) if key == "groups" => groups.iter().any(|g| g == "sigma"),
+            _ => key != "groups",
+        };
+        if let Some(key) = ["sigma", "train_sigma", "groups"].into_iter().find(|key| asks(key)) {
+            // Tokens have sigma 0, which no scale changes.
+            return Err(PluginError::usage(format!(
+                "{key}: extend trains on tokens, which have no sigma to learn from; expected a session, whose phase JT3 \
+                 trains working contexts with the group sigma among its groups, got {key} = {}",
+                value[key]
+            )));
+        }
         crate::jobs::parse(value)
     }
 

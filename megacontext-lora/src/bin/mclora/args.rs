@@ -270,21 +270,12 @@ pub struct Sweep {
     pub extend: Extend,
 }
 
-/// The model of an evaluation, and where its results go.
+/// How a model is used.
 #[derive(Debug, Clone, Default, Args)]
-pub struct Evaluated {
-    /// Model folder
-    #[arg(long, value_name = "DIR", required_unless_present = "resume")]
-    pub base: Option<PathBuf>,
+pub struct Used {
     /// Adapter folder (PEFT)
     #[arg(long, value_name = "DIR")]
     pub adapter: Option<PathBuf>,
-    /// Folder for results and a report, absent or empty [default: nothing is written]
-    #[arg(long, value_name = "DIR")]
-    pub out: Option<PathBuf>,
-    /// Take up the interrupted evaluation in the folder, with the settings found there
-    #[arg(long, requires = "out")]
-    pub resume: bool,
     /// How positions are stretched: linear, ntk, dynamic, yarn, longrope or llama3, or a JSON object as in rope_scaling of a
     /// config.json [default: as the adapter, or the model, says]
     #[arg(long, value_name = "NAME")]
@@ -296,6 +287,22 @@ pub struct Evaluated {
     /// Precision: f32, mixed (products in bf16) or bf16 (storage too) [default: f32]
     #[arg(long, value_name = "NAME")]
     pub dtype: Option<String>,
+}
+
+/// The model of an evaluation, and where its results go.
+#[derive(Debug, Clone, Default, Args)]
+pub struct Evaluated {
+    /// Model folder
+    #[arg(long, value_name = "DIR", required_unless_present = "resume")]
+    pub base: Option<PathBuf>,
+    #[command(flatten)]
+    pub used: Used,
+    /// Folder for results and a report, absent or empty [default: nothing is written]
+    #[arg(long, value_name = "DIR")]
+    pub out: Option<PathBuf>,
+    /// Take up the interrupted evaluation in the folder, with the settings found there
+    #[arg(long, requires = "out")]
+    pub resume: bool,
 }
 
 /// The text that perplexity is measured on.
@@ -398,9 +405,8 @@ pub struct Generate {
     /// Model folder
     #[arg(long, value_name = "DIR")]
     pub base: PathBuf,
-    /// Adapter folder (PEFT)
-    #[arg(long, value_name = "DIR")]
-    pub adapter: Option<PathBuf>,
+    #[command(flatten)]
+    pub used: Used,
     /// Text to continue; given more than once, each is continued
     #[arg(long, value_name = "TEXT", required_unless_present = "prompt_file")]
     pub prompt: Vec<String>,
@@ -422,17 +428,6 @@ pub struct Generate {
     /// Go on past end tokens
     #[arg(long)]
     pub ignore_end: bool,
-    /// How positions are stretched: linear, ntk, dynamic, yarn, longrope or llama3, or a JSON object as in rope_scaling of a
-    /// config.json [default: as the adapter, or the model, says]
-    #[arg(long, value_name = "NAME")]
-    pub scaling: Option<String>,
-    /// Stretch from the original context [default: as the adapter, or the model, says; with --scaling alone that of the
-    /// longest context]
-    #[arg(long, value_name = "F")]
-    pub factor: Option<f64>,
-    /// Precision: f32, mixed (products in bf16) or bf16 (storage too) [default: f32]
-    #[arg(long, value_name = "NAME")]
-    pub dtype: Option<String>,
 }
 
 /// Fold an adapter into its base.

@@ -6,7 +6,7 @@
 
 use crate::args::{
     EvalGap, EvalPasskey, EvalPpl, Evaluated, Export, Extend, Generate, Global, Logits, Merge, Pretrain,
-    Rope, Scored,
+    Rope, Scored, Used,
 };
 use crate::failure::{Failure, Result};
 use serde_json::{Map, Value, json};
@@ -193,14 +193,20 @@ fn evaluated(of: &Evaluated, global: &Global) -> Result<Params> {
         of.out.as_deref().map(|out| out.join("config.toml")).filter(|path| of.resume && path.is_file());
     let mut params = written.as_deref().map(Params::from_toml).transpose()?.unwrap_or_default();
     params.set_path("base", of.base.as_ref())?;
-    params.set_path("adapter", of.adapter.as_ref())?;
     params.set_path("out", of.out.as_ref())?;
     params.set_some("resume", of.resume.then_some(true));
+    used(&of.used, global, &mut params)?;
+    Ok(params)
+}
+
+/// How the model of an evaluation or a generation is used.
+fn used(of: &Used, global: &Global, params: &mut Params) -> Result<()> {
+    params.set_path("adapter", of.adapter.as_ref())?;
     params.set_some("scaling", of.scaling.as_deref().map(scaling).transpose()?);
     params.set_some("factor", of.factor);
     params.set_some("dtype", of.dtype.as_deref());
     params.set_some("threads", global.threads);
-    Ok(params)
+    Ok(())
 }
 
 fn scored(text: &Scored, params: &mut Params) {
@@ -243,7 +249,6 @@ pub fn eval_passkey(args: &EvalPasskey, global: &Global) -> Result<Value> {
 pub fn generate(args: &Generate, global: &Global) -> Result<Value> {
     let mut params = Params::default();
     params.set_path("base", Some(&args.base))?;
-    params.set_path("adapter", args.adapter.as_ref())?;
     params.set_list("prompts", &args.prompt);
     params.set_path("prompt_file", args.prompt_file.as_ref())?;
     params.set_some("max_new_tokens", args.max_new_tokens);
@@ -251,10 +256,7 @@ pub fn generate(args: &Generate, global: &Global) -> Result<Value> {
     params.set_some("top_p", args.top_p);
     params.set_some("seed", args.seed);
     params.set_some("ignore_end", args.ignore_end.then_some(true));
-    params.set_some("scaling", args.scaling.as_deref().map(scaling).transpose()?);
-    params.set_some("factor", args.factor);
-    params.set_some("dtype", args.dtype.as_deref());
-    params.set_some("threads", global.threads);
+    used(&args.used, global, &mut params)?;
     Ok(params.into_value())
 }
 

@@ -75,3 +75,20 @@ fn unknown_key_is_refused_by_name() {
     let error = ExtendConfig::from_json(serde_json::json!({"contxt": 1})).unwrap_err();
     assert!(error.message.contains("contxt") && error.message.contains("context"), "{error}");
 }
+
+#[test]
+fn sigma_is_refused_since_tokens_have_none() {
+    for (extra, got) in [
+        (serde_json::json!({ "train_sigma": true }), "got train_sigma = true"),
+        (serde_json::json!({ "sigma": { "lr": 1.0 } }), "got sigma = {\"lr\":1.0}"),
+        (serde_json::json!({ "groups": ["lora", "sigma"] }), "got groups = [\"lora\",\"sigma\"]"),
+    ] {
+        let message = resolved(extra).unwrap_err().to_string();
+        for part in ["expected a session", "JT3", got] {
+            assert!(message.contains(part), "{message}");
+        }
+    }
+    // Any other word is unknown as before.
+    let message = resolved(serde_json::json!({ "groups": ["lora"] })).unwrap_err().to_string();
+    assert!(message.contains("unknown field `groups`"), "{message}");
+}
