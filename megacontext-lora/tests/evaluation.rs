@@ -225,6 +225,13 @@ fn a_text_is_continued() {
     assert_eq!(result["results"][1]["prompt_tokens"], 8);
     // 19 and 8 tokens of prompt, two more each that are run, 2 blocks, 2 heads of 256, keys and values, f32.
     assert_eq!(result["cache_bytes"], (21 + 10) * 2 * 2 * 256 * 2 * 4);
+    // The first new token comes from the prompt's last one; each of the other two is a step of both rows.
+    for (part, tokens) in [("prefill", 19 + 8), ("decoding", 2 * 2)] {
+        let told = &result[part];
+        let (seconds, rate) = (told["seconds"].as_f64().unwrap(), told["tokens_per_s"].as_f64().unwrap());
+        assert_eq!(told["tokens"], tokens, "{part}");
+        assert!(seconds > 0.0 && (rate * seconds / tokens as f64 - 1.0).abs() < 1e-9, "{told}");
+    }
 
     let drawn = |seed: &str| {
         let flags = ["--prompt", prompt, "--temperature", "30", "--top-p", "0.9", "--seed", seed, "--json"];
