@@ -9,6 +9,7 @@
 //! | keep a history with its gists, appended to and refreshed | [`GistTree`] |
 //! | choose what a model is shown, and edit it | [`WorkingContext`], [`Limits`] |
 //! | feed it to a decoder | [`WorkingContext::input`], [`ContextInput::places`] |
+//! | store a tree, read it or a block of it | [`write_tree`], [`TreeFolder`], [`CtxFile`] |
 //! | give a tree what it is made from | [`GistSource`], [`TokenEmbeddings`] |
 //!
 //! Words: an entry of level (LOD) 0 is a token; one of level l is the gist of K entries of level l − 1, so it stands for
@@ -19,6 +20,8 @@
 //!
 //! Left out on purpose: networks (GistNet, LensNet), scores and the choice of edits (the focus allocator).
 
+mod ctx;
+mod folder;
 mod hierarchy;
 mod input;
 mod rebuild;
@@ -26,6 +29,8 @@ mod source;
 mod tree;
 mod working;
 
+pub use ctx::{CtxFile, CtxHeader, GistDtype, HEADER, Layout};
+pub use folder::{LevelMetadata, Metadata, OwnMetadata, StoreOptions, TreeFolder, write_tree};
 pub use hierarchy::{Hierarchy, Node};
 pub use input::{ContextInput, NO_TOKEN};
 pub use source::{GistSource, TokenEmbeddings};

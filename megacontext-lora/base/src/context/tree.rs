@@ -10,7 +10,7 @@
 //! Errors: a source or embeddings of other sizes, values that are no numbers, versions that do not go together. The tree is
 //! then what it was.
 //!
-//! Left out on purpose: forgetting (the history only grows).
+//! Left out on purpose: forgetting (the history only grows) and files (`folder`).
 
 use std::ops::{Bound, Range, RangeBounds};
 
@@ -62,6 +62,33 @@ impl GistTree {
         }
         let levels = vec![Level::default(); usize::from(hierarchy.levels())];
         Ok(Self { hierarchy, width, base, tokens: Vec::new(), levels })
+    }
+
+    /// A tree of what was stored: as many nodes as the tokens complete, each of its children's version.
+    pub(super) fn from_parts(
+        hierarchy: Hierarchy,
+        width: usize,
+        base: BaseModel,
+        tokens: Vec<u32>,
+        levels: Vec<Level>,
+    ) -> Result<Self> {
+        let tree = Self { levels, tokens, ..Self::new(hierarchy, width, base)? };
+        if tree.levels.len() != usize::from(hierarchy.levels()) {
+            return fail(format!("expected {} levels, got {}", hierarchy.levels(), tree.levels.len()));
+        }
+        for (lod, level) in (1..).zip(&tree.levels) {
+            let nodes = tree.hierarchy.nodes(tree.len(), lod) as usize;
+            if [level.gists.len(), level.versions.len()] != [nodes * width, nodes] {
+                return fail(format!(
+                    "level {lod}: expected {nodes} nodes of {width} values over {} tokens, got {} values and {} versions",
+                    tree.tokens.len(),
+                    level.gists.len(),
+                    level.versions.len()
+                ));
+            }
+        }
+        tree.check_versions()?;
+        Ok(tree)
     }
 
     /// Block and levels.

@@ -4,6 +4,7 @@
 // A test stops at the first thing that is not as it should be.
 #![allow(clippy::unwrap_used)]
 
+mod storage;
 mod support;
 mod tree;
 mod working;
