@@ -69,11 +69,16 @@ pub(crate) fn apply(
 ) -> Result<Tensor> {
     let mut z_ne = pool(config.pooling, params, x_nte, counted)?;
     for (i, (name, ..)) in layers(config).into_iter().enumerate() {
-        let z = if i == 0 { z_ne } else { z_ne.relu()? };
+        let z = if i == 0 { z_ne } else { relu(&z_ne)? };
         let product = linear(&z, &params.taped(&format!("{name}.weight"))?, None)?;
         z_ne = product.broadcast_add(&params.taped(&format!("{name}.bias"))?)?;
     }
     Ok(z_ne)
+}
+
+/// max(x, 0), of which candle's own makes 0 where x is NaN: that has to show.
+fn relu(x: &Tensor) -> Result<Tensor> {
+    Ok(((x + x.abs()?)? * 0.5)?)
 }
 
 fn pool(pooling: Pooling, params: &ParamStore, x_nte: &Tensor, counted: Option<&Counted>) -> Result<Tensor> {

@@ -23,6 +23,7 @@ mod head;
 pub mod losses;
 pub mod metrics;
 mod network;
+mod source;
 mod valid;
 
 pub use checkpoint::{Expected, FORMAT_VERSION, Identity, Loaded};
