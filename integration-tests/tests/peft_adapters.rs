@@ -14,8 +14,11 @@ use serde_json::{Value, json};
 /// Entries of the golden models' vocabulary.
 const VOCAB: usize = 64;
 
-/// An adapter of `fixtures/peft`: its base's name, rows of tokens and their logits, [T, V] each.
-fn golden(kind: &str) -> (String, Vec<(Vec<u32>, Vec<f32>)>) {
+/// Tokens [T] and their logits [T, V].
+type Row = (Vec<u32>, Vec<f32>);
+
+/// An adapter of `fixtures/peft`: its base's name, and rows with PEFT's logits.
+fn golden(kind: &str) -> (String, Vec<Row>) {
     let dir = fixture("peft").join(kind);
     let config: Value =
         serde_json::from_slice(&std::fs::read(dir.join("adapter_config.json")).unwrap()).unwrap();

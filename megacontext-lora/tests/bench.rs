@@ -6,8 +6,12 @@
 
 mod common;
 
-use common::mclora;
-use serde_json::{Value, json};
+use std::fs::File;
+use std::io::Write;
+
+use common::{Fixture, edit_json, mclora};
+use megacontext_base::config::DecoderConfig;
+use serde_json::{Map, Value, json};
 
 /// Runs `mclora bench LINE`: the lines on stdout.
 fn bench(line: &str) -> Vec<Value> {
@@ -183,7 +187,66 @@ fn load_tells_how_long_loading_and_a_call_take() {
     assert!(line["best_ms"].as_f64() <= line["load_ms"].as_f64(), "{line}");
 }
 
+/// A model folder of about 300 MB of bf16 zeros, in a file without blocks on the disk; the bytes of its weights.
+fn hollow_model(fixture: &Fixture, name: &str) -> u64 {
+    let dir = fixture.copy("base", name);
+    edit_json(&dir.join("config.json"), |config| {
+        for (key, value) in [("hidden_size", 1024), ("intermediate_size", 4096), ("num_hidden_layers", 9)] {
+            config[key] = json!(value);
+        }
+        config["head_dim"] = json!(256);
+    });
+    let config = DecoderConfig::from_dir(&dir).unwrap();
+    let (mut header, mut end) = (Map::new(), 0);
+    for (name, shape) in config.tensors() {
+        let start = end;
+        end += 2 * shape.iter().product::<usize>() as u64;
+        header.insert(name, json!({ "dtype": "BF16", "shape": shape, "data_offsets": [start, end] }));
+    }
+    let mut header = Value::Object(header).to_string();
+    header.extend(std::iter::repeat_n(' ', header.len().next_multiple_of(8) - header.len()));
+    let mut file = File::create(dir.join("model.safetensors")).unwrap();
+    file.write_all(&(header.len() as u64).to_le_bytes()).unwrap();
+    file.write_all(header.as_bytes()).unwrap();
+    let size = 8 + header.len() as u64 + end;
+    file.set_len(size).unwrap();
+    size
+}
+
+#[test]
+fn a_model_is_opened_without_reading_it() {
+    let fixture = Fixture::new();
+    let size = hollow_model(&fixture, "hollow");
+    assert!((250_000_000..350_000_000).contains(&size), "{size}");
+    let base = fixture.at("hollow");
+    let line = one(&format!("load --reps 1 --base {base} --dtype bf16"));
+    positive(&line, &["base_open_ms", "base_file_MB"]);
+    assert_eq!(line["dtype"], "bf16");
+    let file = line["base_file_MB"].as_f64().unwrap();
+    assert!((file - size as f64 / 1e6).abs() < 0.1, "{line}");
+    if cfg!(target_os = "linux") {
+        // Norms are read; everything else stays in its file.
+        assert!(line["base_extra_MB"].as_f64().unwrap() < 0.05 * file, "{line}");
+    }
+    // Several processes: the middle of each number.
+    let base = fixture.at("base");
+    let line = one(&format!("load --reps 2 --base {base}"));
+    positive(&line, &["base_open_ms", "base_file_MB"]);
+}
+
 // What is refused.
+
+#[test]
+fn a_base_that_is_not_there() {
+    mclora(&["bench", "load", "--reps", "1", "--base", "nowhere"]).refused(1, &["nowhere"]);
+}
+
+#[test]
+fn a_precision_without_a_base() {
+    let outcome = mclora(&["bench", "load", "--dtype", "bf16"]);
+    assert_eq!(outcome.status.code(), Some(2), "{}", outcome.stderr);
+    assert!(outcome.stderr.contains("--base"), "{}", outcome.stderr);
+}
 
 #[test]
 fn an_unknown_pattern() {

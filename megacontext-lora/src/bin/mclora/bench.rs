@@ -1,24 +1,18 @@
 //! `mclora bench`: measurements of this machine, one JSON line each.
 //!
-//! The plugin measures (its job `bench`); here are the flags, and what only a host can measure: how long the plugin takes to
-//! load and what a call into it costs. Several lengths (`--n 2048,4096`) are measured in a process each, so that memory one
+//! The plugin measures (its job `bench`); here are the flags, and in [`load`] what only a host can measure. Several lengths (`--n 2048,4096`) are measured in a process each, so that memory one
 //! measurement leaves behind is not the next one's, and a plugin can only be loaded for the first time once.
 //!
 //! Lines go to stdout as they come; with `--json` one object `{"measurements": [...]}` at the end instead.
 
 use crate::args::Global;
-use crate::commands::{job, plugin_path};
+use crate::commands::job;
 use crate::failure::{Failure, Result};
+use crate::load::{self, LoadArgs};
 use crate::params::{self, Params};
 use clap::{Args, Subcommand};
-use megacontext_lora_abi::{LoadOptions, Plugin};
 use serde_json::{Value, json};
-use std::hint::black_box;
 use std::process::{Command, Stdio};
-use std::time::Instant;
-
-/// Calls that are timed together.
-const CALLS: u32 = 200_000;
 
 #[derive(Debug, Clone, Subcommand)]
 pub enum BenchCommand {
@@ -34,7 +28,7 @@ pub enum BenchCommand {
     Linear(LinearArgs),
     /// Attention in the loss of gists: short rows over one document, against two whole passes per block
     Gist(GistArgs),
-    /// Loading the plugin, and a call into it that does no work
+    /// Loading the plugin, a call into it that does no work, and opening a model
     Load(LoadArgs),
     /// One measurement from the parameters of the plugin's job, as JSON
     #[command(hide = true)]
@@ -184,14 +178,6 @@ pub struct GistArgs {
     common: Common,
 }
 
-/// Loading the plugin in a fresh process, from opening the file to an open session, and a call that does no work.
-#[derive(Debug, Clone, Args)]
-pub struct LoadArgs {
-    /// Processes to load it in
-    #[arg(long, value_name = "N", default_value_t = 5)]
-    reps: u64,
-}
-
 /// Runs the command: prints the measurements, or returns them where `--json` is given.
 pub fn run(command: &BenchCommand, global: &Global) -> Result<Value> {
     match command {
@@ -201,7 +187,7 @@ pub fn run(command: &BenchCommand, global: &Global) -> Result<Value> {
         BenchCommand::Loss(args) => each(loss(args, global)?, &args.n, global),
         BenchCommand::Linear(args) => each(linear(args, global)?, &args.n, global),
         BenchCommand::Gist(args) => each(gist(args, global)?, &args.n, global),
-        BenchCommand::Load(args) => load(args, global),
+        BenchCommand::Load(args) => load::run(args, global),
         BenchCommand::Job { params } => {
             let params = serde_json::from_str(params)
                 .map_err(|e| Failure::usage(format!("bench job: expected parameters as JSON: {e}")))?;
@@ -292,7 +278,7 @@ fn each(params: Params, lengths: &[u64], global: &Global) -> Result<Value> {
 }
 
 /// Prints a measurement, one line, unless `--json` wants all of them at the end.
-fn printed(measurement: Value, global: &Global) -> Value {
+pub fn printed(measurement: Value, global: &Global) -> Value {
     if !global.json {
         println!("{measurement}");
     }
@@ -300,12 +286,12 @@ fn printed(measurement: Value, global: &Global) -> Value {
 }
 
 /// The result of the command.
-fn all(measurements: Vec<Value>) -> Value {
+pub fn all(measurements: Vec<Value>) -> Value {
     json!({ "measurements": measurements })
 }
 
 /// The measurement of `mclora bench ARGS` in a process of its own.
-fn in_another_process(args: &[String], global: &Global) -> Result<Value> {
+pub fn in_another_process(args: &[String], global: &Global) -> Result<Value> {
     let io = |e: std::io::Error| Failure::internal(format!("bench: cannot run this program again: {e}"));
     let mut command = Command::new(std::env::current_exe().map_err(io)?);
     if let Some(plugin) = &global.plugin {
@@ -328,59 +314,6 @@ fn in_another_process(args: &[String], global: &Global) -> Result<Value> {
         Value::Array(measurements) if measurements.len() == 1 => Ok(measurements.remove(0)),
         other => Err(Failure::internal(format!("bench: expected one measurement, got {other}"))),
     }
-}
-
-/// The middle one of several processes that loaded it; in this one where only one is wanted.
-fn load(args: &LoadArgs, global: &Global) -> Result<Value> {
-    if !(1..=1000).contains(&args.reps) {
-        return Err(Failure::usage(format!("--reps: expected 1 to 1000, got {}", args.reps)));
-    }
-    if args.reps == 1 {
-        return Ok(all(vec![printed(load_here(global)?, global)]));
-    }
-    let mut samples = Vec::new();
-    for _ in 0..args.reps {
-        samples.push(in_another_process(&["load".into(), "--reps=1".into()], global)?);
-    }
-    let field = |key: &str| -> Vec<f64> {
-        let mut values: Vec<f64> = samples.iter().filter_map(|s| s[key].as_f64()).collect();
-        values.sort_by(f64::total_cmp);
-        values
-    };
-    let mut result = samples.first().cloned().unwrap_or_default();
-    for key in ["load_ms", "open_ms", "call_ns"] {
-        let values = field(key);
-        result[key] = json!(values.get(values.len() / 2));
-    }
-    result["best_ms"] = json!(field("load_ms").first());
-    result["reps"] = json!(args.reps);
-    Ok(all(vec![printed(result, global)]))
-}
-
-/// Loads the plugin into this process, where it must not have been loaded before.
-fn load_here(global: &Global) -> Result<Value> {
-    let path = plugin_path(global)?;
-    let start = Instant::now();
-    let plugin = Plugin::load(&path, &LoadOptions::default())?;
-    let loaded = start.elapsed();
-    let session = plugin.open_session(&json!({}), ())?;
-    let opened = start.elapsed();
-    let calls = || -> Result<f64> {
-        let start = Instant::now();
-        for _ in 0..CALLS {
-            black_box(&session).check()?;
-        }
-        Ok(start.elapsed().as_secs_f64() / f64::from(CALLS) * 1e9)
-    };
-    calls()?;
-    let call =
-        (0..5).map(|_| calls()).collect::<Result<Vec<f64>>>()?.into_iter().fold(f64::INFINITY, f64::min);
-    let milliseconds = |d: std::time::Duration| (d.as_secs_f64() * 1e6).round() / 1e3;
-    Ok(json!({
-        "lib": "megacontext", "what": "load", "profile": plugin.build_info().profile,
-        "load_ms": milliseconds(opened), "best_ms": milliseconds(opened), "open_ms": milliseconds(opened - loaded),
-        "call_ns": (call * 10.0).round() / 10.0, "reps": 1,
-    }))
 }
 
 #[cfg(test)]

@@ -10,6 +10,7 @@ mod args;
 mod bench;
 mod commands;
 mod failure;
+mod load;
 mod lora;
 mod params;
 mod progress;
