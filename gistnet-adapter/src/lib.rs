@@ -7,18 +7,20 @@
 //! | make gists, with or without a graph | [`GistNet::forward`], [`GistNet::hierarchy`], [`GistNet::gists`] |
 //! | train it | [`GistNet::backward`], [`losses`] |
 //! | save and load it | [`GistNet::save`], [`GistNet::load`], [`GistNet::load_weights`] |
+//! | ask what gists cost the base model | [`delta_nll`] |
 //! | judge gists | [`metrics`], [`GistNet::attention_entropy`] |
 //! | build a tree of gists | `megacontext_base::context`, which [`GistNet`] is a source for |
 //!
 //! Should I use this? If some of the context may be vague: a gist takes the place of K tokens, and of K gists in turn. What it
-//! costs in prediction is measured elsewhere (ΔNLL@H, over the base model's shared prefix); here is the network alone, and
-//! the terms of its loss that need nothing but gists.
+//! costs in prediction is ΔNLL@H, measured and differentiated over the frozen base model ([`delta_nll`]); the other terms of
+//! the loss need nothing but gists ([`losses`]).
 //!
 //! Shapes: N blocks, K entries of a block, E model width. Inputs are embeddings of tokens as the base's table has them, or
 //! gists. Everything is f32 on the CPU. Errors are `BaseError`: what was expected, and what came.
 
 mod checkpoint;
 mod config;
+pub mod delta_nll;
 mod head;
 pub mod losses;
 pub mod metrics;
