@@ -81,32 +81,17 @@ impl GistNet {
     /// expected, or its tensors are not exactly those of its settings, each of its shape and finite.
     pub fn load(path: &Path, expected: Expected) -> Result<Loaded> {
         let file = NetworkFile::open(path)?;
-        let stated = |key: &str| {
-            let missing =
-                || file.refuse(format!("metadata: expected {key}, there is none: no GistNet of ours"));
-            file.metadata(key).ok_or_else(missing)
-        };
-        if stated("network")? != NETWORK {
-            let message = format!("metadata: expected network {NETWORK}, got {}", stated("network")?);
-            return Err(file.refuse(message));
-        }
-        if stated("format_version")? != FORMAT_VERSION.to_string() {
-            let found = stated("format_version")?;
-            return Err(
-                file.refuse(format!("metadata: expected format_version {FORMAT_VERSION}, got {found}"))
-            );
-        }
-        let config: GistNetConfig = serde_json::from_str(stated("config")?)
+        file.check_format(NETWORK, FORMAT_VERSION)?;
+        let config: GistNetConfig = serde_json::from_str(file.stated("config")?)
             .map_err(|e| file.refuse(format!("metadata: config: expected settings of a GistNet: {e}")))?;
-        let base_fingerprint = stated("base_fingerprint")?.to_string();
-        let gist_version = stated("gist_version")?;
+        let base_fingerprint = file.stated("base_fingerprint")?.to_string();
+        let gist_version = file.stated("gist_version")?;
         let gist_version: u16 = gist_version.parse().map_err(|_| {
             file.refuse(format!("metadata: gist_version: expected 0 to 65535, got {gist_version}"))
         })?;
         let sides = [("block", expected.block, config.block), ("width", expected.width, config.width)];
         for (key, wanted, found) in sides {
-            if wanted.is_some_and(|wanted| wanted != found) {
-                let wanted = wanted.unwrap_or_default();
+            if let Some(wanted) = wanted.filter(|wanted| *wanted != found) {
                 return Err(file.refuse(format!("{key}: expected {wanted}, got a network of {found}")));
             }
         }

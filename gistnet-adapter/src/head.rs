@@ -11,8 +11,7 @@ use candle_core::{D, Tensor};
 use megacontext_base::error::Result;
 use megacontext_base::params::{Group, ParamStore};
 use megacontext_base::random::Random;
-use megacontext_base::tower::insert_uniform;
-use megacontext_kernels::linear::linear;
+use megacontext_base::tower::{Affine, relu};
 
 use crate::config::{GistNetConfig, Head, Mode, Pooling};
 
@@ -23,13 +22,14 @@ const NEVER: f32 = -1e30;
 /// Which entries of each block are pooled: 1 where an entry counts, else 0, [N, T].
 pub(crate) type Counted = Tensor;
 
-/// The layers behind pooling: prefix of the name, out, in.
-fn layers(config: &GistNetConfig) -> Vec<(&'static str, usize, usize)> {
+/// The layers behind pooling.
+fn layers(config: &GistNetConfig) -> Vec<Affine> {
     let e = config.width;
+    let affine = |name, out, inp| Affine { name, out, inp };
     match (config.head, config.pooling) {
-        (Head::Linear, _) => vec![("head.proj", e, e)],
-        (Head::Mlp, Pooling::Mean) => vec![("head.mlp.0", 2 * e, e), ("head.mlp.2", e, 2 * e)],
-        (Head::Mlp, _) => vec![("head.proj.0", 2 * e, e), ("head.proj.2", e, 2 * e)],
+        (Head::Linear, _) => vec![affine("head.proj", e, e)],
+        (Head::Mlp, Pooling::Mean) => vec![affine("head.mlp.0", 2 * e, e), affine("head.mlp.2", e, 2 * e)],
+        (Head::Mlp, _) => vec![affine("head.proj.0", 2 * e, e), affine("head.proj.2", e, 2 * e)],
     }
 }
 
@@ -40,9 +40,7 @@ fn has_query(config: &GistNetConfig) -> bool {
 /// Names and shapes of the parameters.
 pub(crate) fn tensors(config: &GistNetConfig) -> Vec<(String, Vec<usize>)> {
     let query = has_query(config).then(|| (QUERY.to_string(), vec![config.width]));
-    let layers = layers(config).into_iter().flat_map(|(name, out, inp)| {
-        [(format!("{name}.weight"), vec![out, inp]), (format!("{name}.bias"), vec![out])]
-    });
+    let layers = layers(config).into_iter().flat_map(|layer| layer.tensors());
     query.into_iter().chain(layers).collect()
 }
 
@@ -53,11 +51,7 @@ pub(crate) fn insert_parameters(config: &GistNetConfig, params: &mut ParamStore,
         let values = (0..config.width).map(|_| random.normal() as f32).collect();
         params.insert_values(QUERY, Group::Gistnet, values, &[config.width])?;
     }
-    for (name, out, inp) in layers(config) {
-        insert_uniform(params, Group::Gistnet, &format!("{name}.weight"), &[out, inp], inp, seed)?;
-        insert_uniform(params, Group::Gistnet, &format!("{name}.bias"), &[out], inp, seed)?;
-    }
-    Ok(())
+    layers(config).iter().try_for_each(|layer| layer.insert_parameters(params, Group::Gistnet, seed))
 }
 
 /// Gists [N, E] of what stands behind the transformer, or of the entries themselves, `x_nte`.
@@ -68,17 +62,11 @@ pub(crate) fn apply(
     counted: Option<&Counted>,
 ) -> Result<Tensor> {
     let mut z_ne = pool(config.pooling, params, x_nte, counted)?;
-    for (i, (name, ..)) in layers(config).into_iter().enumerate() {
+    for (i, layer) in layers(config).into_iter().enumerate() {
         let z = if i == 0 { z_ne } else { relu(&z_ne)? };
-        let product = linear(&z, &params.taped(&format!("{name}.weight"))?, None)?;
-        z_ne = product.broadcast_add(&params.taped(&format!("{name}.bias"))?)?;
+        z_ne = layer.apply(params, &z)?;
     }
     Ok(z_ne)
-}
-
-/// max(x, 0), of which candle's own makes 0 where x is NaN: that has to show.
-fn relu(x: &Tensor) -> Result<Tensor> {
-    Ok(((x + x.abs()?)? * 0.5)?)
 }
 
 fn pool(pooling: Pooling, params: &ParamStore, x_nte: &Tensor, counted: Option<&Counted>) -> Result<Tensor> {

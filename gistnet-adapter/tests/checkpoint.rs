@@ -90,7 +90,7 @@ fn a_state_dict_of_the_original_is_read() -> Result<()> {
     let net = GistNet::load_weights(&path, config)?;
     let gists = net.forward(case.get("in.blocks")?, None)?;
     assert!(close(&gists, case.get("derived.out")?)? < 2e-5);
-    refused(&path, Expected::default(), "metadata: expected network, there is none: no GistNet of ours");
+    refused(&path, Expected::default(), "metadata: expected network, there is none: no network of ours");
     Ok(())
 }
 

@@ -12,7 +12,7 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 source, target = map(Path, sys.argv[1:])
-for pattern in ("gist_*.safetensors", "lens_*.safetensors"):
+for pattern in ("gist_*.safetensors", "lens_*.safetensors", "pref_loss.safetensors"):
     for path in sorted(source.glob(pattern)):
         with safe_open(path, "numpy") as case:
             kept = [name for name in case.keys() if not name.startswith("bf16.")]

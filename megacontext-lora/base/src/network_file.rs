@@ -40,9 +40,27 @@ impl NetworkFile {
         self.file.metadata()?.get(key).map(String::as_str)
     }
 
-    /// Shape of a tensor, where there is one of this name.
-    pub fn shape(&self, name: &str) -> Option<&[usize]> {
-        self.file.shape(name)
+    /// An entry of the metadata that has to be there.
+    ///
+    /// # Errors
+    /// When it is not.
+    pub fn stated(&self, key: &str) -> Result<&str> {
+        let missing = || self.refuse(format!("metadata: expected {key}, there is none: no network of ours"));
+        self.metadata(key).ok_or_else(missing)
+    }
+
+    /// Refuses a file of another network or of another version of its format.
+    ///
+    /// # Errors
+    /// As said.
+    pub fn check_format(&self, network: &str, version: u32) -> Result<()> {
+        for (key, wanted) in [("network", network), ("format_version", &version.to_string())] {
+            let found = self.stated(key)?;
+            if found != wanted {
+                return Err(self.refuse(format!("metadata: expected {key} {wanted}, got {found}")));
+            }
+        }
+        Ok(())
     }
 
     /// An error that blames this file.

@@ -18,6 +18,7 @@
 //! Left out on purpose: LoRA, bf16, activation checkpointing: a batch of blocks is small beside a pass of the base.
 
 mod biased;
+mod layers;
 
 use candle_core::{Device, Tensor};
 use megacontext_kernels::attention::reference::{self, Problem};
@@ -30,7 +31,8 @@ use megacontext_kernels::rope::rope;
 
 use crate::error::{BaseError, Result};
 use crate::params::{Group, ParamStore};
-use crate::random::Random;
+
+pub use layers::{Affine, insert_uniform, relu};
 
 /// What the norms add to the mean square: f32's machine epsilon, as PyTorch's `rms_norm` does by default.
 pub const EPS: f64 = 1.192_092_9e-7;
@@ -95,23 +97,6 @@ impl TowerConfig {
 
 fn weight(layer: usize, part: &str) -> String {
     format!("blocks.{layer}.{part}.weight")
-}
-
-/// Adds a parameter that begins as those of PyTorch's linear layers do: uniform in ±1/√`fan_in`.
-///
-/// The values depend on the seed and the name alone.
-pub fn insert_uniform(
-    params: &mut ParamStore,
-    group: Group,
-    name: &str,
-    shape: &[usize],
-    fan_in: usize,
-    seed: u64,
-) -> Result<()> {
-    let mut random = Random::named(seed, name);
-    let bound = 1.0 / (fan_in as f64).sqrt();
-    let values = (0..shape.iter().product::<usize>()).map(|_| random.uniform(-bound, bound) as f32).collect();
-    params.insert_values(name, group, values, shape)
 }
 
 /// Which keys a query sees.

@@ -1,0 +1,27 @@
+//! LensNet: for every entry of a working context, how much a closer look is worth, or how little.
+//!
+//! | to | look at |
+//! |---|---|
+//! | describe a network | [`LensNetConfig`] |
+//! | score entries, with or without a graph | [`LensNet::forward`], [`LensNet::focus_scores`] |
+//! | let nothing impossible be asked for | [`legality`] |
+//! | learn from which of several contexts predicts better | [`preference`] |
+//! | save and load it | [`LensNet::save`], [`LensNet::load`], [`LensNet::load_weights`] |
+//!
+//! A score u lies in [−1, 1]: above 0 the entry should be expanded into what it stands for, below 0 collapsed with its
+//! siblings. LensNet knows gists only as embeddings in a working context (`megacontext_base::context`); what makes them is
+//! not its business.
+//!
+//! Shapes: B working contexts, W entries, E width. Everything is f32 on the CPU. Errors are `BaseError`: what was expected,
+//! and what came.
+
+mod checkpoint;
+mod config;
+mod features;
+pub mod legality;
+mod network;
+pub mod preference;
+
+pub use checkpoint::{Expected, FORMAT_VERSION, Loaded};
+pub use config::{Features, Head, LensNetConfig};
+pub use network::{Contexts, LensNet};
