@@ -141,3 +141,16 @@ fn rows_of_new_tokens_learn_and_no_others() {
     assert_eq!(run.learning(), ["lora"]);
     assert_eq!(run.rows_changed(EMBEDDING), ids.into_iter().collect::<Vec<_>>());
 }
+
+#[test]
+fn a_policy_that_other_settings_rule_out_is_no_choice_in_the_plan() {
+    let fixture = Fixture::new();
+    let mut args =
+        with(fixture.extend("run"), &[("--stages", "64:1"), ("--context", "64"), ("--eval-tokens", "64")]);
+    args.extend(["--dora", "--json"].map(str::to_owned));
+    let told = mclora(&args).success();
+    let plan = told.stderr.lines().find(|line| line.contains("\"plan\"")).unwrap();
+    for (policy, there) in [("frozen", true), ("full", true), ("lora", false)] {
+        assert_eq!(plan.contains(&format!("\"policy\":\"{policy}\"")), there, "{policy}: {plan}");
+    }
+}

@@ -354,8 +354,10 @@ pub fn plan_beside(
         if policy == EmbeddingPolicy::NewTokens && config.new_tokens.is_empty() {
             continue;
         }
-        let other = config.with_policy(policy, model)?;
-        let plan = memory_of(&other.groups(), &resolved(&other)?, config.dtype, memory.recompute);
+        // A policy that the other settings rule out, as DoRA does LoRA on the embedding, is no choice here.
+        let Ok(other) = config.with_policy(policy, model) else { continue };
+        let Ok(lora) = resolved(&other) else { continue };
+        let plan = memory_of(&other.groups(), &lora, config.dtype, memory.recompute);
         embeddings.push(EmbeddingCost {
             policy: policy.name(),
             chosen: policy == config.policy(),
