@@ -449,3 +449,66 @@ fn a_session_serves_several_threads() {
         }
     });
 }
+
+#[test]
+fn a_hosts_history_becomes_gists() {
+    let (folder, session) = open("llama/tied_f32");
+    assert!(load().capabilities().contains(&"session:tree".to_string()));
+    let told = session.describe().unwrap();
+    let (width, block) = (told["hidden_size"].as_u64().unwrap() as usize, 4);
+    let path = folder.path().join("gistnet.safetensors");
+    let config = gistnet_adapter::GistNetConfig { block, ..gistnet_adapter::GistNetConfig::new(width, 4) };
+    let network = gistnet_adapter::GistNet::new(config, 1).unwrap();
+    network.save(&path, told["fingerprint"].as_str().unwrap()).unwrap();
+
+    let ids: Vec<u32> = (0..22).map(|i| i * 5 % 64).collect();
+    let error = session.tree_append(TensorView::of(&ids)).unwrap_err();
+    assert!(error.kind() == ErrorKind::Usage && error.message().contains("open_tree"), "{error}");
+    session.open_tree(&json!({ "network": path, "name": "tied" })).unwrap();
+    // Every second of a longer array, and the rest: views need not lie in one piece.
+    let spread: Vec<u32> = ids.iter().flat_map(|id| [*id, 9999]).collect();
+    // SAFETY: 22 elements with a step of 2 lie within the 44 of `spread`, which outlives the view.
+    let strided = unsafe {
+        TensorView::from_raw_parts(spread.as_ptr().cast(), DType::U32, Device::CPU, &[ids.len()], &[2])
+    };
+    assert_eq!(session.tree_append(strided).unwrap()["made"], json!([5, 1]));
+    assert_eq!(
+        session.tree_append(TensorView::of(&[1u32, 2])).unwrap()["nodes"],
+        json!({ "LOD1": 6, "LOD2": 1 })
+    );
+
+    let mut embedded = vec![0f32; 20 * width];
+    session
+        .embed(TensorView::of(&ids[..20]), TensorViewMut::new(&mut embedded, &[20, width]).unwrap())
+        .unwrap();
+    let expected = network.gists(&embedded, 5).unwrap();
+    let mut gists = vec![0f32; 5 * width];
+    session.tree_gists(1, 0, TensorViewMut::new(&mut gists, &[5, width]).unwrap()).unwrap();
+    assert_eq!(gists, expected);
+    gists.fill(0.0);
+    let entries = TensorView::new(&embedded, &[5, block, width]).unwrap();
+    session.gists(entries, 0, TensorViewMut::new(&mut gists, &[5, width]).unwrap()).unwrap();
+    assert_eq!(gists, expected);
+    // They are entries of a context like any other.
+    let entries = EntriesView::Embeddings(TensorView::new(&gists, &[5, width]).unwrap());
+    let mut logits = vec![0f32; 5 * 64];
+    let context = ContextView::new(entries).with_lod(TensorView::of(&[1u32; 5]));
+    session.logits(context, TensorViewMut::new(&mut logits, &[5, 64]).unwrap()).unwrap();
+    assert!(logits.iter().all(|v| v.is_finite()));
+
+    let stored = folder.path().join("tree");
+    session.save_tree(&json!({ "path": stored, "dtype": "f32" })).unwrap();
+    let again = session.open_tree(&json!({ "network": path, "name": "tied", "stored": stored })).unwrap();
+    assert_eq!(again["tokens"], json!(24));
+
+    let flat = TensorView::new(&embedded, &[20, width]).unwrap();
+    let refused = [
+        session.gists(flat, 0, TensorViewMut::new(&mut gists, &[5, width]).unwrap()).unwrap_err(),
+        session.tree_gists(1, 2, TensorViewMut::new(&mut logits, &[5, 64]).unwrap()).unwrap_err(),
+        session.tree_append(TensorView::of(&[1i64])).unwrap_err(),
+        session.open_tree(&json!({ "network": folder.path().join("none") })).unwrap_err(),
+    ];
+    let kinds = refused.each_ref().map(|error| error.kind());
+    assert_eq!(kinds, [ErrorKind::Usage, ErrorKind::Usage, ErrorKind::Usage, ErrorKind::Io], "{refused:?}");
+    assert_eq!(session.tree_append(TensorView::of(&[] as &[u32])).unwrap()["tokens"], json!(24));
+}

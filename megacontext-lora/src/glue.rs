@@ -47,6 +47,7 @@ const CAPABILITIES: &[&str] = &[
     "session:parameter",
     "session:phases",
     "session:adapters",
+    "session:tree",
     "model:llama",
     "model:mistral",
     "model:qwen2",
@@ -452,6 +453,35 @@ impl RawSession for SessionImpl {
     fn unmerge_adapter(&self) -> RResult<RString, AbiError> {
         self.guard_json("unmerge_adapter", Session::unmerge_adapter)
     }
+
+    fn open_tree(&self, params_json: RStr<'_>) -> RResult<RString, AbiError> {
+        self.guard_json("open_tree", |s| s.open_tree(parse("parameters", params_json)?))
+    }
+
+    fn tree_append(&self, tokens: TensorView<'_>) -> RResult<RString, AbiError> {
+        self.guard_json("tree_append", |s| s.tree_append(&tokens.read::<u32>("tokens", &[None])?))
+    }
+
+    fn tree_gists(&self, lod: u32, first: u64, mut out: TensorViewMut<'_>) -> RResult<(), AbiError> {
+        self.guard("tree_gists", |s| {
+            let width = s.tree_sizes("tree_gists")?.1;
+            out.fill("out", &[None, Some(width)], |values| s.tree_gists(lod, first, values))
+        })
+    }
+
+    fn gists(&self, entries: TensorView<'_>, lod: u32, mut out: TensorViewMut<'_>) -> RResult<(), AbiError> {
+        self.guard("gists", |s| {
+            check_disjoint(&[("out", out.byte_range())], &[("entries", entries.byte_range())])?;
+            let (block, width) = s.tree_sizes("gists")?;
+            let values = entries.read::<f32>("entries", &[None, Some(block), Some(width)])?;
+            let dims = [Some(entries.shape()[0]), Some(width)];
+            out.fill("out", &dims, |gists| s.gists(&values, lod, gists))
+        })
+    }
+
+    fn save_tree(&self, params_json: RStr<'_>) -> RResult<RString, AbiError> {
+        self.guard_json("save_tree", |s| s.save_tree(parse("parameters", params_json)?))
+    }
 }
 
 #[cfg(test)]
@@ -519,8 +549,13 @@ mod tests {
             kind(boxed.unload_adapter("{}".into())),
             kind(boxed.merge_adapter()),
             kind(boxed.unmerge_adapter()),
+            kind(boxed.open_tree("{}".into())),
+            kind(boxed.tree_append(TensorView::of(&none))),
+            kind(boxed.tree_gists(1, 0, TensorViewMut::of(&mut out))),
+            kind(boxed.gists(TensorView::of(&none), 0, TensorViewMut::of(&mut out))),
+            kind(boxed.save_tree("{}".into())),
         ];
-        assert_eq!(answers, [ErrorKind::Poisoned; 22]);
+        assert_eq!(answers, [ErrorKind::Poisoned; 27]);
     }
 
     #[test]

@@ -3,7 +3,7 @@
 //! Reading calls (embeddings, tables, logits, NLL, deltas) run side by side; calls that learn exclude everything else.
 //! A phase names the groups that learn; the host brings the batches, the session does the steps (module `phases`).
 //! Optimiser state stays with its parameters when a phase ends. Checkpoints and the adapter are in the module `files`,
-//! switching between adapters in `adapters`. A session opened without a base only runs jobs.
+//! switching between adapters in `adapters`, a gist tree in `history`. A session opened without a base only runs jobs.
 //!
 //! In class `bf16` the base's matrices are stored in bf16; a group that a phase lets learn becomes f32 then, losing nothing,
 //! and stays f32. A roll-back brings the bf16 values back.
@@ -42,6 +42,7 @@ use crate::train::config::OptimizerConfig;
 
 mod adapters;
 mod files;
+mod history;
 mod phases;
 
 /// What a session is opened with.
@@ -140,6 +141,8 @@ pub struct Session {
     loaded: Option<RwLock<Loaded>>,
     /// A phase is being entered or left.
     changing: AtomicBool,
+    /// The gist tree, if there is one. Locked after `loaded` where both are.
+    history: RwLock<Option<history::History>>,
 }
 
 /// While this lives, a phase is being entered or left.
@@ -172,7 +175,7 @@ impl Session {
             if config.adapter.is_some() {
                 return Err(PluginError::usage("session: an adapter needs a base, got none"));
             }
-            return Ok(Self { host, loaded: None, changing: AtomicBool::new(false) });
+            return Ok(Self::over(host, None));
         };
         let mut model = ModelDir::open(&dir)?;
         if let Some(positions) = config.positions {
@@ -202,7 +205,11 @@ impl Session {
             unsaved: AtomicBool::new(false),
             adapters: BTreeMap::new(),
         };
-        Ok(Self { host, loaded: Some(RwLock::new(loaded)), changing: AtomicBool::new(false) })
+        Ok(Self::over(host, Some(RwLock::new(loaded))))
+    }
+
+    fn over(host: Arc<dyn HostApi>, loaded: Option<RwLock<Loaded>>) -> Self {
+        Self { host, loaded, changing: AtomicBool::new(false), history: RwLock::new(None) }
     }
 
     fn lock(&self) -> Result<&RwLock<Loaded>> {

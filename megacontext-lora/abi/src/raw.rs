@@ -125,6 +125,26 @@ pub trait RawSession: Send + Sync + 'static {
     ) -> RResult<(), AbiError> {
         RResult::RErr(AbiError::not_there("context_tables"))
     }
+    /// Begins a history: a gist tree and the network that makes its gists.
+    fn open_tree(&self, _params_json: RStr<'_>) -> RResult<RString, AbiError> {
+        RResult::RErr(AbiError::not_there("open_tree"))
+    }
+    /// Adds tokens, U32 `[T]`, to it.
+    fn tree_append(&self, _tokens: TensorView<'_>) -> RResult<RString, AbiError> {
+        RResult::RErr(AbiError::not_there("tree_append"))
+    }
+    /// Gists of nodes of a level, F32 `[N, E]`.
+    fn tree_gists(&self, _lod: u32, _first: u64, _out: TensorViewMut<'_>) -> RResult<(), AbiError> {
+        RResult::RErr(AbiError::not_there("tree_gists"))
+    }
+    /// Gists of blocks: F32 `[N, K, E]` to F32 `[N, E]`.
+    fn gists(&self, _entries: TensorView<'_>, _lod: u32, _out: TensorViewMut<'_>) -> RResult<(), AbiError> {
+        RResult::RErr(AbiError::not_there("gists"))
+    }
+    /// Stores the history in a folder.
+    fn save_tree(&self, _params_json: RStr<'_>) -> RResult<RString, AbiError> {
+        RResult::RErr(AbiError::not_there("save_tree"))
+    }
 }
 
 /// A session, owned by the host.

@@ -184,4 +184,36 @@ impl Session {
     pub fn unmerge_adapter(&self) -> Result<Value> {
         json(self.raw.unmerge_adapter())
     }
+
+    /// Begins a history, a gist tree that tokens are appended to, and drops the one before: `{network, levels, name, stored,
+    /// refresh}`. `network` is a `gistnet.safetensors` of this base; `levels` above the tokens, 2 unless said; `name` of the
+    /// base in files, at most 32 bytes, its folder's unless said; `stored` the folder of a history to go on with, whose gists
+    /// have to be of the network's version or are made anew by `refresh`. The answer describes it: `{tokens, block, width,
+    /// levels, nodes: {LOD1, …}, gist_version, stale, base, network}`.
+    pub fn open_tree(&self, params: &Value) -> Result<Value> {
+        json(self.raw.open_tree(params.to_string().as_str().into()))
+    }
+
+    /// Adds tokens, U32 `[T]`, and makes every gist that they complete, once; what fills no block stays tokens. The answer
+    /// is the history's description with `made`, the nodes that each level got.
+    pub fn tree_append(&self, tokens: TensorView<'_>) -> Result<Value> {
+        json(self.raw.tree_append(tokens))
+    }
+
+    /// The gists of the history's nodes `first` … of level `lod`, as many as `out` has rows: F32 `[N, E]`.
+    pub fn tree_gists(&self, lod: u32, first: u64, out: TensorViewMut<'_>) -> Result<()> {
+        self.raw.tree_gists(lod, first, out).into_result()
+    }
+
+    /// The gists of blocks, each of K entries of level `lod` (0: embeddings of tokens, above: gists): F32 `[N, K, E]` to F32
+    /// `[N, E]`, by the network of the open history.
+    pub fn gists(&self, entries: TensorView<'_>, lod: u32, out: TensorViewMut<'_>) -> Result<()> {
+        self.raw.gists(entries, lod, out).into_result()
+    }
+
+    /// Stores the history in a folder of its own, whole or not at all: `{path, dtype, complete}`, gists in `f16` unless said
+    /// (`bf16`, `f32`). A stored history of the same folder is replaced, anything else refused.
+    pub fn save_tree(&self, params: &Value) -> Result<Value> {
+        json(self.raw.save_tree(params.to_string().as_str().into()))
+    }
 }
