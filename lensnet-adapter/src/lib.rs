@@ -5,6 +5,7 @@
 //! | describe a network | [`LensNetConfig`] |
 //! | score entries, with or without a graph | [`LensNet::forward`], [`LensNet::focus_scores`] |
 //! | let nothing impossible be asked for | [`legality`] |
+//! | learn from what every expand and collapse was worth | [`counterfactual`] |
 //! | learn from which of several contexts predicts better | [`preference`] |
 //! | save and load it | [`LensNet::save`], [`LensNet::load`], [`LensNet::load_weights`] |
 //!
@@ -17,6 +18,7 @@
 
 mod checkpoint;
 mod config;
+pub mod counterfactual;
 mod features;
 pub mod legality;
 mod network;

@@ -22,7 +22,7 @@ use std::collections::HashMap;
 
 use candle_core::{DType, Device, Tensor};
 use megacontext_base::error::{BaseError, Result};
-use megacontext_base::tower::relu;
+use megacontext_base::tower::{relu, softplus};
 use serde::{Deserialize, Serialize};
 
 use crate::config::NETWORK;
@@ -283,13 +283,11 @@ impl OfPair<'_> {
         let steep = self.delta.max(1.0) / self.config.temperature;
         let sign = |target: f64| if target == 0.0 { 0.0 } else { target.signum() };
         let z = (self.u * self.of_targets(|target| -sign(target) * steep)?)?;
-        // ln(1 + eᶻ) = max(z, 0) + ln(1 + e^−|z|).
-        let softplus = (relu(&z)? + (z.abs()?.neg()?.exp()? + 1.0)?.log()?)?;
         let weight = |target: f64| {
             let side = if target < 0.0 { self.config.collapse_weight } else { 1.0 };
             target.abs() * side / count
         };
-        Ok((softplus * self.of_targets(weight)?)?.sum_all()?)
+        Ok((softplus(&z)? * self.of_targets(weight)?)?.sum_all()?)
     }
 
     fn rank(&self) -> Result<Tensor> {
@@ -324,13 +322,13 @@ impl OfPair<'_> {
     }
 }
 
-fn constant(values: impl Iterator<Item = f64>) -> Result<Tensor> {
+pub(crate) fn constant(values: impl Iterator<Item = f64>) -> Result<Tensor> {
     let values: Vec<f32> = values.map(|value| value as f32).collect();
     let count = values.len();
     Ok(Tensor::from_vec(values, count, &Device::Cpu)?)
 }
 
-fn zero() -> Result<Tensor> {
+pub(crate) fn zero() -> Result<Tensor> {
     Ok(Tensor::zeros((), DType::F32, &Device::Cpu)?)
 }
 

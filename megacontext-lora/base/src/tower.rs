@@ -32,7 +32,7 @@ use megacontext_kernels::rope::rope;
 use crate::error::{BaseError, Result};
 use crate::params::{Group, ParamStore};
 
-pub use layers::{Affine, insert_uniform, relu};
+pub use layers::{Affine, insert_uniform, relu, softplus};
 
 /// What the norms add to the mean square: f32's machine epsilon, as PyTorch's `rms_norm` does by default.
 pub const EPS: f64 = 1.192_092_9e-7;

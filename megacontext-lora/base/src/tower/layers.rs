@@ -1,4 +1,4 @@
-//! What small networks have besides blocks: linear layers with a bias, begun as PyTorch begins them, and relu.
+//! What small networks have besides blocks: linear layers with a bias, begun as PyTorch begins them, relu and softplus.
 //!
 //! Shapes: x [.., I], weight [O, I], bias \[O\]. Errors: a parameter that is missing, shapes that do not agree.
 
@@ -64,4 +64,9 @@ impl Affine {
 /// max(x, 0), of which candle's own makes 0 where x is NaN: that has to show.
 pub fn relu(x: &Tensor) -> Result<Tensor> {
     Ok(((x + x.abs()?)? * 0.5)?)
+}
+
+/// ln(1 + eˣ), without overflow: max(x, 0) + ln(1 + e^−|x|).
+pub fn softplus(x: &Tensor) -> Result<Tensor> {
+    Ok((relu(x)? + (x.abs()?.neg()?.exp()? + 1.0)?.log()?)?)
 }
