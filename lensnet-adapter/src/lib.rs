@@ -25,5 +25,5 @@ mod network;
 pub mod preference;
 
 pub use checkpoint::{Expected, FORMAT_VERSION, Loaded};
-pub use config::{Features, Head, LensNetConfig};
+pub use config::{Features, Head, LEVELS, LensNetConfig};
 pub use network::{Contexts, LensNet};
