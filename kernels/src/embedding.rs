@@ -18,7 +18,7 @@ use std::ops::Range;
 use candle_core::Tensor;
 use rayon::prelude::*;
 
-pub use self::adapted::{LoraTable, gather_rows_into, scatter_rows};
+pub use self::adapted::{HELD, LoraTable, gather_rows_into, scatter_rows};
 use crate::cpu::{rows_per_task, tensor, with_values};
 use crate::error::{KernelError, Result};
 use crate::linear::Weight;

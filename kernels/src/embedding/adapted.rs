@@ -17,7 +17,7 @@ use crate::skinny;
 use crate::store::Store;
 
 /// Values of rows that are held in f32 at a time before they are rounded.
-const HELD: usize = 1 << 18;
+pub const HELD: usize = 1 << 18;
 
 /// LoRA's factors beside a table.
 #[derive(Clone, Copy, Debug)]

@@ -12,6 +12,7 @@ use std::ops::{Deref, DerefMut};
 
 use megacontext_kernels::attention::prefix::Document;
 use megacontext_kernels::attention::slices::{Gradients as AttentionGradients, Mixed};
+use megacontext_kernels::embedding;
 use megacontext_kernels::linear::{self, LoraShape};
 use megacontext_kernels::loss::chunk_rows;
 use megacontext_kernels::precision::Precision;
@@ -21,7 +22,7 @@ use memmap2::MmapMut;
 use crate::architecture::{QkNorm, Residual};
 use crate::config::DecoderConfig;
 use crate::error::{BaseError, Result};
-use crate::lora::LoraModules;
+use crate::lora::{LoraKind, LoraModules};
 
 /// Values in memory of their own, which goes back to the system with them.
 pub(crate) struct Buffer<S> {
@@ -246,7 +247,8 @@ pub struct PassBytes {
     pub activations: u64,
     /// What all blocks share, the streams and their gradients among it.
     pub workspace: u64,
-    /// Logits alive at one time, NLL, and the gradient of the hidden states: made and let go by the loss.
+    /// Logits alive at one time, NLL, the gradient of the hidden states, and what an adapter on the head adds: made and let
+    /// go by the loss. What LoRA on the embedding makes, where that is more.
     pub loss: u64,
 }
 
@@ -341,6 +343,37 @@ impl PassShape<'_> {
             .collect();
         linear::Scratch::planned_bytes(self.entries, &shapes, self.precision.stores_bf16(), backward)
     }
+
+    /// What an adapter on the output head makes for `chunk` positions at a time: the factors it works with, which are copies
+    /// (where they are a tied embedding's turned round, gradients too), low-rank values, logits of own rows, and what
+    /// dropout left.
+    fn head(&self, chunk: u64, width: u64, backward: bool) -> u64 {
+        let Some(lora) = self.lora.filter(|_| chunk > 0) else { return 0 };
+        let twice = if backward { 2 } else { 1 };
+        let module = lora.modules.iter().find(|m| m.kind == LoraKind::Head || m.tied);
+        let factors = module.map_or(0, |m| {
+            let copies = (m.rank * (m.inp + m.out)) as u64 * if m.tied { twice } else { 1 };
+            let dropped = if backward && m.dropout > 0.0 && !m.tied { 2 * chunk * width } else { 0 };
+            copies + twice * chunk * m.rank as u64 + dropped
+        });
+        let own = lora.tokens.iter().find(|rows| rows.tied || !rows.embedding);
+        4 * (factors + own.map_or(0, |rows| chunk * rows.ids.len() as u64))
+    }
+
+    /// What LoRA on the embedding makes: low-rank values, in bf16 of as many rows as are summed in f32 at a time, and those.
+    fn embedding(&self, width: u64, backward: bool) -> u64 {
+        let Some(module) = self.lora.and_then(|lora| lora.of_kind(LoraKind::Embedding)) else { return 0 };
+        let (entries, rank) = (self.entries as u64, module.rank as u64);
+        let summed = entries.min((embedding::HELD as u64 / width.max(1)).max(1));
+        let forward = if self.precision.stores_bf16() { summed * (width + rank) } else { entries * rank };
+        4 * if backward { forward.max(2 * entries * rank) } else { forward }
+    }
+
+    /// What the loss makes, an adapter's part in it; or what the embedding makes at another time, if that is more.
+    fn ends(&self, s: &Sizes, vocab: usize, backward: bool) -> u64 {
+        let chunk = (chunk_rows(vocab) as u64).min(s.n);
+        (s.loss(vocab, backward) + self.head(chunk, s.e, backward)).max(self.embedding(s.e, backward))
+    }
 }
 
 /// What a step's buffers take: `walked` blocks are walked back.
@@ -352,7 +385,7 @@ pub fn training_bytes(config: &DecoderConfig, pass: PassShape, walked: usize, re
     PassBytes {
         activations: s.n * s.stored * s.e * walked as u64 + blocks * s.kept(),
         workspace: s.forward() + backward + pass.lora(true),
-        loss: s.loss(config.vocab_size, true),
+        loss: pass.ends(&s, config.vocab_size, true),
     }
 }
 
@@ -362,6 +395,13 @@ pub fn evaluation_bytes(config: &DecoderConfig, pass: PassShape) -> PassBytes {
     PassBytes {
         activations: s.kept(),
         workspace: s.forward() + pass.lora(false),
-        loss: s.loss(config.vocab_size, false),
+        loss: pass.ends(&s, config.vocab_size, false),
     }
+}
+
+/// What the model's ends make while a pass runs and `rows` of its entries get logits, which are among it.
+pub(crate) fn logits_bytes(config: &DecoderConfig, pass: PassShape, rows: usize) -> u64 {
+    let (rows, width) = (rows as u64, config.hidden_size as u64);
+    let logits = 2 * 4 * rows * config.vocab_size as u64;
+    (logits + pass.head(rows, width, false)).max(pass.embedding(width, false))
 }

@@ -10,12 +10,13 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result};
 use candle_core::{Device, Tensor};
 use megacontext_base::adapter::read_adapter;
-use megacontext_base::buffers::PassShape;
+use megacontext_base::buffers::{PassShape, evaluation_bytes, training_bytes};
 use megacontext_base::config::DecoderConfig;
 use megacontext_base::decoder::{Decoder, Forward};
 use megacontext_base::generate::{
     Addition, Continuation, Generation, KvCache, PIECE, Sampling, generation_bytes, pass_entries, room, unpad,
 };
+use megacontext_base::lora::{LoraConfig, Names};
 use megacontext_base::rope::{Entries, RopeScaling};
 use megacontext_base::weights::Weights;
 use megacontext_kernels::attention::{Pattern, Rows};
@@ -309,6 +310,46 @@ fn memory_is_what_was_planned() -> Result<()> {
         let held = cache.bytes() + cache.buffer_bytes();
         assert!(held <= planned && held > planned / 10 * 9, "{precision}: planned {planned}, held {held}");
     }
+    Ok(())
+}
+
+#[test]
+fn lora_is_in_the_memory_planned() -> Result<()> {
+    let (lengths, rooms) = ([700, 30, 200], [710, 40, 210]);
+    for precision in Precision::ALL {
+        let measured = |lora: Option<LoraConfig>| -> Result<(u64, u64)> {
+            let mut decoder = open("tied_f32", precision);
+            if let Some(lora) = lora {
+                decoder.attach_lora(lora, 1)?;
+            }
+            let c = decoder.config();
+            let mut cache = cache(&decoder, &rooms)?;
+            let prompts = lengths.map(|n| prompt(n, n as u32, 64));
+            decoder.prefill(&mut cache, &prompts.each_ref().map(Vec::as_slice), &mut |_| true)?;
+            let pass = PassShape { entries: pass_entries(&lengths), precision, lora: decoder.lora_modules() };
+            Ok((generation_bytes(c, pass, &rooms), cache.bytes() + cache.buffer_bytes()))
+        };
+        let (planned, held) = measured(None)?;
+        let (planned_more, held_more) = measured(Some(LoraConfig { r: 16, ..LoraConfig::default() }))?;
+        assert!(held_more > held, "{precision}: the low-rank values are held");
+        assert_eq!(planned_more - planned, held_more - held, "{precision}");
+    }
+    Ok(())
+}
+
+#[test]
+fn lora_on_a_tied_embedding_is_in_the_memory_planned_for_the_ends() -> Result<()> {
+    // Of rank 4 on a table of 64 rows of 32 values: 384 values of factors, which the head turns round for itself. Of
+    // low-rank values 4 for each entry with logits; walking back, gradients of all these too.
+    let decoder = open("tied_f32", Precision::F32);
+    let c = decoder.config();
+    let lora = LoraConfig { r: 4, target_modules: Names::list(["embed_tokens"]), ..LoraConfig::default() };
+    let modules = lora.resolve(c)?;
+    let pass = |lora| PassShape { entries: 10, precision: Precision::F32, lora };
+    let more = |of: &dyn Fn(PassShape) -> u64| of(pass(Some(&modules))) - of(pass(None));
+    assert_eq!(more(&|pass| training_bytes(c, pass, 2, true).total()), 4 * (2 * 384 + 2 * 10 * 4));
+    assert_eq!(more(&|pass| evaluation_bytes(c, pass).total()), 4 * (384 + 10 * 4));
+    assert_eq!(more(&|pass| generation_bytes(c, pass, &[20, 30, 40])), 4 * (384 + 3 * 4));
     Ok(())
 }
 

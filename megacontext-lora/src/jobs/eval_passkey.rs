@@ -212,15 +212,17 @@ fn summary(cell: &Cell) -> Value {
 
 /// Refuses lengths whose batches do not fit.
 fn check_memory(job: &EvalPasskey, model: &ModelDir) -> Result<()> {
+    let lora = model.lora_of(job.model.adapter.as_deref())?;
     for &length in &job.asked.lengths {
         let rows = job.asked.rows(length);
         let prompts = vec![length - ANSWER; rows];
         let rooms = vec![room(length - ANSWER, ANSWER); rows];
-        let pass = PassShape { entries: pass_entries(&prompts), precision: job.model.dtype, lora: None };
+        let pass =
+            PassShape { entries: pass_entries(&prompts), precision: job.model.dtype, lora: lora.as_ref() };
         let needed = generation_bytes(&model.config, pass, &rooms);
         let cache = KvCache::planned_bytes(&model.config, job.model.dtype, rooms.iter().sum());
         let what = format!("the evaluation of {rows} prompts of {length} tokens at a time");
-        check_beside_weights(&what, &model.config, job.model.dtype, needed, cache)?;
+        check_beside_weights(&what, &model.config, lora.as_ref(), job.model.dtype, needed, cache)?;
     }
     Ok(())
 }

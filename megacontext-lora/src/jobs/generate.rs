@@ -151,7 +151,8 @@ fn generate(job: &GenerateJob, host: &dyn HostApi) -> Result<Value> {
     }
     let lengths: Vec<usize> = prompts.iter().map(Vec::len).collect();
     let rooms: Vec<usize> = lengths.iter().map(|length| room(*length, asked.max_new_tokens)).collect();
-    let pass = PassShape { entries: pass_entries(&lengths), precision: used.dtype, lora: None };
+    let lora = model.lora_of(used.adapter.as_deref())?;
+    let pass = PassShape { entries: pass_entries(&lengths), precision: used.dtype, lora: lora.as_ref() };
     let cache_bytes = KvCache::planned_bytes(&model.config, used.dtype, rooms.iter().sum());
     let needed = generation_bytes(&model.config, pass, &rooms);
     let what = format!(
@@ -159,7 +160,7 @@ fn generate(job: &GenerateJob, host: &dyn HostApi) -> Result<Value> {
         rooms.len(),
         rooms.iter().max().unwrap_or(&0)
     );
-    check_beside_weights(&what, &model.config, used.dtype, needed, cache_bytes)?;
+    check_beside_weights(&what, &model.config, lora.as_ref(), used.dtype, needed, cache_bytes)?;
     let (decoder, own, _) = model.decoder_with(used.adapter.as_deref(), used.dtype)?;
     let longest = rooms.iter().copied().max().unwrap_or(0);
     let scaling = used.asked_scaling(&model.config, longest)?.unwrap_or(own);

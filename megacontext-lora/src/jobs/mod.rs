@@ -23,6 +23,7 @@ use megacontext_base::adapter::{Adapter, read_adapter};
 use megacontext_base::config::DecoderConfig;
 use megacontext_base::decoder::Decoder;
 use megacontext_base::error::BaseError;
+use megacontext_base::lora::LoraModules;
 use megacontext_base::params::Group;
 use megacontext_base::rope::RopeScaling;
 use megacontext_base::tokenizer::Tokenizer;
@@ -174,6 +175,15 @@ impl ModelDir {
         decoder.set_lora(Some(adapter.lora())).map_err(model_error)?;
         let scaling = adapter.rope_scaling().unwrap_or(&self.config.rope_scaling).clone();
         Ok((decoder, scaling, Some(adapter)))
+    }
+
+    /// What the LoRA of an adapter comes to on this model, for planning before anything of it is in memory.
+    pub(crate) fn lora_of(&self, adapter: Option<&Path>) -> Result<Option<LoraModules>> {
+        let Some(dir) = adapter else { return Ok(None) };
+        let adapter = read_adapter(dir).map_err(model_error)?;
+        let mut config = self.config.clone();
+        config.tie_word_embeddings &= !adapter.unties(&config).map_err(model_error)?;
+        adapter.lora().resolve(&config).map(Some).map_err(model_error)
     }
 
     /// A function that tokenises text.

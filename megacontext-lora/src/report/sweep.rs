@@ -54,11 +54,11 @@ fn losses(s: &SweepSummary) -> String {
         let chosen = standing.rank == s.choice.rank;
         let _ = writeln!(
             out,
-            "<tr><th scope=\"row\">{}</th><td{}>{:.4}{}</td><td>{}</td><td>{}</td><td>{}</td><td class=\"text\">{}</td></tr>",
+            "<tr><th scope=\"row\">{}{}</th><td{}>{:.4}</td><td>{}</td><td>{}</td><td>{}</td><td class=\"text\">{}</td></tr>",
             standing.rank,
+            if chosen { " <small>chosen</small>" } else { "" },
             if chosen { " class=\"best\"" } else { "" },
             standing.loss,
-            if chosen { "<small>chosen</small>" } else { "" },
             perplexity(rank.perplexity),
             if best { "\u{2013}".to_string() } else { format!("{:.4}", standing.behind) },
             standing.margin.map_or("\u{2013}".to_string(), |m| format!("{m:.4}")),
@@ -134,7 +134,8 @@ fn loss_by_rank(s: &SweepSummary, size: Size) -> Option<String> {
 
     if let Some(best) = points.iter().find(|p| p.rank == s.choice.best) {
         drawing.line("mark", (left, y.at(best.loss)), (right, y.at(best.loss)));
-        if wide {
+        // Where it is the chosen one too, that label says so.
+        if wide && best.rank != s.choice.rank {
             drawing.text(
                 "note",
                 (right + 4.0, y.at(best.loss) + 4.0),
@@ -166,7 +167,12 @@ fn loss_by_rank(s: &SweepSummary, size: Size) -> Option<String> {
         if chosen {
             let (from, anchor) =
                 if p.rank as f64 == last && !wide { (-10.0, "end") } else { (10.0, "start") };
-            drawing.text("end adapted halo", (at(p).0 + from, at(p).1 - 9.0), anchor, "chosen");
+            drawing.text(
+                "end adapted halo",
+                (at(p).0 + from, at(p).1 - 9.0),
+                anchor,
+                if p.rank == s.choice.best { "chosen, the best" } else { "chosen" },
+            );
         }
     }
     Some(drawing.finish())

@@ -240,13 +240,14 @@ pub(crate) fn check_forward(
 pub(crate) fn check_beside_weights(
     what: &str,
     model: &DecoderConfig,
+    lora: Option<&LoraModules>,
     dtype: Precision,
     needed: u64,
     cache: u64,
 ) -> Result<()> {
     let load = Load {
         model,
-        lora: None,
+        lora,
         learning: &[],
         dtype,
         entries: 0,

@@ -15,7 +15,7 @@ use megacontext_kernels::store::bf16;
 
 use super::cache::{Cached, KvCache};
 use crate::block::{Attending, Block, ByWindow, Tables};
-use crate::buffers::{PassShape, Scratch, evaluation_bytes, sized};
+use crate::buffers::{PassShape, Scratch, evaluation_bytes, logits_bytes, sized};
 use crate::decoder::Decoder;
 use crate::error::{BaseError, Result};
 use crate::rope::Entries;
@@ -82,12 +82,11 @@ pub fn pass_entries(prompts: &[usize]) -> usize {
 }
 
 /// Bytes that generating takes besides the weights: keys and values for rows that become `rooms` entries long, the buffers
-/// of a pass over their prompts, and the logits of a step.
+/// of a pass over their prompts, LoRA's among them, and the logits of a step with what an adapter on the head makes for them.
 pub fn generation_bytes(decoder: &crate::config::DecoderConfig, pass: PassShape, rooms: &[usize]) -> u64 {
     let cache = KvCache::planned_bytes(decoder, pass.precision, rooms.iter().sum());
     let buffers = evaluation_bytes(decoder, pass);
-    let logits = 2 * 4 * (rooms.len() * decoder.vocab_size) as u64;
-    cache + buffers.activations + buffers.workspace + logits
+    cache + buffers.activations + buffers.workspace + logits_bytes(decoder, pass, rooms.len())
 }
 
 impl Decoder {
