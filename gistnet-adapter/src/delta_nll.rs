@@ -158,6 +158,20 @@ pub struct Measured {
 }
 
 impl Measured {
+    /// The value of an objective on these rows, nats: that of the replaced contexts, less what no gist can change.
+    pub fn objective(&self, of: &Substitution) -> f64 {
+        let weight = |j: usize| of.weights.as_ref().map_or(1.0, |weights| f64::from(weights[j]));
+        let row = |row: &RowLoss| -> f64 {
+            let each = (0..row.full.len()).map(|j| {
+                let delta = f64::from(row.replaced[j]) - f64::from(row.full[j]);
+                let kl = row.kl.as_ref().map_or(0.0, |kl| f64::from(kl[j]));
+                weight(j) * (of.nll * delta + of.kl * kl)
+            });
+            each.sum::<f64>() / row.full.len() as f64
+        };
+        self.rows.iter().map(row).sum::<f64>() / self.rows.len().max(1) as f64
+    }
+
     /// Mean ΔNLL@H of the rows in nats.
     pub fn delta(&self) -> f64 {
         self.rows.iter().map(RowLoss::delta).sum::<f64>() / self.rows.len().max(1) as f64

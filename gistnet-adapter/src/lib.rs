@@ -5,10 +5,10 @@
 //! |---|---|
 //! | describe a network | [`GistNetConfig`] |
 //! | make gists, with or without a graph | [`GistNet::forward`], [`GistNet::hierarchy`], [`GistNet::gists`] |
-//! | train it | [`GistNet::backward`], [`losses`] |
+//! | train it | [`trainer`], [`curriculum`], [`losses`], [`GistNet::backward`] |
 //! | save and load it | [`GistNet::save`], [`GistNet::load`], [`GistNet::load_weights`] |
 //! | ask what gists cost the base model | [`delta_nll`] |
-//! | judge gists | [`metrics`], [`GistNet::attention_entropy`] |
+//! | judge gists | [`validate`], [`metrics`], [`GistNet::attention_entropy`] |
 //! | build a tree of gists | `megacontext_base::context`, which [`GistNet`] is a source for |
 //!
 //! Should I use this? If some of the context may be vague: a gist takes the place of K tokens, and of K gists in turn. What it
@@ -20,13 +20,16 @@
 
 mod checkpoint;
 mod config;
+pub mod curriculum;
 pub mod delta_nll;
 mod head;
 pub mod losses;
 pub mod metrics;
 mod network;
 mod source;
+pub mod trainer;
 mod valid;
+pub mod validate;
 
 pub use checkpoint::{Expected, FORMAT_VERSION, Identity, Loaded};
 pub use config::{GistNetConfig, Head, Mode, Padding, Pooling};

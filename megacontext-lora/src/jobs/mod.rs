@@ -3,6 +3,7 @@
 //! | kind | parameters | result |
 //! |---|---|---|
 //! | `extend` | [`crate::train::config::ExtendConfig`] | [`crate::run::summary::Summary`] |
+//! | `train_gistnet` | [`crate::train::gistnet::GistRunConfig`] | [`train_gistnet::GistSummary`] |
 //! | `pretrain` | [`pretrain::PretrainConfig`] | losses of the model and of the n-gram baselines |
 //! | `eval_ppl` | [`eval_ppl::EvalPpl`] | a list of perplexities |
 //! | `eval_gap` | [`eval_gap::EvalGap`] | dense and sparse perplexity by length |
@@ -49,10 +50,12 @@ pub mod parameters;
 pub mod pretrain;
 pub mod rope;
 pub mod sweep;
+pub mod train_gistnet;
 
 /// Names of all jobs.
-pub const KINDS: [&str; 12] = [
+pub const KINDS: [&str; 13] = [
     "extend",
+    "train_gistnet",
     "pretrain",
     "eval_ppl",
     "eval_gap",
@@ -73,6 +76,7 @@ pub const KINDS: [&str; 12] = [
 pub fn run(kind: &str, params: Value, host: &dyn HostApi) -> Result<Value> {
     match kind {
         "extend" => extend::run(params, host),
+        "train_gistnet" => train_gistnet::run(params, host),
         "pretrain" => pretrain::run(params, host),
         "eval_ppl" => eval_ppl::run(params, host),
         "eval_gap" => eval_gap::run(params, host),

@@ -8,6 +8,7 @@
 //! (paths, names, settings) is escaped wherever it appears.
 //!
 //! [`sweep`] is the page of a sweep over ranks, in the same frame.
+//! [`gistnet`] is the page of a run that trained GistNet.
 //! [`evaluation`] is the page of an evaluation, with the same frame and drawings.
 //!
 //! Errors: `Io` and `Data` with the path while a run folder is read; rendering has none.
@@ -15,6 +16,7 @@
 mod axes;
 pub mod evaluation;
 mod format;
+pub mod gistnet;
 mod heat;
 mod html;
 mod plots;

@@ -129,6 +129,37 @@ pub fn save_parameters(
     save(run_dir, step, state, &tensors, &optim, keep)
 }
 
+/// Puts the tensors of a checkpoint into the parameters that learn, and the moments into their optimiser.
+///
+/// # Errors
+/// When a parameter is missing or has another shape.
+pub fn restore_parameters(
+    tensors: Vec<Named<'static>>,
+    optim: Vec<Named<'static>>,
+    params: &mut ParamStore,
+    optimizer: &mut Optimizer,
+) -> Result<()> {
+    let mut held: BTreeMap<String, Named> =
+        tensors.into_iter().map(|tensor| (tensor.name.clone(), tensor)).collect();
+    for (name, leaf) in params.trainable() {
+        let tensor = held.remove(&name).ok_or_else(|| {
+            PluginError::data(format!("checkpoint: expected parameter {name}, which is not in it"))
+        })?;
+        if tensor.shape != leaf.dims() {
+            return Err(PluginError::data(format!(
+                "checkpoint: {name}: expected shape {:?}, got {:?}",
+                leaf.dims(),
+                tensor.shape
+            )));
+        }
+        let Some(group) = params.group(&name) else { continue };
+        let values = tensor.values.into_owned();
+        params.insert_values(name, group, values, &tensor.shape).map_err(model_error)?;
+    }
+    let moments = optim.into_iter().map(|m| (m.name, m.values.into_owned()));
+    optimizer.import(params, moments).map_err(model_error)
+}
+
 fn write(
     run_dir: &Path,
     step: u64,

@@ -1,6 +1,6 @@
 //! `metrics.jsonl`: what a run measured, one JSON object a line, in the order it happened.
 //!
-//! A line has a `kind` (`stage`, `train`, `evaluation`) and a `step`; every field that depends on the clock or on the
+//! A line has a `kind` (`stage`, `train`, `evaluation`; `gist_step`, `gist_baselines`, `gist_validation`) and a `step`; every field that depends on the clock or on the
 //! machine begins with `wall_`, all others are the same in every run with the same seed. Losses are nats per token.
 //!
 //! Resuming cuts the file back to what the checkpoint knows ([`MetricsLog::resume`]), so that apart from `wall_` fields
@@ -11,11 +11,13 @@
 //!
 //! JSON has no NaN: a number that is not finite is written as null and read as NaN.
 
+use std::collections::BTreeMap;
 use std::fs::{File, OpenOptions};
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
+use gistnet_adapter::validate::{Baseline, Validation};
 use serde::{Deserialize, Deserializer, Serialize};
 
 use crate::error::{IoResultExt, PluginError, Result};
@@ -33,6 +35,12 @@ pub enum Record {
     Train(TrainRecord),
     /// A model was evaluated at one context length.
     Evaluation(EvaluationRecord),
+    /// An optimiser step of GistNet was done.
+    GistStep(GistStepRecord),
+    /// What else could stand for a block was measured.
+    GistBaselines(GistBaselinesRecord),
+    /// GistNet was validated.
+    GistValidation(Box<GistValidationRecord>),
 }
 
 /// A stage begins after `step` optimiser steps.
@@ -107,6 +115,64 @@ pub struct EvaluationRecord {
     pub wall_seconds: f64,
 }
 
+/// Optimiser step number `step` (from 1) of GistNet was done.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct GistStepRecord {
+    /// Number of the step in the run, from 1.
+    pub step: u64,
+    /// Number of the stage, from 0.
+    pub stage: usize,
+    /// H.
+    pub horizon: usize,
+    /// What was made smaller, nats.
+    #[serde(deserialize_with = "nan_if_null")]
+    pub loss: f64,
+    /// Mean ΔNLL@H of the step's rows, nats.
+    #[serde(deserialize_with = "nan_if_null")]
+    pub delta_nll: f64,
+    /// Learning rate of the step.
+    #[serde(deserialize_with = "nan_if_null")]
+    pub lr: f64,
+    /// L2 norm of the gradient before clipping.
+    #[serde(deserialize_with = "nan_if_null")]
+    pub grad_norm: f64,
+    /// Rows of replaced spans.
+    pub rows: u64,
+    /// Seconds since 1970.
+    pub wall_time: f64,
+    /// Seconds of this step.
+    pub wall_seconds: f64,
+}
+
+/// What else could stand for a block, over a horizon.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct GistBaselinesRecord {
+    /// Optimiser steps done in the run.
+    pub step: u64,
+    /// H.
+    pub horizon: usize,
+    /// ΔNLL@H of each, nats.
+    pub delta_nll: BTreeMap<Baseline, f64>,
+    /// Seconds since 1970.
+    pub wall_time: f64,
+}
+
+/// GistNet was validated after `step` optimiser steps.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct GistValidationRecord {
+    /// Optimiser steps done in the run.
+    pub step: u64,
+    /// Number of the stage, from 0.
+    pub stage: usize,
+    /// What was found.
+    #[serde(flatten)]
+    pub validation: Validation,
+    /// Seconds since 1970.
+    pub wall_time: f64,
+    /// Seconds it took.
+    pub wall_seconds: f64,
+}
+
 fn nan_if_null<'de, D: Deserializer<'de>>(deserializer: D) -> std::result::Result<f64, D::Error> {
     Ok(Option::<f64>::deserialize(deserializer)?.unwrap_or(f64::NAN))
 }
@@ -118,6 +184,9 @@ impl Record {
             Self::Stage(r) => r.wall_time,
             Self::Train(r) => r.wall_time,
             Self::Evaluation(r) => r.wall_time,
+            Self::GistStep(r) => r.wall_time,
+            Self::GistBaselines(r) => r.wall_time,
+            Self::GistValidation(r) => r.wall_time,
         }
     }
 }

@@ -156,7 +156,8 @@ impl EventFile {
         self.write(wall_time, step, What::Summary(Summary { value: vec![value] }))
     }
 
-    /// A line of the metrics log: `train/…` by step, `perplexity/<model>/<context>` (`perplexity_s2/…` when sparse).
+    /// A line of the metrics log: `train/…` by step, `perplexity/<model>/<context>` (`perplexity_s2/…` when sparse),
+    /// `delta_nll/<stand-in>/<horizon>` and `val/…` of GistNet.
     pub fn record(&mut self, record: &Record) -> Result<()> {
         match record {
             Record::Stage(r) => self.scalars(
@@ -178,6 +179,45 @@ impl EventFile {
                 let sparse = if r.attention == "dense" { String::new() } else { format!("_{}", r.attention) };
                 let tag = format!("perplexity{sparse}/{}/{}", r.model, r.context);
                 self.scalars(r.wall_time, r.step, &[(tag.as_str(), r.perplexity)])
+            }
+            Record::GistStep(r) => self.scalars(
+                r.wall_time,
+                r.step,
+                &[
+                    ("train/loss", r.loss),
+                    ("train/delta_nll", r.delta_nll),
+                    ("train/lr", r.lr),
+                    ("train/grad_norm", r.grad_norm),
+                    ("train/horizon_length", r.horizon as f64),
+                ],
+            ),
+            Record::GistBaselines(r) => {
+                let tags: Vec<(String, f64)> = r
+                    .delta_nll
+                    .iter()
+                    .map(|(baseline, value)| (format!("delta_nll/{}/{}", baseline.name(), r.horizon), *value))
+                    .collect();
+                let tags: Vec<(&str, f64)> = tags.iter().map(|(tag, value)| (tag.as_str(), *value)).collect();
+                self.scalars(r.wall_time, r.step, &tags)
+            }
+            Record::GistValidation(r) => {
+                let v = &r.validation;
+                let own = format!("delta_nll/gist/{}", v.horizon);
+                let mut tags = vec![
+                    (own.as_str(), v.delta_nll),
+                    ("val/substitutability", v.substitutability),
+                    ("val/perplexity_ratio", v.perplexity_ratio),
+                    ("val/degradation", v.degradation),
+                ];
+                let some = [
+                    ("val/diversity", v.diversity),
+                    ("val/contrast_gap", v.contrast_gap),
+                    ("val/attention_entropy", v.attention_entropy),
+                    ("val/level2_delta_nll", v.level2_delta_nll),
+                    ("val/sparse_dense_gap", v.sparse_dense_gap()),
+                ];
+                tags.extend(some.into_iter().filter_map(|(tag, value)| Some((tag, value?))));
+                self.scalars(r.wall_time, r.step, &tags)
             }
         }
     }

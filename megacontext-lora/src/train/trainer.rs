@@ -6,7 +6,6 @@
 //!
 //! Units: loss in nats per token. Errors: a loss or gradient that is not finite, before anything has been changed.
 
-use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use candle_core::Tensor;
@@ -23,7 +22,7 @@ use serde_json::Value;
 use crate::data::packing::Batches;
 use crate::error::{PluginError, Result};
 use crate::jobs::model_error;
-use crate::run::checkpoint::{self, Loaded, Named};
+use crate::run::checkpoint::{self, Loaded};
 use crate::train::config::{BatchConfig, OptimizerConfig, StageConfig};
 
 /// What one optimiser step did.
@@ -263,26 +262,12 @@ impl Trainer {
     /// # Errors
     /// When a parameter is missing or has another shape.
     pub fn restore(&mut self, loaded: Loaded) -> Result<()> {
-        let mut trained: BTreeMap<String, Named> =
-            loaded.tensors.into_iter().map(|tensor| (tensor.name.clone(), tensor)).collect();
-        let params = self.decoder.params_mut();
-        for (name, leaf) in params.trainable() {
-            let tensor = trained.remove(&name).ok_or_else(|| {
-                PluginError::data(format!("checkpoint: expected parameter {name}, which is not in it"))
-            })?;
-            if tensor.shape != leaf.dims() {
-                return Err(PluginError::data(format!(
-                    "checkpoint: {name}: expected shape {:?}, got {:?}",
-                    leaf.dims(),
-                    tensor.shape
-                )));
-            }
-            let Some(group) = params.group(&name) else { continue };
-            let values = tensor.values.into_owned();
-            params.insert_values(name, group, values, &tensor.shape).map_err(model_error)?;
-        }
-        let moments = loaded.optim.into_iter().map(|m| (m.name, m.values.into_owned()));
-        self.optimizer.import(self.decoder.params(), moments).map_err(model_error)?;
+        checkpoint::restore_parameters(
+            loaded.tensors,
+            loaded.optim,
+            self.decoder.params_mut(),
+            &mut self.optimizer,
+        )?;
         self.step = loaded.step as usize;
         Ok(())
     }

@@ -17,8 +17,9 @@ mod progress;
 mod quickstart;
 mod sweep;
 mod tables;
+mod train;
 
-use args::{Cli, Command, EvalCommand, PluginCommand};
+use args::{Cli, Command, EvalCommand, PluginCommand, TrainCommand};
 use clap::Parser;
 use failure::Result;
 use serde_json::{Value, json};
@@ -50,6 +51,7 @@ fn run(cli: Cli) -> Result<Value> {
         Command::Quickstart(args) => quickstart::run(&args, &global),
         Command::Extend(args) => commands::extend(&args, &global),
         Command::Sweep(args) => sweep::run(&args, &global),
+        Command::Train(TrainCommand::Gistnet(args)) => train::gistnet(&args, &global),
         Command::Eval(EvalCommand::Ppl(args)) => commands::eval_ppl(&args, &global),
         Command::Eval(EvalCommand::Passkey(args)) => commands::eval_passkey(&args, &global),
         Command::Eval(EvalCommand::Gap(args)) => commands::eval_gap(&args, &global),

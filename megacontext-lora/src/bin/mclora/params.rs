@@ -68,7 +68,8 @@ impl Params {
         }
     }
 
-    fn set_path(&mut self, path: &str, value: Option<&PathBuf>) -> Result<()> {
+    /// A path, where it is given and can be text.
+    pub fn set_path(&mut self, path: &str, value: Option<&PathBuf>) -> Result<()> {
         match value {
             Some(value) => {
                 self.set(path, utf8(value)?);
@@ -379,7 +380,7 @@ pub fn group(text: &str) -> Result<Value> {
 }
 
 /// `8GiB`, `500 MB`, `1073741824`.
-fn bytes(text: &str) -> Result<Value> {
+pub fn bytes(text: &str) -> Result<Value> {
     let bad = || Failure::usage(format!("--memory: expected a size such as 8GiB or 500MB, got \"{text}\""));
     let digits = text.trim().find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(text.trim().len());
     let (number, unit) = text.trim().split_at(digits);

@@ -113,6 +113,12 @@ fn status(event: &Value) -> String {
     if let Some(loss) = event["loss"].as_f64() {
         parts.push(format!("loss {loss:.3}"));
     }
+    if let (Some(delta), Some(horizon)) = (event["delta_nll"].as_f64(), event["horizon"].as_u64()) {
+        parts.push(format!("ΔNLL@{horizon} {delta:.3}"));
+    }
+    if let Some(speed) = event["blocks_per_s"].as_f64() {
+        parts.push(format!("{speed:.0} blocks/s"));
+    }
     if let Some(speed) = event["tokens_per_s"].as_f64() {
         parts.push(format!("{speed:.0} tokens/s"));
     }
@@ -143,7 +149,7 @@ impl Host for Reporter {
             "progress" => self.progress(&event),
             "evaluation" => self.say(&evaluation(&event)),
             "log" => self.say(event["message"].as_str().unwrap_or_default()),
-            "plan" | "cell" => self.say(event["text"].as_str().unwrap_or_default()),
+            "plan" | "cell" | "validation" => self.say(event["text"].as_str().unwrap_or_default()),
             // Checkpoints show in the run folder; what a later plugin may tell besides is not for this host.
             _ => {}
         }

@@ -1,0 +1,146 @@
+//! `mclora train`: networks beside a frozen base model.
+
+use std::path::{Path, PathBuf};
+
+use serde_json::{Value, json};
+
+use crate::args::{Global, TrainGistnet};
+use crate::commands::{job, program, quoted};
+use crate::failure::{Failure, Result};
+use crate::params::{Params, bytes};
+use crate::tables::{duration, table};
+
+/// The run folder where none is named.
+const DEFAULT_OUT: &str = "runs/gistnet";
+
+pub fn gistnet(args: &TrainGistnet, global: &Global) -> Result<Value> {
+    let (parameters, out) = parameters(args, global)?;
+    let summary = job("train_gistnet", &parameters, global).map_err(|e| {
+        e.resumable(|| format!("{} train gistnet --resume --out {}", program(), quoted(&out)))
+    })?;
+    if !global.json {
+        print!("{}", finished(&summary, &out));
+    }
+    Ok(summary)
+}
+
+fn parameters(args: &TrainGistnet, global: &Global) -> Result<(Value, PathBuf)> {
+    let written = args.out.as_deref().unwrap_or(Path::new(DEFAULT_OUT)).join("config.toml");
+    let mut params = match &args.config {
+        Some(path) => Params::from_toml(path)?,
+        None if args.resume && written.is_file() => Params::from_toml(&written)?,
+        None => Params::default(),
+    };
+    params.set_path("base", args.base.as_ref())?;
+    params.set_path("adapter", args.adapter.as_ref())?;
+    params.set_list("data", &args.data);
+    params.set_path("out", args.out.as_ref())?;
+    params.set_some("seed", args.seed);
+    params.set_some("holdout", args.holdout);
+    params.set_some("network.block", args.block);
+    params.set_some("network.layers", args.layers);
+    params.set_some("network.pooling", args.pooling.as_deref());
+    params.set_some("network.head", args.head.as_deref());
+    params.set_some("network.mode", args.mode.as_deref());
+    params.set_some("context", args.context);
+    params.set_some("stages", args.stages.as_deref().map(stages).transpose()?);
+    params.set_some("attention", args.attention.as_deref());
+    params.set_some("group", args.group.map(group));
+    params.set_some("passages_per_step", args.passages_per_step);
+    params.set_some("spans_per_passage", args.spans_per_passage);
+    params.set_some("optimizer.lr", args.lr);
+    params.set_some("dtype", args.dtype.as_deref());
+    params.set_some("memory_budget_bytes", args.memory.as_deref().map(bytes).transpose()?);
+    params.set_some("validation.every", args.validate_every);
+    params.set_some("validation.passages", args.validation_passages);
+    params.set_some("checkpoint.every", args.checkpoint_every);
+    params.set_some("threads", global.threads);
+    params.set_some("resume", args.resume.then_some(true));
+    let out = PathBuf::from(params.text("out").unwrap_or(DEFAULT_OUT));
+    Ok((params.into_value(), out))
+}
+
+/// Whole numbers from 2 on are tokens, others a part.
+fn group(value: f64) -> Value {
+    if value >= 2.0 && value.fract() == 0.0 { json!(value as u64) } else { json!(value) }
+}
+
+/// `32:600,64:1200` as stages.
+fn stages(list: &str) -> Result<Value> {
+    let stage = |text: &str| -> Result<Value> {
+        let numbers: Vec<Option<u64>> = text.split(':').map(|part| part.trim().parse().ok()).collect();
+        match numbers[..] {
+            [Some(horizon), Some(steps)] => Ok(json!({ "horizon": horizon, "steps": steps })),
+            _ => Err(Failure::usage(format!(
+                "--stages: expected HORIZON:STEPS, such as 32:600, separated by commas, got \"{text}\""
+            ))),
+        }
+    };
+    list.split(',').map(stage).collect::<Result<Vec<_>>>().map(Value::Array)
+}
+
+/// What a finished run says to people.
+fn finished(summary: &Value, run: &Path) -> String {
+    let validation = &summary["validation"];
+    let horizon = validation["horizon"].as_u64().unwrap_or(0);
+    let number = |value: &Value| value.as_f64().unwrap_or(f64::NAN);
+    let deleted = number(&summary["baselines"]["deleted"]);
+    let mut rows: Vec<(&str, f64)> = [
+        ("nothing (deleted)", "deleted"),
+        ("mean of its embeddings", "mean"),
+        ("its last token", "last_token"),
+        ("its last 2 tokens", "last_2"),
+        ("its last 4 tokens", "last_4"),
+    ]
+    .into_iter()
+    .filter_map(|(name, key)| Some((name, summary["baselines"][key].as_f64()?)))
+    .collect();
+    rows.push(("its gist", number(&validation["delta_nll"])));
+    rows.sort_by(|a, b| b.1.total_cmp(&a.1));
+    let rows: Vec<Vec<String>> = rows
+        .into_iter()
+        .map(|(name, delta)| {
+            vec![name.to_string(), format!("{delta:.4}"), format!("{:.1} %", 100.0 * (1.0 - delta / deleted))]
+        })
+        .collect();
+    let head = format!("ΔNLL@{horizon}, nats");
+    let mut text = format!(
+        "\nWhat a block costs over the next {horizon} tokens, by what stands for it ({} held-out blocks):\n\n{}\n",
+        validation["blocks"],
+        table(&["in its place", &head, "recovered"], &rows)
+    );
+    let seconds = number(&summary["seconds"]);
+    let peak = number(&summary["peak_bytes"]) / 1e6;
+    text += &format!(
+        "{}, best at step {}. ",
+        summary["ended"].as_str().unwrap_or_default(),
+        summary["best_step"]
+    );
+    text += &format!("It took {} and at most {peak:.0} MB of memory.\n\n", duration(seconds));
+    text += &format!("report    {}\n", run.join("report.html").display());
+    text += &format!("network   {}\n", run.join("gistnet.safetensors").display());
+    text += &format!("numbers   {}\n", run.join("summary.json").display());
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn stages_are_horizons_and_steps() {
+        assert_eq!(
+            stages("32:600, 64:10").unwrap(),
+            json!([{ "horizon": 32, "steps": 600 }, { "horizon": 64, "steps": 10 }])
+        );
+        for bad in ["32", "32:", "a:3", "32:3:4", ""] {
+            let error = stages(bad).unwrap_err();
+            assert!(error.to_json().to_string().contains("expected HORIZON:STEPS"), "{bad}");
+        }
+    }
+
+    #[test]
+    fn a_group_is_tokens_or_a_part() {
+        assert_eq!([group(512.0), group(0.25), group(1.0)], [json!(512), json!(0.25), json!(1.0)]);
+    }
+}

@@ -1,0 +1,593 @@
+//! The job `train_gistnet`: GistNet learns to stand for spans of a frozen base model's context.
+//!
+//! Order: everything is read, checked and planned; then the run folder is made; what else could stand for a block is measured;
+//! the stages train, with validations between; the best network so far stands in `gistnet.safetensors` at any time. A stage
+//! ends after its steps, or when it stops improving; a run ends with its last stage, or when its validations have got worse
+//! a number of times in a row.
+//!
+//! The best network is that of the lowest ΔNLL@H on held-out text, compared within a stage: another horizon is another
+//! measure. A new stage begins with its own best, and starts from the weights that the last one ended with.
+//!
+//! Interrupted and taken up again, a run ends with the same network.
+//!
+//! Units: nats, tokens, seconds, bytes. Errors: before the run folder exists, anything about settings, model, data, memory.
+
+use std::collections::BTreeMap;
+use std::time::Instant;
+
+use gistnet_adapter::curriculum::Stage;
+use gistnet_adapter::trainer::{GistTrainer, Lesson, Setting};
+use gistnet_adapter::validate::{Baseline, Validation, Validator};
+use gistnet_adapter::{Expected, GistNet};
+use megacontext_base::decoder::Decoder;
+use megacontext_base::params::{Group, ParamStore};
+use megacontext_base::random::Random;
+use megacontext_kernels::attention::Pattern;
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value, json};
+
+use crate::data::documents::tokenize;
+use crate::data::packing::split_holdout;
+use crate::error::{PluginError, Result};
+use crate::host::{Answer, HostApi};
+use crate::jobs::evaluation::hash_of;
+use crate::jobs::extend::load_data;
+use crate::jobs::{ModelDir, model_error, parse, to_value, with_threads};
+use crate::report::gistnet::{GistReport, render};
+use crate::run::Telemetry;
+use crate::run::checkpoint::{self, Loaded, load_latest};
+use crate::run::folder::{CONFIG, RunFolder, config_toml, expect_run};
+use crate::run::metrics::{GistBaselinesRecord, GistStepRecord, GistValidationRecord, Record, wall_time};
+use crate::run::summary::SUMMARY;
+use crate::train::gistnet::{GistPlan, GistRunConfig, Passages};
+use crate::train::plan::{peak_bytes, since};
+
+/// The best network's file in a run folder.
+pub const NETWORK: &str = "gistnet.safetensors";
+/// The network with which the stage began, where stability asks for it.
+const ANCHOR: &str = "stage-start.safetensors";
+
+#[derive(Deserialize)]
+struct Params {
+    #[serde(default)]
+    resume: bool,
+    #[serde(flatten)]
+    config: Map<String, Value>,
+}
+
+/// A finished run.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct GistSummary {
+    /// The best network of the last stage on held-out text.
+    pub validation: Validation,
+    /// ΔNLL@H of what else could stand for the same blocks, nats.
+    pub baselines: BTreeMap<Baseline, f64>,
+    /// 1 − ΔNLL@H of gists / ΔNLL@H of deletion.
+    pub recovered: f64,
+    /// Optimiser steps done, and at which the best network was found.
+    pub steps: u64,
+    /// See there.
+    pub best_step: u64,
+    /// Why the run ended.
+    pub ended: String,
+    /// Parameters of the network.
+    pub parameters: usize,
+    /// Version of the gists.
+    pub gist_version: u16,
+    /// Seed of everything random.
+    pub seed: u64,
+    /// Worker threads.
+    pub threads: usize,
+    /// Seconds, of all parts of an interrupted run.
+    pub seconds: f64,
+    /// Bytes as planned, and at the peak.
+    pub planned_bytes: u64,
+    /// See there.
+    pub peak_bytes: u64,
+    /// The base model's folder.
+    pub base: String,
+    /// Fingerprint of its weights.
+    pub base_fingerprint: String,
+    /// Where the text came from.
+    pub data: Vec<String>,
+    /// Passages to learn from, and held out.
+    pub passages: usize,
+    /// See there.
+    pub held_out_passages: usize,
+    /// The network's file.
+    pub network: String,
+}
+
+/// What a checkpoint knows besides tensors.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+struct State {
+    config_hash: String,
+    seed: u64,
+    /// SHA-256 of the text, and the base model's fingerprint.
+    text: String,
+    base: String,
+    stage: usize,
+    stage_step: usize,
+    /// Losses of the stage so far, for its end.
+    losses: Vec<f64>,
+    baselines: BTreeMap<usize, BTreeMap<Baseline, f64>>,
+    best: Option<Validation>,
+    best_step: u64,
+    last: Option<f64>,
+    rises: usize,
+    ended: Option<String>,
+    metric_lines: u64,
+    seconds: f64,
+}
+
+/// Runs the job.
+pub fn run(params: Value, host: &dyn HostApi) -> Result<Value> {
+    let Params { resume, config } = parse(params)?;
+    let config: GistRunConfig = parse(Value::Object(config))?;
+    if resume {
+        expect_run(&config.out)?;
+    }
+    let threads = config.threads;
+    with_threads(threads, || prepare(config, resume, host))?
+}
+
+/// Text to learn from and held-out text, in passages.
+fn read_text(config: &GistRunConfig, model: &ModelDir, host: &dyn HostApi) -> Result<[Passages; 2]> {
+    let context = config.context.unwrap_or(0);
+    let least = 2 * config.network.block + config.longest_horizon();
+    let encode = model.encoder();
+    let mut sides = [Passages::default(), Passages::default()];
+    for (source, data) in config.data.iter().enumerate() {
+        let documents = load_data(std::slice::from_ref(data), host)?;
+        let (train, held_out) = split_holdout(documents, config.holdout, config.seed);
+        for (side, documents) in sides.iter_mut().zip([train, held_out]) {
+            side.add(&tokenize(&documents, &encode)?, source, context, least);
+        }
+    }
+    if config.data.is_empty() {
+        load_data(&[], host)?;
+    }
+    for (what, side) in ["to learn from", "held out"].into_iter().zip(&sides) {
+        if side.tokens.is_empty() {
+            return Err(PluginError::data(format!(
+                "data: expected a document {what} of at least {least} tokens, for an entry, a block and a horizon, got none; \
+                 more or longer documents help, or a smaller network.block or horizon"
+            )));
+        }
+    }
+    // Which passages are validated on follows from the seed, and is spread over all held-out text.
+    let [_, held_out] = &mut sides;
+    let all = held_out.of_step(0, held_out.tokens.len(), &[], config.seed);
+    held_out.tokens =
+        all.into_iter().take(config.validation.passages).map(|at| held_out.tokens[at].clone()).collect();
+    Ok(sides)
+}
+
+fn prepare(config: GistRunConfig, resume: bool, host: &dyn HostApi) -> Result<Value> {
+    let started = Instant::now();
+    let model = ModelDir::open(&config.base)?;
+    let (decoder, scaling, adapter) = model.decoder_with(config.adapter.as_deref(), config.dtype)?;
+    let trained = adapter.as_ref().and_then(|adapter| adapter.config.megacontext.as_ref());
+    let trained = trained.map_or(model.config.context(), |own| own.context_length);
+    let config = config.resolve(decoder.config(), trained)?;
+    let [text, held_out] = read_text(&config, &model, host)?;
+    let weights: usize = decoder.params().count_by_group().values().sum();
+    let plan = GistPlan::new(&config, decoder.config(), 4 * weights as u64, text.tokens.len())?;
+    let network = GistNet::new(config.network.of(decoder.config()), config.seed).map_err(model_error)?;
+    let parameters = network.config().parameters();
+    let mut told = to_value(plan)?;
+    told["text"] = json!(plan.text(config.steps(), parameters));
+    host.event("plan", &told);
+
+    let setting = |pattern: Pattern| Setting { scaling: scaling.clone(), rule: config.rule(), pattern };
+    let trainer = GistTrainer::new(
+        &decoder,
+        setting(config.pattern()?),
+        network,
+        config.optimizer.adamw(),
+        config.passage_bytes,
+    )
+    .map_err(model_error)?;
+    let toml = config_toml(&config)?;
+    let folder = RunFolder::open(&config.out, resume)?;
+    let mut warnings = Vec::new();
+    let config_hash = config.identity()?;
+    let state = State {
+        config_hash: config_hash.clone(),
+        seed: config.seed,
+        text: hash_of(&[text.tokens.concat(), held_out.tokens.concat()]),
+        base: model.weights.fingerprint(),
+        ..State::default()
+    };
+    let loaded =
+        if resume { load_latest(folder.path(), &config_hash, &mut |w| warnings.push(w))? } else { None };
+    let (telemetry, state, loaded) = match loaded {
+        None => {
+            folder.write(CONFIG, toml.as_bytes())?;
+            (Telemetry::create(&folder, &toml)?, state, None)
+        }
+        Some(loaded) => {
+            let kept: State = serde_json::from_value(loaded.state.clone())
+                .map_err(|e| PluginError::data(format!("{}: state.json: {e}", loaded.path.display())))?;
+            for (what, began, now) in
+                [("the base model", &kept.base, &state.base), ("the text of --data", &kept.text, &state.text)]
+            {
+                if began != now {
+                    return Err(PluginError::usage(format!(
+                        "resume: {what} is not what the run began with: expected sha256 {began:.12}…, got {now:.12}…; bring it \
+                         back, or begin a new run in another folder"
+                    )));
+                }
+            }
+            let telemetry = Telemetry::resume(&folder, &toml, kept.metric_lines, &mut |w| warnings.push(w))?;
+            (telemetry, kept, Some(loaded))
+        }
+    };
+    for warning in warnings {
+        host.event("log", &json!({ "message": warning }));
+    }
+    let sparse = config.sparse()?.map(&setting);
+    let dense = setting(Pattern::Dense);
+    let mut run = Run {
+        host,
+        before: state.seconds,
+        config: &config,
+        decoder: &decoder,
+        trainer,
+        text: &text,
+        held_out: &held_out.tokens,
+        dense: &dense,
+        sparse,
+        folder,
+        telemetry,
+        state,
+        started,
+        step: 0,
+        warned: false,
+    };
+    if let Some(loaded) = loaded {
+        run.restore(loaded)?;
+        run.say(&format!("resuming after step {} of {}", run.step, config.steps()));
+    }
+    let frozen = hashes(decoder.params())?;
+    let result = run.finish(&plan, parameters)?;
+    if hashes(decoder.params())? != frozen {
+        return Err(PluginError::internal("a frozen parameter of the base model changed while training"));
+    }
+    Ok(result)
+}
+
+/// Hashes of the base model's groups.
+fn hashes(params: &ParamStore) -> Result<Vec<String>> {
+    let groups = [Group::Base, Group::Embeddings, Group::Norms, Group::Lora];
+    groups.into_iter().map(|group| params.group_hash(group).map_err(model_error)).collect()
+}
+
+struct Run<'a> {
+    host: &'a dyn HostApi,
+    config: &'a GistRunConfig,
+    decoder: &'a Decoder,
+    trainer: GistTrainer<'a>,
+    text: &'a Passages,
+    held_out: &'a [Vec<u32>],
+    dense: &'a Setting,
+    sparse: Option<Setting>,
+    folder: RunFolder,
+    telemetry: Telemetry,
+    state: State,
+    started: Instant,
+    /// Seconds of the parts before this one.
+    before: f64,
+    step: usize,
+    /// The gap between sparse and dense attention was told.
+    warned: bool,
+}
+
+impl Run<'_> {
+    fn say(&self, message: &str) {
+        self.host.event("log", &json!({ "message": message }));
+    }
+
+    fn cancelled<T>(&mut self) -> Result<T> {
+        self.checkpoint()?;
+        Err(PluginError::cancelled(format!(
+            "stopped after step {} of {}; go on with --resume and the same settings",
+            self.step,
+            self.config.steps()
+        )))
+    }
+
+    fn checkpoint(&mut self) -> Result<()> {
+        self.telemetry.sync()?;
+        self.state.metric_lines = self.telemetry.lines();
+        self.state.seconds = self.before + since(self.started);
+        let params = self.trainer.network.params();
+        let names: Vec<&str> = params.names().collect();
+        let path = checkpoint::save_parameters(
+            self.folder.path(),
+            self.step as u64,
+            &to_value(&self.state)?,
+            params,
+            &names,
+            Some(&self.trainer.optimizer),
+            self.config.checkpoint.keep,
+        )?;
+        self.host.event("checkpoint", &json!({ "path": path, "step": self.step }));
+        Ok(())
+    }
+
+    fn restore(&mut self, loaded: Loaded) -> Result<()> {
+        checkpoint::restore_parameters(
+            loaded.tensors,
+            loaded.optim,
+            self.trainer.network.params_mut(),
+            &mut self.trainer.optimizer,
+        )?;
+        self.step = loaded.step as usize;
+        Ok(())
+    }
+
+    /// What stability holds gists to: the network with which the stage began, in a file, so that a run that is taken up in the
+    /// middle of a stage has the same.
+    fn anchor(&mut self) -> Result<()> {
+        let path = self.folder.path().join(ANCHOR);
+        if self.state.stage_step == 0 {
+            self.trainer.network.save(&path, &self.state.base).map_err(model_error)?;
+        }
+        if self.state.stage_step == 0 || !self.trainer.is_anchored() {
+            let anchor = GistNet::load(&path, Expected::default()).map_err(model_error)?;
+            self.trainer.anchor(anchor.network).map_err(model_error)?;
+        }
+        Ok(())
+    }
+
+    fn validator(&self, horizon: usize) -> Validator<'_> {
+        Validator {
+            decoder: self.decoder,
+            setting: self.dense,
+            sparse: self.sparse.clone(),
+            documents: self.held_out,
+            horizon,
+            most_blocks: self.config.validation.blocks,
+        }
+    }
+
+    /// What else could stand for the blocks, measured once for each horizon; false where the host stopped it.
+    fn baselines(&mut self, horizon: usize) -> Result<bool> {
+        if self.state.baselines.contains_key(&horizon) {
+            return Ok(true);
+        }
+        self.say(&format!("measuring what else could stand for a block, over {horizon} tokens"));
+        let mut buffers = std::mem::take(self.trainer.buffers());
+        let host = self.host;
+        let found = self.validator(horizon).baselines(&mut buffers, &mut || !host.cancelled());
+        *self.trainer.buffers() = buffers;
+        let Some(found) = found.map_err(model_error)? else { return Ok(false) };
+        self.telemetry.record(Record::GistBaselines(GistBaselinesRecord {
+            step: self.step as u64,
+            horizon,
+            delta_nll: found.clone(),
+            wall_time: wall_time(),
+        }))?;
+        self.state.baselines.insert(horizon, found);
+        Ok(true)
+    }
+
+    /// Validates the network as it is, keeps it if it is the best; false where the host stopped it.
+    fn validate(&mut self, horizon: usize) -> Result<bool> {
+        let begun = Instant::now();
+        let mut buffers = std::mem::take(self.trainer.buffers());
+        let host = self.host;
+        let found =
+            self.validator(horizon).measure(&self.trainer.network, &mut buffers, &mut || !host.cancelled());
+        *self.trainer.buffers() = buffers;
+        let Some(found) = found.map_err(model_error)? else { return Ok(false) };
+        let deleted = self.state.baselines.get(&horizon).and_then(|all| all.get(&Baseline::Deleted)).copied();
+        self.telemetry.record(Record::GistValidation(Box::new(GistValidationRecord {
+            step: self.step as u64,
+            stage: self.state.stage,
+            validation: found.clone(),
+            wall_time: wall_time(),
+            wall_seconds: since(begun),
+        })))?;
+        let recovered = deleted.map(|deleted| 1.0 - found.delta_nll / deleted);
+        let mut text = format!("  step {:>5}  ΔNLL@{horizon} {:.4}", self.step, found.delta_nll);
+        if let Some(recovered) = recovered {
+            text += &format!(
+                "  recovered {:.1} % of deletion's {:.4}",
+                100.0 * recovered,
+                deleted.unwrap_or(0.0)
+            );
+        }
+        let mut event = to_value(&found)?;
+        event["step"] = json!(self.step);
+        event["recovered"] = json!(recovered);
+        event["text"] = json!(text);
+        self.host.event("validation", &event);
+        let most = self.config.validation.most_gap;
+        let gap = found.sparse_dense_gap().filter(|gap| gap.abs() > most && !self.warned);
+        if let Some(gap) = gap {
+            self.warned = true;
+            self.say(&format!(
+                "warning: ΔNLL@{horizon} under sparse attention is {gap:+.3} nats from that under dense attention, beyond the \
+                 stated {}: a larger group, or training with the attention that will be used, helps",
+                most
+            ));
+        }
+        let better = self.state.best.as_ref().is_none_or(|best| found.delta_nll < best.delta_nll);
+        self.state.rises =
+            if self.state.last.is_some_and(|last| found.delta_nll > last) { self.state.rises + 1 } else { 0 };
+        self.state.last = Some(found.delta_nll);
+        if better {
+            let path = self.folder.path().join(NETWORK);
+            self.trainer.network.save(&path, &self.state.base).map_err(model_error)?;
+            self.state.best = Some(found);
+            self.state.best_step = self.step as u64;
+        }
+        Ok(true)
+    }
+
+    /// One optimiser step of a stage.
+    fn train(&mut self, stage: &Stage, begun: (Instant, usize)) -> Result<()> {
+        let c = self.config;
+        let start = Instant::now();
+        let numbers = self.text.of_step(self.step, c.passages_per_step, &stage.mix, c.seed);
+        let lessons: Vec<Lesson> =
+            numbers.iter().map(|at| Lesson { number: *at, tokens: &self.text.tokens[*at] }).collect();
+        let lr = c.optimizer.lr_at(self.state.stage_step, self.step, c.steps());
+        let mut random = Random::named(c.seed ^ self.step as u64, "spans of a step");
+        let report =
+            self.trainer.step(&lessons, stage, c.spans_per_passage, lr, &mut random).map_err(|e| {
+                PluginError::model(format!(
+                    "step {} (stage {}, lr {lr:.2e}): {e}. The weights are as before this step; a lower optimizer.lr or a \
+                     longer warm-up helps where a value is not finite",
+                    self.step + 1,
+                    self.state.stage + 1
+                ))
+            })?;
+        self.step += 1;
+        self.state.stage_step += 1;
+        if stage.patience_steps > 0 {
+            self.state.losses.push(report.loss);
+        }
+        let seconds = since(start);
+        self.telemetry.record(Record::GistStep(GistStepRecord {
+            step: self.step as u64,
+            stage: self.state.stage,
+            horizon: stage.horizon,
+            loss: report.loss,
+            delta_nll: report.delta_nll,
+            lr,
+            grad_norm: report.grad_norm,
+            rows: report.rows as u64,
+            wall_time: wall_time(),
+            wall_seconds: seconds,
+        }))?;
+        let done = (self.step - begun.1) as f64;
+        let left = (c.steps() - self.step) as f64;
+        self.host.event(
+            "progress",
+            &json!({
+                "job": "train_gistnet", "stage": self.state.stage + 1, "stages": c.stages.len(),
+                "step": self.step, "steps": c.steps(), "loss": report.loss, "lr": lr,
+                "delta_nll": report.delta_nll, "horizon": stage.horizon,
+                "blocks_per_s": report.rows as f64 / seconds, "eta_s": since(begun.0) / done * left,
+            }),
+        );
+        Ok(())
+    }
+
+    fn stages(&mut self) -> Result<()> {
+        let begun = (Instant::now(), self.step);
+        let c = self.config;
+        while self.state.ended.is_none() && self.state.stage < c.stages.len() {
+            let stage = &c.stages[self.state.stage];
+            if !self.baselines(stage.horizon)? {
+                return self.cancelled();
+            }
+            if stage.loss.stability != 0.0 {
+                self.anchor()?;
+            }
+            if self.host.cancelled() {
+                return self.cancelled();
+            }
+            self.train(stage, begun)?;
+            let advances = stage.advances(&self.state.losses);
+            let last = self.state.stage_step == stage.steps || advances;
+            if last || self.state.stage_step.is_multiple_of(c.validation.every) {
+                // What is measured next is part of this step: a host that stops it finds the checkpoint before.
+                if !self.validate(stage.horizon)? {
+                    return Err(PluginError::cancelled(format!(
+                        "stopped while measuring after step {}; go on with --resume and the same settings",
+                        self.step
+                    )));
+                }
+                let patience = c.validation.stop_after_rises;
+                if patience > 0 && self.state.rises >= patience {
+                    self.state.ended = Some(format!("ΔNLL@H rose {patience} times in a row"));
+                }
+            }
+            if last && self.state.ended.is_none() {
+                self.leave_stage(advances);
+            }
+            let every = self.step.is_multiple_of(c.checkpoint.every);
+            if every || last || self.state.ended.is_some() {
+                self.checkpoint()?;
+            }
+        }
+        Ok(())
+    }
+
+    fn leave_stage(&mut self, early: bool) {
+        if early {
+            self.say(&format!(
+                "stage {} improves no more: going on after {} steps",
+                self.state.stage + 1,
+                self.state.stage_step
+            ));
+        }
+        self.state.stage += 1;
+        self.state.losses.clear();
+        if self.state.stage == self.config.stages.len() {
+            self.state.ended = Some("all stages are done".to_string());
+            return;
+        }
+        self.state.stage_step = 0;
+        (self.state.best, self.state.last, self.state.rises) = (None, None, 0);
+    }
+
+    fn finish(mut self, plan: &GistPlan, parameters: usize) -> Result<Value> {
+        let phase = json!({ "job": "train_gistnet", "groups": ["gistnet"], "steps": self.config.steps() });
+        if self.host.phase_entered(&phase) != Answer::Continue {
+            return Err(PluginError::cancelled(
+                "the host did not want the training to begin; go on with --resume",
+            ));
+        }
+        self.stages()?;
+        let Some(validation) = self.state.best.clone() else {
+            return Err(PluginError::internal("a run ended without a validation"));
+        };
+        let phase =
+            json!({ "job": "train_gistnet", "groups": ["gistnet"], "delta_nll": validation.delta_nll });
+        if self.host.phase_left(&phase) != Answer::Continue {
+            return Err(PluginError::cancelled(
+                "the host turned the result down; the network and the checkpoints are kept",
+            ));
+        }
+        let baselines = self.state.baselines.get(&validation.horizon).cloned().unwrap_or_default();
+        let recovered = baselines
+            .get(&Baseline::Deleted)
+            .map_or(f64::NAN, |deleted| 1.0 - validation.delta_nll / deleted);
+        let path = self.folder.path().join(NETWORK);
+        let summary = GistSummary {
+            recovered,
+            baselines,
+            validation,
+            steps: self.step as u64,
+            best_step: self.state.best_step,
+            ended: self.state.ended.clone().unwrap_or_default(),
+            parameters,
+            gist_version: self.trainer.network.gist_version(),
+            seed: self.config.seed,
+            threads: rayon::current_num_threads(),
+            seconds: self.before + since(self.started),
+            planned_bytes: plan.total,
+            peak_bytes: peak_bytes().unwrap_or(0),
+            base: self.config.base.display().to_string(),
+            base_fingerprint: self.state.base.clone(),
+            data: self.config.data.clone(),
+            passages: self.text.tokens.len(),
+            held_out_passages: self.held_out.len(),
+            network: path.display().to_string(),
+        };
+        self.telemetry.sync()?;
+        let page = GistReport {
+            summary: &summary,
+            records: self.telemetry.records(),
+            config: &config_toml(self.config)?,
+        };
+        self.folder.write(crate::report::REPORT, render(&page).as_bytes())?;
+        self.folder.write_json(SUMMARY, &summary)?;
+        to_value(&summary)
+    }
+}

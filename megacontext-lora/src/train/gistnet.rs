@@ -1,0 +1,495 @@
+//! Settings of a run that trains GistNet, as they stand in `config.toml` and in the parameters of the job `train_gistnet`, the
+//! text it learns from, and what it will cost.
+//!
+//! A document is cut into passages of `context` tokens; what is left at its end is a passage too if a block and its horizon fit
+//! in. Which passage comes when follows from the seed and the step alone, so a run that goes on stores no place in the data.
+//!
+//! Units: tokens, bytes, seconds. Errors: a value out of range, by key; text too short.
+
+use std::path::PathBuf;
+
+use gistnet_adapter::curriculum::{Stage, shuffle};
+use gistnet_adapter::{GistNetConfig, Head, Mode, Pooling};
+use megacontext_base::buffers::{PassShape, evaluation_bytes, keys_values_bytes, training_bytes};
+use megacontext_base::config::DecoderConfig;
+use megacontext_base::random::Random;
+use megacontext_base::rope::{SigmaPreset, SigmaRule};
+use megacontext_kernels::attention::Pattern;
+use megacontext_kernels::precision::Precision;
+use serde::{Deserialize, Serialize};
+
+use super::config::{Attention, CheckpointConfig, GroupSize, OptimizerConfig, Schedule, pattern};
+use super::plan::{available_bytes, bytes, resident_bytes};
+use crate::error::{PluginError, Result};
+use crate::run::folder::config_hash;
+
+/// The network, but for what the base model decides.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct NetworkSettings {
+    /// K.
+    pub block: usize,
+    /// `transformer` or `mean`.
+    pub mode: Mode,
+    /// Blocks of the transformer.
+    pub layers: usize,
+    /// Heads; none means the base model's, where they divide its width evenly.
+    pub heads: Option<usize>,
+    /// `cls`, `query` or `mean`.
+    pub pooling: Pooling,
+    /// `mlp` or `linear`.
+    pub head: Head,
+    /// Do entries of a block attend to earlier ones alone?
+    pub causal: bool,
+}
+
+impl Default for NetworkSettings {
+    fn default() -> Self {
+        Self {
+            block: 32,
+            mode: Mode::Transformer,
+            layers: 2,
+            heads: None,
+            // The original's default is the mean. A token of its own can look for what matters: measured, it learns faster.
+            pooling: Pooling::Cls,
+            head: Head::Mlp,
+            causal: false,
+        }
+    }
+}
+
+impl NetworkSettings {
+    /// The network for a base model.
+    pub fn of(&self, model: &DecoderConfig) -> GistNetConfig {
+        GistNetConfig {
+            block: self.block,
+            mode: self.mode,
+            layers: self.layers,
+            pooling: self.pooling,
+            head: self.head,
+            causal: self.causal,
+            ..GistNetConfig::new(model.hidden_size, self.heads.unwrap_or(model.num_attention_heads))
+        }
+    }
+}
+
+/// Where entries of a working context stand.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct PlaceSettings {
+    /// `document` or `original`.
+    pub preset: SigmaPreset,
+    /// A gist's spread is span/√12 instead of its span.
+    pub uniform: bool,
+}
+
+/// Validation while training.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct ValidationSettings {
+    /// Steps between two; the last step of a stage is always followed by one.
+    pub every: usize,
+    /// Held-out passages.
+    pub passages: usize,
+    /// Most blocks of a passage.
+    pub blocks: usize,
+    /// Ends a run whose ΔNLL@H rose so many times in a row; 0 never does.
+    pub stop_after_rises: usize,
+    /// Measure shifted sparse attention as well, with groups of this size (a part of the context, or tokens); none leaves it
+    /// out.
+    pub sparse_group: Option<GroupSize>,
+    /// Warns when ΔNLL@H under sparse and dense attention differ by more nats than this.
+    pub most_gap: f64,
+}
+
+impl Default for ValidationSettings {
+    fn default() -> Self {
+        Self {
+            every: 100,
+            passages: 32,
+            blocks: 16,
+            stop_after_rises: 3,
+            sparse_group: Some(GroupSize::Part(0.5)),
+            most_gap: 0.1,
+        }
+    }
+}
+
+/// Everything a run is told.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct GistRunConfig {
+    /// The base model's folder.
+    pub base: PathBuf,
+    /// An adapter on it.
+    pub adapter: Option<PathBuf>,
+    /// Sources of text: files, folders, globs; `corpus:held-out` stands for text found on this machine.
+    pub data: Vec<String>,
+    /// The run folder.
+    pub out: PathBuf,
+    /// Tokens of a passage; none means the context that model and adapter were trained for.
+    pub context: Option<usize>,
+    /// Share of the documents kept for validation.
+    pub holdout: f64,
+    /// Seed of initial weights, order of the text and drawn spans.
+    pub seed: u64,
+    /// The network.
+    pub network: NetworkSettings,
+    /// Where entries stand.
+    pub places: PlaceSettings,
+    /// Attention while training.
+    pub attention: Attention,
+    /// Group of `s2`.
+    pub group: GroupSize,
+    /// Passages of a step.
+    pub passages_per_step: usize,
+    /// Spans of a passage and step.
+    pub spans_per_passage: usize,
+    /// The curriculum.
+    pub stages: Vec<Stage>,
+    /// Optimiser and learning rate.
+    pub optimizer: OptimizerConfig,
+    /// Validation.
+    pub validation: ValidationSettings,
+    /// When to write checkpoints.
+    pub checkpoint: CheckpointConfig,
+    /// Bytes of passages that are kept instead of run again.
+    pub passage_bytes: u64,
+    /// Precision class of the base model.
+    pub dtype: Precision,
+    /// Refuse to run beyond this many bytes; none means what the machine has free.
+    pub memory_budget_bytes: Option<u64>,
+    /// Threads; none means all cores.
+    pub threads: Option<usize>,
+}
+
+impl Default for GistRunConfig {
+    fn default() -> Self {
+        Self {
+            base: PathBuf::new(),
+            adapter: None,
+            data: Vec::new(),
+            out: PathBuf::from("runs/gistnet"),
+            context: None,
+            holdout: 0.1,
+            seed: 0,
+            network: NetworkSettings::default(),
+            places: PlaceSettings::default(),
+            attention: Attention::Dense,
+            group: GroupSize::Part(0.5),
+            passages_per_step: 8,
+            spans_per_passage: 16,
+            stages: vec![Stage::default()],
+            optimizer: OptimizerConfig {
+                lr: 3e-3,
+                schedule: Schedule::Cosine,
+                warmup_steps: 50,
+                betas: [0.9, 0.999],
+                weight_decay: 0.01,
+                ..OptimizerConfig::default()
+            },
+            validation: ValidationSettings::default(),
+            checkpoint: CheckpointConfig { every: 100, keep: 2 },
+            passage_bytes: 512 << 20,
+            dtype: Precision::F32,
+            memory_budget_bytes: None,
+            threads: None,
+        }
+    }
+}
+
+impl GistRunConfig {
+    /// The longest horizon of all stages.
+    pub fn longest_horizon(&self) -> usize {
+        self.stages.iter().map(|stage| stage.horizon).max().unwrap_or(0)
+    }
+
+    /// Where entries stand, K among it.
+    pub fn rule(&self) -> SigmaRule {
+        SigmaRule { preset: self.places.preset, block: self.network.block, uniform: self.places.uniform }
+    }
+
+    /// Steps of all stages where none advances early.
+    pub fn steps(&self) -> usize {
+        self.stages.iter().map(|stage| stage.steps).sum()
+    }
+
+    /// Fills in what depends on the model and refuses what does not fit it; `trained` is the context that it was trained for.
+    pub fn resolve(mut self, model: &DecoderConfig, trained: usize) -> Result<Self> {
+        let usage = |message: String| Err(PluginError::usage(message));
+        let network = self.network.of(model);
+        network.check().map_err(|e| PluginError::usage(format!("network: {e}")))?;
+        self.network.heads = Some(network.heads);
+        if self.stages.is_empty() {
+            return usage("stages: expected at least one, got none".to_string());
+        }
+        for (number, stage) in (1..).zip(&self.stages) {
+            stage
+                .check(self.data.len())
+                .map_err(|e| PluginError::usage(format!("stages, number {number}: {e}")))?;
+        }
+        let context = *self.context.get_or_insert(trained);
+        let least = 2 * self.network.block + self.longest_horizon();
+        if context < least {
+            return usage(format!(
+                "context: expected at least {least} tokens, for an entry, a block of {} and a horizon of {}, got {context}",
+                self.network.block,
+                self.longest_horizon()
+            ));
+        }
+        for (key, value) in [
+            ("passages_per_step", self.passages_per_step),
+            ("spans_per_passage", self.spans_per_passage),
+            ("validation.every", self.validation.every),
+            ("validation.passages", self.validation.passages),
+            ("validation.blocks", self.validation.blocks),
+            ("checkpoint.every", self.checkpoint.every),
+        ] {
+            if value == 0 {
+                return usage(format!("{key}: expected at least 1, got 0"));
+            }
+        }
+        if !(self.holdout > 0.0 && self.holdout < 1.0) {
+            return usage(format!("holdout: expected a share between 0 and 1, got {}", self.holdout));
+        }
+        if !self.validation.most_gap.is_finite() || self.validation.most_gap < 0.0 {
+            let got = self.validation.most_gap;
+            return usage(format!("validation.most_gap: expected a number of at least 0, got {got}"));
+        }
+        self.optimizer.validate()?;
+        for pattern in [Some(self.pattern()?), self.sparse()?].into_iter().flatten() {
+            gistnet_adapter::delta_nll::check_group(pattern, self.longest_horizon())
+                .map_err(|e| PluginError::usage(format!("group: {e}")))?;
+        }
+        Ok(self)
+    }
+
+    /// Attention while training.
+    ///
+    /// # Errors
+    /// A group that is none.
+    pub fn pattern(&self) -> Result<Pattern> {
+        pattern(self.attention, self.group, self.context.unwrap_or(0))
+    }
+
+    /// Sparse attention of the validation, where it is measured.
+    ///
+    /// # Errors
+    /// A group that is none.
+    pub fn sparse(&self) -> Result<Option<Pattern>> {
+        let group = self.validation.sparse_group;
+        group.map(|group| pattern(Attention::S2, group, self.context.unwrap_or(0))).transpose()
+    }
+
+    /// Hash of what the result depends on.
+    ///
+    /// # Errors
+    /// When the settings are no JSON.
+    pub fn identity(&self) -> Result<String> {
+        let mut value = crate::jobs::to_value(self)?;
+        if let serde_json::Value::Object(map) = &mut value {
+            let beside =
+                ["base", "adapter", "data", "out", "threads", "memory_budget_bytes", "passage_bytes"];
+            map.retain(|key, _| !beside.contains(&key.as_str()));
+        }
+        config_hash(&value)
+    }
+}
+
+/// Bytes that a run takes, by kind.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+pub struct GistPlan {
+    /// What the process held when it planned.
+    pub program: u64,
+    /// The base model.
+    pub weights: u64,
+    /// GistNet, its gradients and its optimiser's moments.
+    pub network: u64,
+    /// What GistNet's graph keeps.
+    pub graph: u64,
+    /// Passages: those that are kept, and those of a step.
+    pub passages: u64,
+    /// Buffers of passes over rows, with gradients, or over a passage.
+    pub passes: u64,
+    /// Of all kinds.
+    pub total: u64,
+}
+
+/// Values of an entry that GistNet's graph keeps, in widths of the model and per block: q, k, v and their forms after
+/// rotation and norm, mixed values, norms, residual sums, the MLP's two widths of 4; and as many gradients.
+const GRAPH_WIDTHS: u64 = 40;
+
+impl GistPlan {
+    /// Plans a resolved run over `passages` passages; what it would hold must fit.
+    ///
+    /// # Errors
+    /// When it does not, with the numbers and what would help.
+    pub fn new(config: &GistRunConfig, model: &DecoderConfig, weights: u64, passages: usize) -> Result<Self> {
+        let (k, e) = (config.network.block, model.hidden_size as u64);
+        let context = config.context.unwrap_or(0);
+        let wide = config.stages.iter().any(|stage| stage.level2 > 0.0);
+        let run = config.stages.iter().map(|stage| stage.run).max().unwrap_or(1);
+        let rows = config.spans_per_passage.max(config.validation.blocks);
+        let entries = rows * (config.longest_horizon() + run * k.min(run));
+        let pass = |entries| PassShape { entries, precision: config.dtype, lora: None };
+        let step = training_bytes(model, pass(entries), model.num_hidden_layers, true).total();
+        let passes = step.max(evaluation_bytes(model, pass(context)).total());
+        let spans = (config.passages_per_step * config.spans_per_passage * run) as u64;
+        let seen = spans * k as u64 * if wide { k as u64 } else { 1 };
+        let network = config.network.of(model);
+        let layers = if network.mode == Mode::Mean { 1 } else { network.layers as u64 };
+        let graph = 4 * seen * e * GRAPH_WIDTHS * layers;
+        let passage = keys_values_bytes(model, config.dtype, context) + 4 * context as u64 * e;
+        let kept = (passages as u64 * passage).min(config.passage_bytes);
+        let in_step = config.passages_per_step as u64 * passage;
+        let program = resident_bytes().unwrap_or(0);
+        let plan = Self {
+            program,
+            weights,
+            network: 16 * network.parameters() as u64,
+            graph,
+            passages: kept + in_step,
+            passes,
+            total: 0,
+        };
+        let total = plan.program + plan.weights + plan.network + plan.graph + plan.passages + plan.passes;
+        let plan = Self { total, ..plan };
+        let free = available_bytes().map(|free| free + program);
+        let budget = config.memory_budget_bytes.or(free).unwrap_or(u64::MAX);
+        if total > budget {
+            let mut help = vec!["fewer passages_per_step", "fewer spans_per_passage", "a smaller context"];
+            help.extend((kept > 0).then_some("fewer passage_bytes"));
+            help.extend((!config.dtype.stores_bf16()).then_some("--dtype bf16"));
+            return Err(PluginError::memory(format!(
+                "the run needs about {}, but may use {}: {}. What would help: {}",
+                bytes(total),
+                bytes(budget),
+                plan.kinds(),
+                help.join(", ")
+            )));
+        }
+        Ok(plan)
+    }
+
+    fn kinds(&self) -> String {
+        format!(
+            "program {}, weights {}, GistNet {}, its graph {}, passages {}, passes {}",
+            bytes(self.program),
+            bytes(self.weights),
+            bytes(self.network),
+            bytes(self.graph),
+            bytes(self.passages),
+            bytes(self.passes)
+        )
+    }
+
+    /// The plan in a sentence.
+    pub fn text(&self, steps: usize, parameters: usize) -> String {
+        format!(
+            "plan: at most about {} of memory ({}); {steps} steps; {} parameters of GistNet learn",
+            bytes(self.total),
+            self.kinds(),
+            super::plan::count(parameters as u64)
+        )
+    }
+}
+
+/// Passages by source.
+#[derive(Clone, Debug, Default)]
+pub struct Passages {
+    /// Their tokens.
+    pub tokens: Vec<Vec<u32>>,
+    /// The source of each.
+    pub sources: Vec<usize>,
+}
+
+impl Passages {
+    /// Cuts the documents of a source into passages of `context` tokens; shorter ones have at least `least`.
+    pub fn add(&mut self, documents: &[Vec<u32>], source: usize, context: usize, least: usize) {
+        for document in documents {
+            for part in document.chunks(context).filter(|part| part.len() >= least) {
+                self.tokens.push(part.to_vec());
+                self.sources.push(source);
+            }
+        }
+    }
+
+    /// Numbers of the passages of a step: every passage once before any comes again, or drawn by the stage's mix.
+    pub fn of_step(&self, step: usize, count: usize, mix: &[f64], seed: u64) -> Vec<usize> {
+        let n = self.tokens.len();
+        if mix.is_empty() {
+            let place = |at: usize| -> usize {
+                let (epoch, at) = (at / n, at % n);
+                self.order(epoch, seed)[at]
+            };
+            // A step crosses the end of an epoch at most once or so: the permutation is made anew for each number.
+            return (step * count..(step + 1) * count).map(place).collect();
+        }
+        let mut random = Random::named(seed ^ step as u64, "mix");
+        let by_source: Vec<Vec<usize>> =
+            (0..mix.len()).map(|source| (0..n).filter(|at| self.sources[*at] == source).collect()).collect();
+        let weight = |source: usize| if by_source[source].is_empty() { 0.0 } else { mix[source] };
+        let sum: f64 = (0..mix.len()).map(weight).sum();
+        let mut draw = || {
+            let mut left = random.unit() * sum;
+            let mut chosen = 0;
+            for source in (0..mix.len()).filter(|source| weight(*source) > 0.0) {
+                chosen = source;
+                left -= weight(source);
+                if left < 0.0 {
+                    break;
+                }
+            }
+            by_source[chosen][random.below(by_source[chosen].len())]
+        };
+        (0..count).map(|_| draw()).collect()
+    }
+
+    fn order(&self, epoch: usize, seed: u64) -> Vec<usize> {
+        let mut order: Vec<usize> = (0..self.tokens.len()).collect();
+        shuffle(&mut order, &mut Random::named(seed ^ epoch as u64, "order of passages"));
+        order
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn passages() -> Passages {
+        let mut passages = Passages::default();
+        passages.add(&[(0..25).collect(), (0..8).collect()], 0, 10, 5);
+        passages.add(&[(0..30).collect()], 1, 10, 5);
+        passages
+    }
+
+    #[test]
+    fn documents_are_cut_and_short_ends_dropped() {
+        let lengths: Vec<usize> = passages().tokens.iter().map(Vec::len).collect();
+        assert_eq!(lengths, [10, 10, 5, 8, 10, 10, 10]);
+        assert_eq!(passages().sources, [0, 0, 0, 0, 1, 1, 1]);
+    }
+
+    #[test]
+    fn every_passage_comes_once_an_epoch() {
+        let passages = passages();
+        let mut seen: Vec<usize> = (0..7).flat_map(|step| passages.of_step(step, 2, &[], 3)).collect();
+        assert_ne!(seen[..7], seen[7..]);
+        for epoch in seen.chunks_mut(7) {
+            epoch.sort_unstable();
+            assert_eq!(epoch, [0, 1, 2, 3, 4, 5, 6]);
+        }
+    }
+
+    #[test]
+    fn a_mix_draws_from_its_sources() {
+        let passages = passages();
+        let of = |mix: &[f64]| -> Vec<usize> {
+            let drawn = (0..200).flat_map(|step| passages.of_step(step, 2, mix, 3));
+            drawn.map(|at| passages.sources[at]).collect()
+        };
+        assert!(of(&[0.0, 1.0]).iter().all(|source| *source == 1));
+        let share = of(&[3.0, 1.0]).iter().filter(|source| **source == 0).count() as f64 / 400.0;
+        assert!((share - 0.75).abs() < 0.07, "{share}");
+    }
+}

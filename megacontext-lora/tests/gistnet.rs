@@ -1,0 +1,186 @@
+//! `mclora train gistnet` as a user runs it: what it leaves, what it learns, that it can be killed, what it refuses.
+#![allow(clippy::unwrap_used)]
+
+mod common;
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use common::{Fixture, Running, mclora, metrics, read_json, with};
+use serde_json::Value;
+
+fn fixture() -> Fixture {
+    Fixture::new()
+}
+
+/// A run over the micro model: blocks of 4 tokens, horizons of 4 and 6, passages of 32 tokens.
+fn run(fixture: &Fixture, out: &str) -> Vec<String> {
+    let (base, data, out) = (fixture.at("base"), fixture.at("data"), fixture.at(out));
+    #[rustfmt::skip]
+    let args = [
+        "train", "gistnet", "--base", &base, "--data", &data, "--out", &out, "--context", "32", "--block", "4",
+        "--stages", "4:8,6:8", "--passages-per-step", "3", "--spans-per-passage", "3", "--validate-every", "4",
+        "--validation-passages", "6", "--checkpoint-every", "3", "--threads", "2", "--seed", "7",
+    ];
+    args.map(str::to_owned).to_vec()
+}
+
+/// What a run reached, without what depends on the clock or the machine.
+fn reached(run: &Path) -> (Vec<u8>, Value, Vec<Value>) {
+    let summary = read_json(&run.join("summary.json"));
+    let mut metrics = metrics(run);
+    for line in &mut metrics {
+        line.as_object_mut().unwrap().retain(|key, _| !key.starts_with("wall_"));
+    }
+    (fs::read(run.join("gistnet.safetensors")).unwrap(), summary["validation"].clone(), metrics)
+}
+
+#[test]
+fn a_run_leaves_a_network_numbers_and_a_page() {
+    let fixture = fixture();
+    let mut args = run(&fixture, "gist");
+    args.push("--json".to_string());
+    let summary = mclora(&args).success().json();
+    let folder = fixture.path("gist");
+    for file in ["gistnet.safetensors", "config.toml", "metrics.jsonl", "summary.json", "report.html"] {
+        assert!(folder.join(file).is_file(), "{file}");
+    }
+    let keys: Vec<&String> = summary["baselines"].as_object().unwrap().keys().collect();
+    assert_eq!(keys, ["deleted", "mean", "last_token", "last_2", "last_4"]);
+    assert_eq!(summary["steps"], 16);
+    assert_eq!(summary["validation"]["horizon"], 6);
+    // All of a block's own tokens at their own places are the block itself.
+    assert!(summary["baselines"]["last_4"].as_f64().unwrap().abs() < 1e-5, "{summary}");
+    assert!(summary["validation"]["sparse_delta_nll"].is_number());
+    assert!(summary["peak_bytes"].as_u64().unwrap() < summary["planned_bytes"].as_u64().unwrap() * 11 / 10);
+    let kinds: Vec<Value> = metrics(&folder).iter().map(|line| line["kind"].clone()).collect();
+    let count = |kind: &str| kinds.iter().filter(|k| **k == kind).count();
+    assert_eq!([count("gist_baselines"), count("gist_step"), count("gist_validation")], [2, 16, 4]);
+    let page = fs::read_to_string(folder.join("report.html")).unwrap();
+    for part in ["its last token", "diversity", "What stands for a block", "<svg"] {
+        assert!(page.contains(part), "{part}");
+    }
+}
+
+#[test]
+fn killed_at_many_moments_it_ends_with_the_same_bytes() {
+    let fixture = fixture();
+    mclora(&run(&fixture, "whole")).success();
+    let whole = reached(&fixture.path("whole"));
+    let torn = fixture.path("torn");
+    let lines =
+        |kind: &str| metrics(&fixture.path("torn")).iter().filter(|line| line["kind"] == kind).count();
+    let mut killed = Vec::new();
+    let moments: [(&str, &dyn Fn() -> bool); 6] = [
+        ("before anything is measured", &|| torn.join(".lock").exists()),
+        ("after the baselines", &|| lines("gist_baselines") >= 1),
+        ("in the first stage", &|| lines("gist_step") >= 2),
+        ("after a validation", &|| lines("gist_validation") >= 1),
+        ("in the second stage", &|| lines("gist_step") >= 10),
+        ("after its validation", &|| lines("gist_validation") >= 3),
+    ];
+    for (number, (what, moment)) in moments.into_iter().enumerate() {
+        let mut args = run(&fixture, "torn");
+        if torn.join(".lock").exists() {
+            args.push("--resume".to_string());
+        }
+        let mut program = Running::start(&args, fixture.path(&format!("log{number}")));
+        if program.wait_until(moment) {
+            program.signal("KILL");
+        }
+        match program.end() {
+            (None, Some(9)) => killed.push(what),
+            // It was done before the signal came.
+            (Some(0), None) => {}
+            other => panic!("{what}: {other:?}: {}", program.said()),
+        }
+    }
+    assert!(killed.len() >= 4, "too few kills: {killed:?}");
+    let mut args = run(&fixture, "torn");
+    args.push("--resume".to_string());
+    mclora(&args).success();
+    let torn = reached(&torn);
+    for (number, (a, b)) in whole.2.iter().zip(&torn.2).enumerate() {
+        assert_eq!(a, b, "line {} of metrics.jsonl", number + 1);
+    }
+    assert_eq!(whole.1, torn.1);
+    assert!(whole.0 == torn.0, "gistnet.safetensors differs");
+}
+
+#[test]
+fn on_the_embedded_base_gists_cost_less_than_means_and_much_less_than_deletion() {
+    let fixture = fixture();
+    let root = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("..");
+    let [base, docs, source] = ["assets/tiny-llama", "docs", "megacontext-lora"].map(|part| root.join(part));
+    let out = fixture.at("gist");
+    #[rustfmt::skip]
+    let args = [
+        "train", "gistnet", "--base", base.to_str().unwrap(), "--data", docs.to_str().unwrap(), source.to_str().unwrap(),
+        "--out", &out, "--stages", "32:50", "--validate-every", "50", "--validation-passages", "24", "--seed", "1",
+        "--threads", "2", "--json",
+    ];
+    let summary = mclora(&args).success().json();
+    let of = |key: &str| summary["baselines"][key].as_f64().unwrap();
+    let gist = summary["validation"]["delta_nll"].as_f64().unwrap();
+    assert!(gist < 0.85 * of("deleted"), "gist {gist}, deleted {}", of("deleted"));
+    assert!(gist < 0.98 * of("mean"), "gist {gist}, mean {}", of("mean"));
+}
+
+#[test]
+fn a_context_too_short_for_a_block_and_its_horizon_is_refused() {
+    let fixture = fixture();
+    mclora(&with(run(&fixture, "out"), &[("--context", "13")]))
+        .refused(2, &["context: expected at least 14 tokens", "got 13"]);
+    assert!(!fixture.path("out").exists());
+}
+
+#[test]
+fn a_group_too_small_for_the_horizon_is_refused() {
+    let fixture = fixture();
+    mclora(&with(run(&fixture, "out"), &[("--attention", "s2"), ("--group", "13")]))
+        .refused(2, &["group", "at least 2·(H + 1) = 14 for H = 6, got 13"]);
+    assert!(!fixture.path("out").exists());
+}
+
+#[test]
+fn a_block_of_one_token_is_refused() {
+    let fixture = fixture();
+    mclora(&with(run(&fixture, "out"), &[("--block", "1")]))
+        .refused(2, &["block: expected at least 2", "got 1"]);
+}
+
+#[test]
+fn stages_that_are_none_are_refused() {
+    let fixture = fixture();
+    mclora(&with(run(&fixture, "out"), &[("--stages", "32")]))
+        .refused(2, &["expected HORIZON:STEPS", "\"32\""]);
+    mclora(&with(run(&fixture, "out"), &[("--stages", "4:0")]))
+        .refused(2, &["steps: expected at least 1, got 0"]);
+}
+
+#[test]
+fn text_too_short_for_a_block_is_refused() {
+    let fixture = fixture();
+    fs::write(fixture.path("short.txt"), "Anna reads.").unwrap();
+    let short = fixture.at("short.txt");
+    mclora(&with(run(&fixture, "out"), &[("--data", &short)]))
+        .refused(1, &["expected a document", "of at least 14 tokens"]);
+    assert!(!fixture.path("out").exists());
+}
+
+#[test]
+fn other_settings_are_refused_when_a_run_goes_on() {
+    let fixture = fixture();
+    mclora(&run(&fixture, "out")).success();
+    let mut args = with(run(&fixture, "out"), &[("--lr", "1e-4")]);
+    args.push("--resume".to_string());
+    mclora(&args).refused(2, &["expected a checkpoint of this configuration"]);
+}
+
+#[test]
+fn a_memory_budget_that_is_too_small_is_refused_with_the_plan() {
+    let fixture = fixture();
+    mclora(&with(run(&fixture, "out"), &[("--memory", "2MB")]))
+        .refused(1, &["the run needs about", "may use 2 MB", "What would help", "fewer passages_per_step"]);
+    assert!(!fixture.path("out").exists());
+}
