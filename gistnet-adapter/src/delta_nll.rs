@@ -234,7 +234,7 @@ impl<'a> DeltaNll<'a> {
             scales: scales.as_deref(),
             length: Some(length),
         };
-        Ok(self.rope.place(&entries)?)
+        self.rope.place(&entries)
     }
 
     /// Runs a document; `divergence` keeps what the KL form reads of it.

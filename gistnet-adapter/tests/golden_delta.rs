@@ -46,7 +46,7 @@ fn decoder(dir: &Path) -> Result<Decoder> {
     let config = DecoderConfig::from_json(&config, Path::new("config.json"))?;
     let folder = dir.join("gpt");
     let tensors = without_prefix(&golden("gpt_mha")?, "w.");
-    write_model_dir(&folder, &config, tensors.into_iter(), Dtype::F32, None)?;
+    write_model_dir(&folder, &config, tensors, Dtype::F32, None)?;
     let config = DecoderConfig::from_dir(&folder)?;
     let mut decoder = Decoder::from_weights(config, &Weights::open(&folder)?, Precision::F32, &[])?;
     decoder.attach_sigma(2)?;

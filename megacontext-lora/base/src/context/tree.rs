@@ -151,7 +151,7 @@ impl GistTree {
         self.level(lod).map_or(&[], |level| &level.gists)
     }
 
-    /// The gist of a node, [E]; none where there is no such node, or it is a token.
+    /// The gist of a node, \[E\]; none where there is no such node, or it is a token.
     pub fn gist(&self, node: Node) -> Option<&[f32]> {
         let at = usize::try_from(node.index).ok()?.checked_mul(self.width)?;
         self.level(node.lod)?.gists.get(at..at.checked_add(self.width)?)
