@@ -1,7 +1,7 @@
 //! Parameters that several jobs have, and how a job that is made of such parts reads them.
 //!
 //! serde's `flatten` knows neither unknown keys nor the place of an error, so a job takes its parts out of the object one
-//! after the other ([`Parameters`]): what a part is called when it is written is what it is called when it is read, and what
+//! after the other (`Parameters`): what a part is called when it is written is what it is called when it is read, and what
 //! nobody took is refused by name. Written, they are flattened.
 //!
 //! Units: tokens. Errors: `Usage`, with the key, what was expected and what came.
