@@ -31,6 +31,8 @@ use megacontext_kernels::loss::IGNORE;
 use megacontext_base::error::{BaseError, Result};
 
 const OP: &str = "ΔNLL@H";
+/// Entries of rows that run together. More are hardly faster, and hold more at a time than two whole passes would.
+pub const ENTRIES_AT_ONCE: usize = 768;
 
 fn refuse<T>(message: String) -> Result<T> {
     Err(BaseError::Input { message: format!("{OP}: {message}") })
@@ -99,7 +101,10 @@ pub struct Rows {
     lengths: Vec<usize>,
     /// [n, R, E].
     x: Vec<f32>,
-    rope: RopeTables,
+    /// Places and levels of all entries, n·R each.
+    mu: Vec<f64>,
+    sigma: Vec<f64>,
+    lod: Vec<u32>,
     targets: Vec<u32>,
     teacher: Vec<usize>,
     /// First of the H scored entries of each row, and the first token that they predict.
@@ -314,19 +319,20 @@ impl<'a> DeltaNll<'a> {
             prefix: all.iter().map(|row| row.prefix).collect(),
             lengths: all.iter().map(|row| row.entries.len()).collect(),
             x: vec![0.0; n * longest * width],
-            rope: self.tables(&[], &[], &[], tokens.len())?,
+            mu: vec![0.0; n * longest],
+            sigma: vec![0.0; n * longest],
+            lod: vec![0; n * longest],
             targets: vec![IGNORE; n * longest],
             teacher: vec![0; n * longest],
             scored: Vec::with_capacity(n),
             slots,
         };
-        let (mut mu, mut sigma) = (vec![0.0; n * longest], vec![0.0; n * longest]);
-        let mut lod = vec![0; n * longest];
         for (number, row) in all.iter().enumerate() {
             let first = number * longest;
             for (at, entry) in row.entries.iter().enumerate() {
-                (mu[first + at], sigma[first + at]) = self.rule.place(entry.start as f64, entry.lod);
-                lod[first + at] = entry.lod;
+                (rows.mu[first + at], rows.sigma[first + at]) =
+                    self.rule.place(entry.start as f64, entry.lod);
+                rows.lod[first + at] = entry.lod;
                 if entry.lod == 0 {
                     let x = &passage.x_te[entry.start * width..][..width];
                     rows.x[(first + at) * width..][..width].copy_from_slice(x);
@@ -339,7 +345,6 @@ impl<'a> DeltaNll<'a> {
             }
             rows.scored.push((from, row.end));
         }
-        rows.rope = self.tables(&mu, &sigma, &lod, tokens.len())?;
         Ok(rows)
     }
 
@@ -411,41 +416,52 @@ impl<'a> DeltaNll<'a> {
             weights = Some(all);
         }
         let share = 1.0 / (n * self.horizon) as f64;
-        let with = objective.map(|objective| Objective {
-            nll: (objective.nll * share) as f32,
-            kl: (objective.kl * share) as f32,
-            weights: weights.as_deref(),
-        });
-        let x_nre = Tensor::from_slice(&rows.x, (n, rows.longest, rows.width), &Device::Cpu)?;
-        let continuation = Continuation {
-            prefix: &rows.prefix,
-            lengths: Some(&rows.lengths),
-            x_nre: &x_nre,
-            rope: &rows.rope,
-            targets: &rows.targets,
-            teacher: passage.document.keeps_hidden().then_some(&rows.teacher),
-        };
-        let made = self.decoder.continue_document(&passage.document, &continuation, with, true, buffers)?;
+        let (mut nll, mut d) = (Vec::with_capacity(n * rows.longest), Vec::new());
+        let mut kl = Vec::new();
+        // So many rows at a time that what is kept for their way back stays small beside the document.
+        let at_once = (ENTRIES_AT_ONCE / rows.longest.max(1)).max(1);
+        for first in (0..n).step_by(at_once) {
+            let last = (first + at_once).min(n);
+            let entries = first * rows.longest..last * rows.longest;
+            let values = &rows.x[entries.start * rows.width..entries.end * rows.width];
+            let x_nre = Tensor::from_slice(values, (last - first, rows.longest, rows.width), &Device::Cpu)?;
+            let length = passage.document.tokens().len();
+            let [mu, sigma] = [&rows.mu, &rows.sigma].map(|all| &all[entries.clone()]);
+            let continuation = Continuation {
+                prefix: &rows.prefix[first..last],
+                lengths: Some(&rows.lengths[first..last]),
+                x_nre: &x_nre,
+                rope: &self.tables(mu, sigma, &rows.lod[entries.clone()], length)?,
+                targets: &rows.targets[entries.clone()],
+                teacher: passage.document.keeps_hidden().then_some(&rows.teacher[entries.clone()]),
+            };
+            let with = objective.map(|objective| Objective {
+                nll: (objective.nll * share) as f32,
+                kl: (objective.kl * share) as f32,
+                weights: weights.as_ref().map(|weights| &weights[entries.clone()]),
+            });
+            let made =
+                self.decoder.continue_document(&passage.document, &continuation, with, true, buffers)?;
+            nll.extend(made.nll);
+            kl.extend(made.kl.unwrap_or_default());
+            if let Some(made) = made.d_nre {
+                d.extend(made.flatten_all()?.to_vec1::<f32>()?);
+            }
+        }
         let losses = rows.scored.iter().enumerate().map(|(number, (from, end))| {
             let of = |values: &[f32]| values[number * rows.longest + from..][..self.horizon].to_vec();
             RowLoss {
-                replaced: of(&made.nll),
+                replaced: of(&nll),
                 full: passage.document.nll()[end - 1..][..self.horizon].to_vec(),
-                kl: made.kl.as_deref().map(of),
+                kl: (!kl.is_empty()).then(|| of(&kl)),
             }
         });
         let losses = losses.collect();
-        let d_slots = match made.d_nre {
-            None => None,
-            Some(d) => {
-                let d: Vec<f32> = d.flatten_all()?.to_vec1()?;
-                let of = |slot: &Slot| {
-                    let at = (slot.row * rows.longest + slot.entry) * rows.width;
-                    d[at..at + rows.width].iter().copied()
-                };
-                Some(rows.slots.iter().flat_map(of).collect())
-            }
+        let of = |slot: &Slot| {
+            let at = (slot.row * rows.longest + slot.entry) * rows.width;
+            d[at..at + rows.width].iter().copied()
         };
+        let d_slots = objective.map(|_| rows.slots.iter().flat_map(of).collect());
         Ok(Measured { rows: losses, d_slots })
     }
 }

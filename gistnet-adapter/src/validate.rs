@@ -47,6 +47,9 @@ impl Baseline {
     /// All, from the plainest on.
     pub const ALL: [Self; 5] = [Self::Deleted, Self::Mean, Self::LastToken, Self::Last2, Self::Last4];
 
+    /// Most of a block's own tokens that stand for it.
+    pub const MOST_TOKENS: usize = 4;
+
     /// The word used in files.
     pub fn name(self) -> &'static str {
         match self {

@@ -220,6 +220,36 @@ fn a_spans_own_tokens_cost_nothing() -> Result<()> {
 }
 
 #[test]
+fn many_rows_give_what_each_gives_alone() -> Result<()> {
+    let decoder = decoder("llama/tied_f32");
+    let delta = setting(&decoder);
+    let tokens = tokens(&decoder, 600);
+    let mut buffers = Buffers::default();
+    let passage = delta.run(&tokens, true, &mut buffers)?;
+    // Far more entries than run at a time.
+    let spans: Vec<Vec<Span>> = (1..140).map(|at| vec![span(at * K, 1)]).collect();
+    let width = decoder.config().hidden_size;
+    let gists = vectors(spans.len(), width);
+    let weights: Vec<f32> = (0..H).map(|j| 0.5 + 0.2 * j as f32).collect();
+    let objective =
+        |n: usize| Substitution { nll: 0.7 * n as f64, kl: 0.3 * n as f64, weights: Some(weights.clone()) };
+    let mut rows = delta.rows(&passage, &spans, StandIn::Entry)?;
+    rows.fill(&gists)?;
+    let all = delta.measure(&passage, &rows, Some(&objective(spans.len())), &mut buffers)?;
+    let d = all.d_slots.unwrap();
+    for at in [0, 70, 138] {
+        let mut row = delta.rows(&passage, &spans[at..at + 1], StandIn::Entry)?;
+        row.fill(&gists[at * width..][..width])?;
+        let one = delta.measure(&passage, &row, Some(&objective(1)), &mut buffers)?;
+        assert!(largest(all.rows[at].replaced.iter().zip(&one.rows[0].replaced).map(|(a, b)| a - b)) < 1e-5);
+        let own = one.d_slots.unwrap();
+        let off = largest(d[at * width..].iter().zip(&own).map(|(a, b)| a - b)) / largest(own.into_iter());
+        assert!(off < 1e-4, "row {at}: gradients differ by {off} of the largest");
+    }
+    Ok(())
+}
+
+#[test]
 fn means_are_means_of_embeddings() -> Result<()> {
     let decoder = decoder("llama/tied_f32");
     let delta = setting(&decoder);

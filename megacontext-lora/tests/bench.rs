@@ -168,12 +168,13 @@ fn linear_tells_sizes_times_and_work() {
 
 #[test]
 fn gist_tells_both_ways_and_how_they_compare() {
-    for dtype in ["f32", "bf16"] {
-        let flags = "--n 128 --horizon 8 --blocks 4 --heads 2,1 --head-dim 8 --reps 1 --threads 2";
-        let line = one(&format!("gist {flags} --dtype {dtype}"));
-        let sizes = json!([line["what"], line["dtype"], line["n"], line["horizon"], line["B"], line["H"]]);
-        assert_eq!(sizes, json!(["gist", dtype, 128, 8, 4, 2]));
-        positive(&line, &["fb_ms", "best_ms", "apart_ms", "cheaper"]);
+    for (dtype, attn) in [("f32", "dense"), ("bf16", "s2")] {
+        let flags =
+            "--shape 16,1,2,1,32,64 --n 128 --horizon 8 --blocks 8 --block 8 --group 64 --reps 1 --threads 2";
+        let line = one(&format!("gist {flags} --dtype {dtype} --attn {attn}"));
+        let sizes = json!([line["what"], line["dtype"], line["n"], line["horizon"], line["B"], line["K"]]);
+        assert_eq!(sizes, json!(["gist", dtype, 128, 8, 8, 8]));
+        positive(&line, &["fb_ms", "best_ms", "block_ms", "apart_ms", "cheaper"]);
         let cheaper = line["apart_ms"].as_f64().unwrap() / line["fb_ms"].as_f64().unwrap();
         assert!((line["cheaper"].as_f64().unwrap() / cheaper - 1.0).abs() < 0.1, "{line}");
     }
@@ -389,7 +390,7 @@ fn a_horizon_of_zero_or_beyond_the_document() {
 
 #[test]
 fn no_blocks() {
-    refused("gist --n 64 --horizon 8 --blocks 0", &["blocks: expected 1 to 64", "got 0"]);
+    refused("gist --n 128 --horizon 8 --blocks 0", &["blocks: expected 1 to 2", "got 0"]);
 }
 
 #[test]

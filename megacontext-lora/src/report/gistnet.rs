@@ -294,7 +294,7 @@ fn how(report: &GistReport) -> String {
         ("gist version", s.gist_version.to_string()),
         ("threads", s.threads.to_string()),
     ];
-    let mut out = String::from("<section>\n<h2>How it was made</h2>\n<dl class=\"facts\">\n");
+    let mut out = String::from("<section>\n<h2>How it was made</h2>\n<dl class=\"pairs\">\n");
     for (word, value) in pairs {
         let _ = writeln!(out, "<div><dt>{word}</dt><dd>{}</dd></div>", escape(&value));
     }

@@ -9,6 +9,8 @@
 use std::path::PathBuf;
 
 use gistnet_adapter::curriculum::{Stage, shuffle};
+use gistnet_adapter::delta_nll::ENTRIES_AT_ONCE;
+use gistnet_adapter::validate::Baseline;
 use gistnet_adapter::{GistNetConfig, Head, Mode, Pooling};
 use megacontext_base::buffers::{PassShape, evaluation_bytes, keys_values_bytes, training_bytes};
 use megacontext_base::config::DecoderConfig;
@@ -330,7 +332,9 @@ impl GistPlan {
         let wide = config.stages.iter().any(|stage| stage.level2 > 0.0);
         let run = config.stages.iter().map(|stage| stage.run).max().unwrap_or(1);
         let rows = config.spans_per_passage.max(config.validation.blocks);
-        let entries = rows * (config.longest_horizon() + run * k.min(run));
+        // A row: its stand-ins, at most one a block, and the horizon.
+        let row = config.longest_horizon() + run.max(Baseline::MOST_TOKENS);
+        let entries = (rows * row).min(ENTRIES_AT_ONCE.max(row));
         let pass = |entries| PassShape { entries, precision: config.dtype, lora: None };
         let step = training_bytes(model, pass(entries), model.num_hidden_layers, true).total();
         let passes = step.max(evaluation_bytes(model, pass(context)).total());

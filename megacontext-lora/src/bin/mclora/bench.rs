@@ -26,7 +26,7 @@ pub enum BenchCommand {
     Loss(LossArgs),
     /// A frozen linear layer with LoRA, with the gradients of input and factors
     Linear(LinearArgs),
-    /// Attention in the loss of gists: short rows over one document, against two whole passes per block
+    /// The loss of gists: rows over one pass of a document, against two whole passes per block
     Gist(GistArgs),
     /// Loading the plugin, a call into it that does no work, and opening a model
     Load(LoadArgs),
@@ -151,29 +151,35 @@ pub struct LinearArgs {
     common: Common,
 }
 
-/// Attention in the loss of gists (ΔNLL@H), one layer, dense.
+/// ΔNLL@H of a frozen model, forward and backward into what stands for the blocks.
 ///
 /// Every replaced block of a document costs a row of its gist and the horizon over keys and values that all blocks share
-/// (fb_ms), instead of two passes over the document (apart_ms for all blocks).
+/// (fb_ms), instead of two passes over its context (apart_ms for all blocks).
 #[derive(Debug, Clone, Args)]
 #[command(after_help = "Example:
   mclora bench gist --n 2048 --horizon 64 --blocks 32")]
 pub struct GistArgs {
-    /// Entries of the document; several with commas [default: 2048]
+    /// Model width, blocks, query heads, kv heads, MLP width, vocabulary [default: 576,30,9,3,1536,49152, SmolLM2-135M's]
+    #[arg(long, value_name = "LIST", value_delimiter = ',')]
+    shape: Vec<u64>,
+    /// Tokens of the document; several with commas [default: 2048]
     #[arg(long, value_name = "LIST", value_delimiter = ',')]
     n: Vec<u64>,
-    /// Entries scored after a gist [default: 64]
+    /// Tokens scored after a block [default: 64]
     #[arg(long, value_name = "H")]
     horizon: Option<u64>,
     /// Replaced blocks of the document [default: 32]
     #[arg(long, value_name = "N")]
     blocks: Option<u64>,
-    /// Query heads and kv heads [default: 9,3]
-    #[arg(long, value_name = "H,G", value_delimiter = ',')]
-    heads: Vec<u64>,
-    /// Width of a head [default: 64]
-    #[arg(long, value_name = "N")]
-    head_dim: Option<u64>,
+    /// Tokens of a block [default: 32]
+    #[arg(long, value_name = "K")]
+    block: Option<u64>,
+    /// s2 (shifted sparse) or dense (causal) [default: dense]
+    #[arg(long, value_name = "NAME")]
+    attn: Option<String>,
+    /// Group of s2: tokens, or a part of the document [default: 0.25]
+    #[arg(long, value_name = "G")]
+    group: Option<String>,
     #[command(flatten)]
     common: Common,
 }
@@ -241,8 +247,10 @@ fn gist(args: &GistArgs, global: &Global) -> Result<Params> {
     let mut params = start("gist", global);
     params.set_some("horizon", args.horizon);
     params.set_some("blocks", args.blocks);
-    params.set_list("heads", &args.heads);
-    params.set_some("head_dim", args.head_dim);
+    params.set_some("block", args.block);
+    params.set_list("shape", &args.shape);
+    params.set_some("attn", args.attn.as_deref());
+    params.set_some("group", args.group.as_deref().map(params::group).transpose()?);
     set_common(&mut params, &args.common);
     Ok(params)
 }

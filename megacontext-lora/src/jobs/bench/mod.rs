@@ -9,7 +9,8 @@
 //! | `B`, `H`, `Hkv`, `d`, `n`, `G` | rows, query heads, kv heads, head width, entries, group (n for dense) |
 //! | `fb_ms`, `fwd_ms`, `best_ms` | median forward and backward, forward alone, best forward and backward |
 //! | `step_s`, `best_s`, `tok_s` | a whole step, tokens per second |
-//! | `apart_ms`, `cheaper` | of `gist`: the same as two whole passes per block, and how many times that costs |
+//! | `block_ms` | of `gist`: for each replaced block |
+//! | `apart_ms`, `cheaper`, `apart_extra_MB` | of `gist`: the same as two whole passes per block, how many times that costs, its memory |
 //! | `peak_extra_MB` | most memory of forward and backward beyond the idle inputs, 10⁶ bytes |
 //! | `peak_rss_MB`, `idle_rss_MB` | most memory of the process in a step; before the first one |
 //! | `gflops`, `gflop_total`, `tflop`, `tflop_parts` | FLOPs by [`crate::train::work`], per second of the median |
@@ -19,8 +20,7 @@
 //! Inputs are random and never zero. A warm-up runs first ([`measure`]). That what is timed computes the right thing is the
 //! business of the tests, at these sizes too; nothing is checked here.
 //!
-//! Errors: sizes that do not fit, by key. Left out: the networks of gists and lenses, which do not exist yet;
-//! of a gist's loss attention is measured.
+//! Errors: sizes that do not fit, by key. Left out: GistNet and LensNet themselves.
 
 use megacontext_base::random::{Random, mix};
 use megacontext_kernels::attention::Pattern;

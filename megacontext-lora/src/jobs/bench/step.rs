@@ -71,6 +71,23 @@ impl Default for StepBench {
     }
 }
 
+/// A Llama of a shape, for sequences of `n` tokens.
+pub(super) fn llama(shape: &[usize], n: usize) -> Result<DecoderConfig> {
+    let &[hidden, layers, heads, kv_heads, intermediate, vocab] = shape else {
+        return Err(PluginError::usage(format!(
+            "shape: expected 6 numbers (model width, blocks, query heads, kv heads, MLP width, vocabulary), got {}",
+            shape.len()
+        )));
+    };
+    let config = json!({
+        "model_type": "llama", "hidden_size": hidden, "num_hidden_layers": layers, "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads, "intermediate_size": intermediate, "vocab_size": vocab,
+        "max_position_embeddings": n.max(8192), "rms_norm_eps": 1e-5, "rope_theta": 100_000.0,
+        "tie_word_embeddings": true, "hidden_act": "silu",
+    });
+    DecoderConfig::from_json(&config, Path::new("shape")).map_err(|e| PluginError::usage(e.to_string()))
+}
+
 impl StepBench {
     fn check(&self) -> Result<()> {
         check_common(self.n, self.batch, 1)?;
@@ -79,19 +96,7 @@ impl StepBench {
     }
 
     fn model(&self) -> Result<DecoderConfig> {
-        let &[hidden, layers, heads, kv_heads, intermediate, vocab] = self.shape.as_slice() else {
-            return Err(PluginError::usage(format!(
-                "shape: expected 6 numbers (model width, blocks, query heads, kv heads, MLP width, vocabulary), got {}",
-                self.shape.len()
-            )));
-        };
-        let config = json!({
-            "model_type": "llama", "hidden_size": hidden, "num_hidden_layers": layers, "num_attention_heads": heads,
-            "num_key_value_heads": kv_heads, "intermediate_size": intermediate, "vocab_size": vocab,
-            "max_position_embeddings": self.n.max(8192), "rms_norm_eps": 1e-5, "rope_theta": 100_000.0,
-            "tie_word_embeddings": true, "hidden_act": "silu",
-        });
-        DecoderConfig::from_json(&config, Path::new("shape")).map_err(|e| PluginError::usage(e.to_string()))
+        llama(&self.shape, self.n)
     }
 
     fn lora(&self, model: &DecoderConfig) -> Result<(LoraConfig, LoraModules)> {
