@@ -32,7 +32,7 @@ use megacontext_base::error::{BaseError, Result};
 
 const OP: &str = "ΔNLL@H";
 /// Entries of rows that run together. More are hardly faster, and hold more at a time than two whole passes would.
-pub const ENTRIES_AT_ONCE: usize = 768;
+pub const ENTRIES_AT_ONCE: usize = 384;
 
 fn refuse<T>(message: String) -> Result<T> {
     Err(BaseError::Input { message: format!("{OP}: {message}") })
