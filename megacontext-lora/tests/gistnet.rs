@@ -195,3 +195,77 @@ fn a_memory_budget_that_is_too_small_is_refused_with_the_plan() {
         .refused(1, &["the run needs about", "may use 2 MB", "What would help", "fewer passages_per_step"]);
     assert!(!fixture.path("out").exists());
 }
+
+/// `eval gist` of a run's network.
+fn evaluation(fixture: &Fixture, run: &str) -> Vec<String> {
+    let (base, data) = (fixture.at("base"), fixture.at("data"));
+    let network = fixture.at(&format!("{run}/gistnet.safetensors"));
+    #[rustfmt::skip]
+    let args = [
+        "eval", "gist", "--base", &base, "--network", &network, "--data", &data, "--context", "32", "--horizon", "6",
+        "--passages", "5", "--sparse-group", "16", "--threads", "2",
+    ];
+    args.map(str::to_owned).to_vec()
+}
+
+#[test]
+fn a_stored_network_is_measured_again_and_the_same() {
+    let fixture = fixture();
+    mclora(&run(&fixture, "gist")).success();
+    let mut args = evaluation(&fixture, "gist");
+    args.push("--json".to_string());
+    let [first, second] = [(); 2].map(|()| mclora(&args).success().json());
+    assert_eq!(first, second);
+    assert!(first["validation"]["delta_nll"].as_f64().unwrap().is_finite());
+    assert!(first["validation"]["sparse_delta_nll"].is_number());
+    assert!(first["baselines"]["last_4"].as_f64().unwrap().abs() < 1e-5, "{first}");
+    assert_eq!((&first["block"], &first["passages"]), (&Value::from(4), &Value::from(5)));
+    let text = mclora(&evaluation(&fixture, "gist")).success().stdout;
+    assert!(text.contains("its gist") && text.contains("ΔNLL@6"), "{text}");
+}
+
+#[test]
+fn a_network_for_other_blocks_is_refused() {
+    let fixture = fixture();
+    mclora(&run(&fixture, "gist")).success();
+    mclora(&with(evaluation(&fixture, "gist"), &[("--block", "8")])).refused(1, &["8", "4"]);
+}
+
+#[test]
+fn a_network_of_another_base_is_refused() {
+    let fixture = fixture();
+    mclora(&run(&fixture, "gist")).success();
+    fixture.model("other", 99);
+    let other = fixture.at("other");
+    mclora(&with(evaluation(&fixture, "gist"), &[("--base", &other)]))
+        .refused(1, &["expected a GistNet of the base model"]);
+}
+
+#[test]
+fn a_file_that_is_no_network_is_refused() {
+    let fixture = fixture();
+    fs::create_dir(fixture.path("none")).unwrap();
+    fs::write(fixture.path("none/gistnet.safetensors"), "no network").unwrap();
+    let outcome = mclora(&evaluation(&fixture, "none"));
+    assert!(
+        !outcome.status.success() && outcome.stderr.contains("gistnet.safetensors"),
+        "{}",
+        outcome.stderr
+    );
+}
+
+#[test]
+fn a_horizon_longer_than_every_passage_is_refused() {
+    let fixture = fixture();
+    mclora(&run(&fixture, "gist")).success();
+    mclora(&with(evaluation(&fixture, "gist"), &[("--horizon", "25")]))
+        .refused(2, &["context: expected at least 33 tokens", "a horizon of 25, got 32"]);
+}
+
+#[test]
+fn a_sparse_group_too_small_for_the_horizon_is_refused() {
+    let fixture = fixture();
+    mclora(&run(&fixture, "gist")).success();
+    mclora(&with(evaluation(&fixture, "gist"), &[("--sparse-group", "13")]))
+        .refused(2, &["sparse_group", "at least 2·(H + 1) = 14"]);
+}

@@ -52,8 +52,7 @@ pub type HostBox = RawHost_TO<RBox<()>>;
 /// One opened model with its jobs. See [`crate::Session`] for what each means.
 #[sabi_trait]
 pub trait RawSession: Send + Sync + 'static {
-    /// Runs a whole job: `extend`, `pretrain`, `eval_ppl`, `eval_gap`, `eval_passkey`, `generate`, `merge`, `export`, `sweep`, `logits`,
-    /// `bench`.
+    /// Runs a whole job, one of those that `describe` lists.
     fn run(&self, kind: RStr<'_>, params_json: RStr<'_>) -> RResult<RString, AbiError>;
     /// Sizes and state, JSON.
     fn describe(&self) -> RResult<RString, AbiError>;

@@ -41,9 +41,8 @@ impl Session {
         Self { raw }
     }
 
-    /// Runs a whole job (`extend`, `pretrain`, `eval_ppl`, `eval_gap`, `eval_passkey`, `generate`, `merge`, `export`, `sweep`,
-    /// `logits`, `bench`) and returns its result. Events go to the
-    /// session's host meanwhile, and the job stops with [`ErrorKind::Cancelled`] when the host says so.
+    /// Runs a whole job (`extend`, `train_gistnet`, `eval_gist`, …: [`Session::describe`] lists them under `jobs`) and returns
+    /// its result. Events go to the session's host meanwhile, and the job stops with [`ErrorKind::Cancelled`] when the host says so.
     pub fn run(&self, kind: &str, params: &Value) -> Result<Value> {
         json(self.raw.run(kind.into(), params.to_string().as_str().into()))
     }

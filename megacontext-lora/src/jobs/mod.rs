@@ -7,6 +7,7 @@
 //! | `pretrain` | [`pretrain::PretrainConfig`] | losses of the model and of the n-gram baselines |
 //! | `eval_ppl` | [`eval_ppl::EvalPpl`] | a list of perplexities |
 //! | `eval_gap` | [`eval_gap::EvalGap`] | dense and sparse perplexity by length |
+//! | `eval_gist` | [`eval_gist::EvalGist`] | what a GistNet costs, beside what else could stand for blocks |
 //! | `eval_passkey` | [`eval_passkey::EvalPasskey`] | accuracy by length and depth |
 //! | `generate` | [`generate::GenerateJob`] | continuations |
 //! | `export` | [`export::Export`] | what was written for readers of LoRA alone |
@@ -38,6 +39,7 @@ use crate::host::HostApi;
 
 pub mod bench;
 pub mod eval_gap;
+pub mod eval_gist;
 pub mod eval_passkey;
 pub mod eval_ppl;
 mod evaluation;
@@ -53,12 +55,13 @@ pub mod sweep;
 pub mod train_gistnet;
 
 /// Names of all jobs.
-pub const KINDS: [&str; 13] = [
+pub const KINDS: [&str; 14] = [
     "extend",
     "train_gistnet",
     "pretrain",
     "eval_ppl",
     "eval_gap",
+    "eval_gist",
     "eval_passkey",
     "generate",
     "merge",
@@ -80,6 +83,7 @@ pub fn run(kind: &str, params: Value, host: &dyn HostApi) -> Result<Value> {
         "pretrain" => pretrain::run(params, host),
         "eval_ppl" => eval_ppl::run(params, host),
         "eval_gap" => eval_gap::run(params, host),
+        "eval_gist" => eval_gist::run(params, host),
         "eval_passkey" => eval_passkey::run(params, host),
         "generate" => generate::run(params, host),
         "merge" => merge::run(params, host),

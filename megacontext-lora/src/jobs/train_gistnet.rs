@@ -157,9 +157,7 @@ fn read_text(config: &GistRunConfig, model: &ModelDir, host: &dyn HostApi) -> Re
     }
     // Which passages are validated on follows from the seed, and is spread over all held-out text.
     let [_, held_out] = &mut sides;
-    let all = held_out.of_step(0, held_out.tokens.len(), &[], config.seed);
-    held_out.tokens =
-        all.into_iter().take(config.validation.passages).map(|at| held_out.tokens[at].clone()).collect();
+    held_out.tokens = held_out.drawn(config.validation.passages, config.seed);
     Ok(sides)
 }
 

@@ -449,6 +449,12 @@ impl Passages {
         (0..count).map(|_| draw()).collect()
     }
 
+    /// So many passages, drawn from all by the seed.
+    pub fn drawn(&self, count: usize, seed: u64) -> Vec<Vec<u32>> {
+        let all = self.of_step(0, self.tokens.len(), &[], seed);
+        all.into_iter().take(count).map(|at| self.tokens[at].clone()).collect()
+    }
+
     fn order(&self, epoch: usize, seed: u64) -> Vec<usize> {
         let mut order: Vec<usize> = (0..self.tokens.len()).collect();
         shuffle(&mut order, &mut Random::named(seed ^ epoch as u64, "order of passages"));

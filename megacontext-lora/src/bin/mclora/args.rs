@@ -147,7 +147,7 @@ pub struct TrainGistnet {
     pub attention: Option<String>,
     /// Group of s2: tokens, or a part of the passage [default: 0.5]
     #[arg(long, value_name = "G", help_heading = "How")]
-    pub group: Option<f64>,
+    pub group: Option<String>,
     /// Passages of a step [default: 8]
     #[arg(long, value_name = "N", help_heading = "How")]
     pub passages_per_step: Option<u64>,
@@ -182,6 +182,48 @@ pub enum EvalCommand {
     Passkey(EvalPasskey),
     /// What sparse attention costs a model that is used with dense attention, by length
     Gap(EvalGap),
+    /// What a GistNet costs the base model, beside everything else that could stand for a block
+    Gist(EvalGist),
+}
+
+/// ΔNLL@H of a stored GistNet on a text.
+#[derive(Debug, Clone, Args)]
+#[command(after_help = "Example:
+  mclora eval gist --base models/small --network runs/gist/gistnet.safetensors --data held-out.txt")]
+pub struct EvalGist {
+    /// Model folder
+    #[arg(long, value_name = "DIR")]
+    pub base: PathBuf,
+    /// Adapter on it
+    #[arg(long, value_name = "DIR")]
+    pub adapter: Option<PathBuf>,
+    /// The network: gistnet.safetensors of a run
+    #[arg(long, value_name = "FILE")]
+    pub network: PathBuf,
+    /// Text: files, folders, globs, or corpus:held-out
+    #[arg(long, value_name = "PATH", num_args = 1..)]
+    pub data: Vec<String>,
+    /// Tokens of a passage [default: the context that the model, or the adapter, was trained for]
+    #[arg(long, value_name = "N")]
+    pub context: Option<u64>,
+    /// Tokens after a block that are scored [default: 32]
+    #[arg(long, value_name = "H")]
+    pub horizon: Option<u64>,
+    /// Tokens of a block, to be refused if the network has other blocks
+    #[arg(long, value_name = "K")]
+    pub block: Option<u64>,
+    /// Passages to measure [default: 32]
+    #[arg(long, value_name = "N")]
+    pub passages: Option<u64>,
+    /// Measure shifted sparse attention of this group as well: tokens, or a part of the passage
+    #[arg(long, value_name = "G")]
+    pub sparse_group: Option<String>,
+    /// Seed of which passages are measured [default: 0]
+    #[arg(long, value_name = "N")]
+    pub seed: Option<u64>,
+    /// Precision: f32, mixed or bf16 [default: f32]
+    #[arg(long, value_name = "NAME")]
+    pub dtype: Option<String>,
 }
 
 #[derive(Debug, Subcommand)]

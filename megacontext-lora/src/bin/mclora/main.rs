@@ -54,6 +54,7 @@ fn run(cli: Cli) -> Result<Value> {
         Command::Train(TrainCommand::Gistnet(args)) => train::gistnet(&args, &global),
         Command::Eval(EvalCommand::Ppl(args)) => commands::eval_ppl(&args, &global),
         Command::Eval(EvalCommand::Passkey(args)) => commands::eval_passkey(&args, &global),
+        Command::Eval(EvalCommand::Gist(args)) => train::eval_gist(&args, &global),
         Command::Eval(EvalCommand::Gap(args)) => commands::eval_gap(&args, &global),
         Command::Generate(args) => commands::generate(&args, &global),
         Command::Merge(args) => commands::merge(&args, &global),

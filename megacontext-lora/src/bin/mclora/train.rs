@@ -1,13 +1,13 @@
-//! `mclora train`: networks beside a frozen base model.
+//! `mclora train` and `mclora eval gist`: networks beside a frozen base model.
 
 use std::path::{Path, PathBuf};
 
 use serde_json::{Value, json};
 
-use crate::args::{Global, TrainGistnet};
+use crate::args::{EvalGist, Global, TrainGistnet};
 use crate::commands::{job, program, quoted};
 use crate::failure::{Failure, Result};
-use crate::params::{Params, bytes};
+use crate::params::{self, Params, bytes};
 use crate::tables::{duration, table};
 
 /// The run folder where none is named.
@@ -22,6 +22,27 @@ pub fn gistnet(args: &TrainGistnet, global: &Global) -> Result<Value> {
         print!("{}", finished(&summary, &out));
     }
     Ok(summary)
+}
+
+pub fn eval_gist(args: &EvalGist, global: &Global) -> Result<Value> {
+    let mut params = Params::default();
+    params.set_path("base", Some(&args.base))?;
+    params.set_path("adapter", args.adapter.as_ref())?;
+    params.set_path("network", Some(&args.network))?;
+    params.set_list("data", &args.data);
+    params.set_some("context", args.context);
+    params.set_some("horizon", args.horizon);
+    params.set_some("block", args.block);
+    params.set_some("passages", args.passages);
+    params.set_some("sparse_group", args.sparse_group.as_deref().map(params::group).transpose()?);
+    params.set_some("seed", args.seed);
+    params.set_some("dtype", args.dtype.as_deref());
+    params.set_some("threads", global.threads);
+    let result = job("eval_gist", &params.into_value(), global)?;
+    if !global.json {
+        print!("{}", stand_ins(&result, "blocks"));
+    }
+    Ok(result)
 }
 
 fn parameters(args: &TrainGistnet, global: &Global) -> Result<(Value, PathBuf)> {
@@ -45,7 +66,7 @@ fn parameters(args: &TrainGistnet, global: &Global) -> Result<(Value, PathBuf)> 
     params.set_some("context", args.context);
     params.set_some("stages", args.stages.as_deref().map(stages).transpose()?);
     params.set_some("attention", args.attention.as_deref());
-    params.set_some("group", args.group.map(group));
+    params.set_some("group", args.group.as_deref().map(params::group).transpose()?);
     params.set_some("passages_per_step", args.passages_per_step);
     params.set_some("spans_per_passage", args.spans_per_passage);
     params.set_some("optimizer.lr", args.lr);
@@ -58,11 +79,6 @@ fn parameters(args: &TrainGistnet, global: &Global) -> Result<(Value, PathBuf)> 
     params.set_some("resume", args.resume.then_some(true));
     let out = PathBuf::from(params.text("out").unwrap_or(DEFAULT_OUT));
     Ok((params.into_value(), out))
-}
-
-/// Whole numbers from 2 on are tokens, others a part.
-fn group(value: f64) -> Value {
-    if value >= 2.0 && value.fract() == 0.0 { json!(value as u64) } else { json!(value) }
 }
 
 /// `32:600,64:1200` as stages.
@@ -79,8 +95,8 @@ fn stages(list: &str) -> Result<Value> {
     list.split(',').map(stage).collect::<Result<Vec<_>>>().map(Value::Array)
 }
 
-/// What a finished run says to people.
-fn finished(summary: &Value, run: &Path) -> String {
+/// What blocks cost, by what stands for them, as a table.
+fn stand_ins(summary: &Value, of: &str) -> String {
     let validation = &summary["validation"];
     let horizon = validation["horizon"].as_u64().unwrap_or(0);
     let number = |value: &Value| value.as_f64().unwrap_or(f64::NAN);
@@ -104,11 +120,17 @@ fn finished(summary: &Value, run: &Path) -> String {
         })
         .collect();
     let head = format!("ΔNLL@{horizon}, nats");
-    let mut text = format!(
-        "\nWhat a block costs over the next {horizon} tokens, by what stands for it ({} held-out blocks):\n\n{}\n",
+    format!(
+        "\nWhat a block costs over the next {horizon} tokens, by what stands for it ({} {of}):\n\n{}\n",
         validation["blocks"],
         table(&["in its place", &head, "recovered"], &rows)
-    );
+    )
+}
+
+/// What a finished run says to people.
+fn finished(summary: &Value, run: &Path) -> String {
+    let number = |value: &Value| value.as_f64().unwrap_or(f64::NAN);
+    let mut text = stand_ins(summary, "held-out blocks");
     let seconds = number(&summary["seconds"]);
     let peak = number(&summary["peak_bytes"]) / 1e6;
     text += &format!(
@@ -137,10 +159,5 @@ mod tests {
             let error = stages(bad).unwrap_err();
             assert!(error.to_json().to_string().contains("expected HORIZON:STEPS"), "{bad}");
         }
-    }
-
-    #[test]
-    fn a_group_is_tokens_or_a_part() {
-        assert_eq!([group(512.0), group(0.25), group(1.0)], [json!(512), json!(0.25), json!(1.0)]);
     }
 }

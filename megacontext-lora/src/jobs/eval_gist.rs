@@ -1,0 +1,169 @@
+//! The job `eval_gist`: what a stored GistNet costs a base model on given text, beside everything else that could stand for a
+//! block.
+//!
+//! Measured like the validations of a run that trains one ([`gistnet_adapter::validate`]), on passages drawn from all of the text
+//! by the seed. Nothing is written.
+//!
+//! Units: nats, tokens. Errors: a network of another base model or width, or for other blocks than asked for; text too short;
+//! a group too small for the horizon. An evaluation that the host stops leaves nothing to go on with.
+
+use std::path::PathBuf;
+
+use gistnet_adapter::trainer::Setting;
+use gistnet_adapter::validate::{Baseline, Validator};
+use gistnet_adapter::{Expected, GistNet};
+use megacontext_base::buffers::Buffers;
+use megacontext_base::rope::SigmaRule;
+use megacontext_kernels::attention::Pattern;
+use megacontext_kernels::precision::Precision;
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
+
+use crate::data::documents::tokenize;
+use crate::error::{PluginError, Result};
+use crate::host::HostApi;
+use crate::jobs::extend::load_data;
+use crate::jobs::{ModelDir, model_error, parse, to_value, with_threads};
+use crate::train::config::{Attention, GroupSize, pattern};
+use crate::train::gistnet::{Passages, PlaceSettings};
+use crate::train::plan::check_forward;
+
+/// What the job is told.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct EvalGist {
+    /// The base model's folder.
+    pub base: PathBuf,
+    /// An adapter on it.
+    pub adapter: Option<PathBuf>,
+    /// The network's file, `gistnet.safetensors` of a run.
+    pub network: PathBuf,
+    /// Files, folders, globs, or `corpus:held-out`.
+    pub data: Vec<String>,
+    /// Tokens of a passage; none means the context that model and adapter were trained for.
+    pub context: Option<usize>,
+    /// H.
+    pub horizon: usize,
+    /// K, to be refused if the network has another.
+    pub block: Option<usize>,
+    /// Passages.
+    pub passages: usize,
+    /// Most blocks of a passage.
+    pub blocks: usize,
+    /// Measure shifted sparse attention of this group as well.
+    pub sparse_group: Option<GroupSize>,
+    /// Where entries stand.
+    pub places: PlaceSettings,
+    /// Seed of which passages are measured.
+    pub seed: u64,
+    /// Precision class.
+    pub dtype: Precision,
+    /// Threads; none means all.
+    pub threads: Option<usize>,
+}
+
+impl Default for EvalGist {
+    fn default() -> Self {
+        Self {
+            base: PathBuf::new(),
+            adapter: None,
+            network: PathBuf::new(),
+            data: Vec::new(),
+            context: None,
+            horizon: 32,
+            block: None,
+            passages: 32,
+            blocks: 16,
+            sparse_group: None,
+            places: PlaceSettings::default(),
+            seed: 0,
+            dtype: Precision::F32,
+            threads: None,
+        }
+    }
+}
+
+/// Runs the job.
+pub fn run(params: Value, host: &dyn HostApi) -> Result<Value> {
+    let job: EvalGist = parse(params)?;
+    with_threads(job.threads, || evaluate(&job, host))?
+}
+
+fn evaluate(job: &EvalGist, host: &dyn HostApi) -> Result<Value> {
+    let usage = |message: String| Err(PluginError::usage(message));
+    for (key, value) in [("horizon", job.horizon), ("passages", job.passages), ("blocks", job.blocks)] {
+        if value == 0 {
+            return usage(format!("{key}: expected at least 1, got 0"));
+        }
+    }
+    let model = ModelDir::open(&job.base)?;
+    let fingerprint = model.weights.fingerprint();
+    let expected = Expected {
+        block: job.block,
+        width: Some(model.config.hidden_size),
+        base_fingerprint: Some(&fingerprint),
+    };
+    let loaded = GistNet::load(&job.network, expected).map_err(model_error)?;
+    let (decoder, scaling, adapter) = model.decoder_with(job.adapter.as_deref(), job.dtype)?;
+    let trained = adapter.as_ref().and_then(|adapter| adapter.config.megacontext.as_ref());
+    let context = job.context.unwrap_or(trained.map_or(model.config.context(), |own| own.context_length));
+    let block = loaded.network.config().block;
+    let least = 2 * block + job.horizon;
+    if context < least {
+        return usage(format!(
+            "context: expected at least {least} tokens, for an entry, a block of {block} and a horizon of {}, got {context}",
+            job.horizon
+        ));
+    }
+    let sparse = job.sparse_group.map(|group| pattern(Attention::S2, group, context)).transpose()?;
+    if let Some(pattern) = sparse {
+        gistnet_adapter::delta_nll::check_group(pattern, job.horizon)
+            .map_err(|e| PluginError::usage(format!("sparse_group: {e}")))?;
+    }
+    let mut passages = Passages::default();
+    passages.add(&tokenize(&load_data(&job.data, host)?, &model.encoder())?, 0, context, least);
+    if passages.tokens.is_empty() {
+        return Err(PluginError::data(format!(
+            "data: expected a document of at least {least} tokens, for an entry, a block and a horizon, got none"
+        )));
+    }
+    check_forward("the evaluation", decoder.config(), job.dtype, context, 0)?;
+    let documents = passages.drawn(job.passages, job.seed);
+
+    let rule = SigmaRule { preset: job.places.preset, block, uniform: job.places.uniform };
+    let setting = |pattern: Pattern| Setting { scaling: scaling.clone(), rule, pattern };
+    let dense = setting(Pattern::Dense);
+    let validator = Validator {
+        decoder: &decoder,
+        setting: &dense,
+        sparse: sparse.map(setting),
+        documents: &documents,
+        horizon: job.horizon,
+        most_blocks: job.blocks,
+    };
+    let mut buffers = Buffers::default();
+    let stopped = || PluginError::cancelled("the host asked to stop; nothing was written");
+    let baselines = validator.baselines(&mut buffers, &mut || !host.cancelled()).map_err(model_error)?;
+    let baselines = baselines.ok_or_else(stopped)?;
+    let validation =
+        validator.measure(&loaded.network, &mut buffers, &mut || !host.cancelled()).map_err(model_error)?;
+    let validation = validation.ok_or_else(stopped)?;
+    let recovered = baselines.get(&Baseline::Deleted).map(|deleted| 1.0 - validation.delta_nll / deleted);
+    to_value(json!({
+        "validation": to_value(&validation)?,
+        "baselines": to_value(&baselines)?,
+        "recovered": recovered,
+        "network": job.network,
+        "gist_version": loaded.identity.gist_version,
+        "base": job.base,
+        "adapter": job.adapter,
+        "base_fingerprint": fingerprint,
+        "context": context,
+        "block": block,
+        "passages": documents.len(),
+        "attention": "dense",
+        "rope": scaling.to_string(),
+        "dtype": job.dtype,
+        "seed": job.seed,
+    }))
+}
