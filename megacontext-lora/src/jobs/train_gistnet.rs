@@ -44,8 +44,10 @@ use crate::train::plan::{peak_bytes, since};
 
 /// The best network's file in a run folder.
 pub const NETWORK: &str = "gistnet.safetensors";
-/// The network with which the stage began, where stability asks for it.
-const ANCHOR: &str = "stage-start.safetensors";
+/// The network with which a stage (numbered from 1) began, where stability asks for it.
+fn anchor_name(stage: usize) -> String {
+    format!("stage-{}-start.safetensors", stage + 1)
+}
 
 #[derive(Deserialize)]
 struct Params {
@@ -106,6 +108,8 @@ struct State {
     /// SHA-256 of the text, and the base model's fingerprint.
     text: String,
     base: String,
+    /// Hashes of the frozen model's groups, an adapter's among them.
+    frozen: Vec<String>,
     stage: usize,
     stage_step: usize,
     /// Losses of the stage so far, for its end.
@@ -186,6 +190,7 @@ fn prepare(config: GistRunConfig, resume: bool, host: &dyn HostApi) -> Result<Va
         config.passage_bytes,
     )
     .map_err(model_error)?;
+    let frozen = hashes(decoder.params())?;
     let toml = config_toml(&config)?;
     let folder = RunFolder::open(&config.out, resume)?;
     let mut warnings = Vec::new();
@@ -195,6 +200,7 @@ fn prepare(config: GistRunConfig, resume: bool, host: &dyn HostApi) -> Result<Va
         seed: config.seed,
         text: hash_of(&[text.tokens.concat(), held_out.tokens.concat()]),
         base: model.weights.fingerprint(),
+        frozen: frozen.clone(),
         ..State::default()
     };
     let loaded =
@@ -216,6 +222,12 @@ fn prepare(config: GistRunConfig, resume: bool, host: &dyn HostApi) -> Result<Va
                          back, or begin a new run in another folder"
                     )));
                 }
+            }
+            if kept.frozen != state.frozen {
+                return Err(PluginError::usage(
+                    "resume: the adapter is not what the run began with: expected the same parameters on the base model, got \
+                     others; name the same --adapter, or begin a new run in another folder",
+                ));
             }
             let telemetry = Telemetry::resume(&folder, &toml, kept.metric_lines, &mut |w| warnings.push(w))?;
             (telemetry, kept, Some(loaded))
@@ -247,7 +259,6 @@ fn prepare(config: GistRunConfig, resume: bool, host: &dyn HostApi) -> Result<Va
         run.restore(loaded)?;
         run.say(&format!("resuming after step {} of {}", run.step, config.steps()));
     }
-    let frozen = hashes(decoder.params())?;
     let result = run.finish(&plan, parameters)?;
     if hashes(decoder.params())? != frozen {
         return Err(PluginError::internal("a frozen parameter of the base model changed while training"));
@@ -257,7 +268,7 @@ fn prepare(config: GistRunConfig, resume: bool, host: &dyn HostApi) -> Result<Va
 
 /// Hashes of the base model's groups.
 fn hashes(params: &ParamStore) -> Result<Vec<String>> {
-    let groups = [Group::Base, Group::Embeddings, Group::Norms, Group::Lora];
+    let groups = [Group::Base, Group::Embeddings, Group::Norms, Group::Lora, Group::Sigma];
     groups.into_iter().map(|group| params.group_hash(group).map_err(model_error)).collect()
 }
 
@@ -328,7 +339,7 @@ impl Run<'_> {
     /// What stability holds gists to: the network with which the stage began, in a file, so that a run that is taken up in the
     /// middle of a stage has the same.
     fn anchor(&mut self) -> Result<()> {
-        let path = self.folder.path().join(ANCHOR);
+        let path = self.folder.path().join(anchor_name(self.state.stage));
         if self.state.stage_step == 0 {
             self.trainer.network.save(&path, &self.state.base).map_err(model_error)?;
         }
@@ -433,7 +444,7 @@ impl Run<'_> {
         let lessons: Vec<Lesson> =
             numbers.iter().map(|at| Lesson { number: *at, tokens: &self.text.tokens[*at] }).collect();
         let lr = c.optimizer.lr_at(self.state.stage_step, self.step, c.steps());
-        let mut random = Random::named(c.seed ^ self.step as u64, "spans of a step");
+        let mut random = Random::named(c.seed, &format!("spans of step {}", self.step));
         let report =
             self.trainer.step(&lessons, stage, c.spans_per_passage, lr, &mut random).map_err(|e| {
                 PluginError::model(format!(

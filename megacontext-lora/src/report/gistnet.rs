@@ -5,6 +5,7 @@
 
 use std::fmt::Write;
 
+use gistnet_adapter::metrics::COLLAPSE;
 use gistnet_adapter::validate::{Baseline, SUBSTITUTED, Validation};
 
 use super::axes::{Drawing, Scale, Size};
@@ -23,9 +24,6 @@ pub struct GistReport<'a> {
     /// The settings as resolved, TOML.
     pub config: &'a str,
 }
-
-/// A mean cosine of gists above this, a diversity below it, means that all gists are much alike.
-const COLLAPSED: f64 = 0.3;
 
 /// The page.
 pub fn render(report: &GistReport) -> String {
@@ -63,7 +61,7 @@ fn headline(s: &GistSummary) -> String {
     let share = percent(s.recovered);
     match cheaper {
         0 => format!(
-            "A gist recovers {share} of what deleting its block costs, more than any few of the block's own tokens."
+            "A gist recovers {share} of what deleting its block costs, more than the block's last four tokens do."
         ),
         _ => format!("A gist recovers {share} of what deleting its block costs."),
     }
@@ -81,7 +79,7 @@ fn text(s: &GistSummary) -> String {
         of(Baseline::LastToken),
         count(s.validation.blocks as u64)
     );
-    if s.validation.diversity.is_some_and(|diversity| diversity < COLLAPSED) {
+    if s.validation.diversity.is_some_and(|diversity| diversity < COLLAPSE) {
         text += " The gists are much alike: a contrastive term pushes them apart.";
     }
     text
@@ -118,7 +116,7 @@ fn stand_ins(s: &GistSummary) -> String {
         );
     }
     out + "</tbody>\n</table></div>\n<p class=\"note\">Recovered is 1 less the cost over that of deleting the block. Tokens stand \
-           at their own places; the mean and the gist are one entry, at the block's centre.</p>\n</section>\n"
+           at their own places; the mean and the gist are one entry, at the gist's place. The network is the best of all validations on\n           these blocks.</p>\n</section>\n"
 }
 
 /// ΔNLL@H over the steps, with what else could stand for a block as level lines.
@@ -242,7 +240,7 @@ fn metrics(v: &Validation) -> String {
         (
             "diversity",
             number(v.diversity),
-            format!("1 less the mean cosine of pairs of gists; above 0.5 is wanted, below {COLLAPSED} they have collapsed"),
+            format!("1 less the mean cosine of pairs of gists; above 0.5 is wanted, below {COLLAPSE} they have collapsed"),
         ),
         (
             "contrast gap",

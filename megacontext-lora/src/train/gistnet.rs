@@ -259,9 +259,11 @@ impl GistRunConfig {
             return usage(format!("validation.most_gap: expected a number of at least 0, got {got}"));
         }
         self.optimizer.validate()?;
-        for pattern in [Some(self.pattern()?), self.sparse()?].into_iter().flatten() {
+        let patterns = [("group", Some(self.pattern()?)), ("validation.sparse_group", self.sparse()?)];
+        for (key, pattern) in patterns {
+            let Some(pattern) = pattern else { continue };
             gistnet_adapter::delta_nll::check_group(pattern, self.longest_horizon())
-                .map_err(|e| PluginError::usage(format!("group: {e}")))?;
+                .map_err(|e| PluginError::usage(format!("{key}: {e}")))?;
         }
         Ok(self)
     }
@@ -422,14 +424,18 @@ impl Passages {
     pub fn of_step(&self, step: usize, count: usize, mix: &[f64], seed: u64) -> Vec<usize> {
         let n = self.tokens.len();
         if mix.is_empty() {
-            let place = |at: usize| -> usize {
-                let (epoch, at) = (at / n, at % n);
-                self.order(epoch, seed)[at]
-            };
-            // A step crosses the end of an epoch at most once or so: the permutation is made anew for each number.
-            return (step * count..(step + 1) * count).map(place).collect();
+            let (mut numbers, mut held) = (Vec::with_capacity(count), None);
+            for at in step * count..(step + 1) * count {
+                let epoch = at / n;
+                let (_, order) = match held.take() {
+                    Some((of, order)) if of == epoch => held.insert((of, order)),
+                    _ => held.insert((epoch, self.order(epoch, seed))),
+                };
+                numbers.push(order[at % n]);
+            }
+            return numbers;
         }
-        let mut random = Random::named(seed ^ step as u64, "mix");
+        let mut random = Random::named(seed, &format!("mix of step {step}"));
         let by_source: Vec<Vec<usize>> =
             (0..mix.len()).map(|source| (0..n).filter(|at| self.sources[*at] == source).collect()).collect();
         let weight = |source: usize| if by_source[source].is_empty() { 0.0 } else { mix[source] };
@@ -457,7 +463,7 @@ impl Passages {
 
     fn order(&self, epoch: usize, seed: u64) -> Vec<usize> {
         let mut order: Vec<usize> = (0..self.tokens.len()).collect();
-        shuffle(&mut order, &mut Random::named(seed ^ epoch as u64, "order of passages"));
+        shuffle(&mut order, &mut Random::named(seed, &format!("order of passages in epoch {epoch}")));
         order
     }
 }
@@ -489,6 +495,16 @@ mod tests {
             epoch.sort_unstable();
             assert_eq!(epoch, [0, 1, 2, 3, 4, 5, 6]);
         }
+    }
+
+    #[test]
+    fn seeds_share_no_order() {
+        let mut passages = Passages::default();
+        passages.add(&[(0..200).collect()], 0, 2, 1);
+        // Another seed's later epoch is not this one's first.
+        let of = |epoch: usize, seed: u64| passages.of_step(epoch, 100, &[], seed);
+        assert_ne!(of(0, 1), of(1, 0));
+        assert_ne!(of(0, 0), of(0, 1));
     }
 
     #[test]
