@@ -10,29 +10,19 @@
 //!
 //! Errors: `BaseError::Weights`, naming the file, what was expected and what it holds.
 
-use std::collections::BTreeMap;
 use std::path::Path;
 
-use megacontext_base::error::{BaseError, Result};
-use megacontext_base::network_file::{self, NetworkFile};
-use megacontext_base::params::{Group, ParamStore};
+use megacontext_base::error::Result;
+use megacontext_base::network_file::{self, NetworkFile, Stated};
+use megacontext_base::params::Group;
+
+pub use megacontext_base::network_file::Expected;
 
 use crate::config::{GistNetConfig, NETWORK};
 use crate::network::GistNet;
 
 /// Version of the file's format.
 pub const FORMAT_VERSION: u32 = 1;
-
-/// What a caller asks of a file; what is none is not asked for.
-#[derive(Clone, Copy, Debug, Default)]
-pub struct Expected<'a> {
-    /// K.
-    pub block: Option<usize>,
-    /// E: the base model's width.
-    pub width: Option<usize>,
-    /// Fingerprint of the base model's weights.
-    pub base_fingerprint: Option<&'a str>,
-}
 
 /// Whose gists a network makes, and which.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -57,20 +47,15 @@ impl GistNet {
     /// # Errors
     /// When a parameter is not finite, or the system refuses; then whatever was there is still there.
     pub fn save(&self, path: &Path, base_fingerprint: &str) -> Result<()> {
-        let config = serde_json::to_string(self.config())
-            .map_err(|e| BaseError::network(NETWORK, format!("settings: {e}")))?;
-        let metadata: BTreeMap<String, String> = [
-            ("format", "pt".to_string()),
-            ("network", NETWORK.to_string()),
-            ("format_version", FORMAT_VERSION.to_string()),
-            ("config", config),
-            ("block", self.config().block.to_string()),
-            ("width", self.config().width.to_string()),
-            ("base_fingerprint", base_fingerprint.to_string()),
-            ("gist_version", self.gist_version().to_string()),
-        ]
-        .map(|(key, value)| (key.to_string(), value))
-        .into();
+        let stated = Stated {
+            network: NETWORK,
+            format_version: FORMAT_VERSION,
+            block: self.config().block,
+            width: self.config().width,
+            base_fingerprint,
+        };
+        let mut metadata = stated.metadata(self.config())?;
+        metadata.insert("gist_version".to_string(), self.gist_version().to_string());
         network_file::write(path, self.params(), &metadata)
     }
 
@@ -82,28 +67,13 @@ impl GistNet {
     pub fn load(path: &Path, expected: Expected) -> Result<Loaded> {
         let file = NetworkFile::open(path)?;
         file.check_format(NETWORK, FORMAT_VERSION)?;
-        let config: GistNetConfig = serde_json::from_str(file.stated("config")?)
-            .map_err(|e| file.refuse(format!("metadata: config: expected settings of a GistNet: {e}")))?;
-        let base_fingerprint = file.stated("base_fingerprint")?.to_string();
+        let config: GistNetConfig = file.config("GistNet")?;
         let gist_version = file.stated("gist_version")?;
         let gist_version: u16 = gist_version.parse().map_err(|_| {
             file.refuse(format!("metadata: gist_version: expected 0 to 65535, got {gist_version}"))
         })?;
-        let sides = [("block", expected.block, config.block), ("width", expected.width, config.width)];
-        for (key, wanted, found) in sides {
-            if let Some(wanted) = wanted.filter(|wanted| *wanted != found) {
-                return Err(file.refuse(format!("{key}: expected {wanted}, got a network of {found}")));
-            }
-        }
-        if let Some(wanted) = expected.base_fingerprint
-            && wanted != base_fingerprint
-        {
-            let message = format!(
-                "expected a GistNet of the base model {wanted}, got one of {base_fingerprint}: its gists live among the \
-                 embeddings of that model"
-            );
-            return Err(file.refuse(message));
-        }
+        let why = ": its gists live among the embeddings of that model";
+        let base_fingerprint = file.check_expected(expected, [config.block, config.width], "GistNet", why)?;
         let mut network = Self::read(&file, config)?;
         network.set_gist_version(gist_version);
         Ok(Loaded { network, identity: Identity { base_fingerprint, gist_version } })
@@ -119,12 +89,7 @@ impl GistNet {
 
     fn read(file: &NetworkFile, config: GistNetConfig) -> Result<Self> {
         config.check().map_err(|e| file.refuse(format!("metadata: config: {e}")))?;
-        let tensors = config.tensors();
-        let values = file.read(&tensors)?;
-        let mut params = ParamStore::new();
-        for ((name, shape), values) in tensors.into_iter().zip(values) {
-            params.insert_values(name, Group::Gistnet, values, &shape)?;
-        }
+        let params = file.parameters(config.tensors(), Group::Gistnet)?;
         Self::over(config, params)
     }
 }

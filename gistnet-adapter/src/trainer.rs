@@ -63,11 +63,6 @@ impl Passages {
         Self { kept: HashMap::new(), bytes: 0, budget }
     }
 
-    /// Bytes held.
-    pub fn bytes(&self) -> u64 {
-        self.bytes
-    }
-
     /// Runs a document unless it is kept, and keeps it if there is room: then nothing is given back.
     fn run(
         &mut self,
@@ -129,11 +124,16 @@ pub struct Lesson<'a> {
     pub tokens: &'a [u32],
 }
 
-/// The embeddings that slots of one level stand for, [S, K^lod, E].
-fn children(slots: &[&Slot], passage: &Passage, block: usize, width: usize) -> Vec<f32> {
-    let of = |slot: &&Slot| {
-        let tokens = block.pow(slot.span.lod);
-        passage.x_te[slot.span.start * width..][..tokens * width].iter().copied()
+/// The slots of one level, by number.
+fn of_level(rows: &Rows, lod: u32) -> Vec<usize> {
+    (0..rows.slots().len()).filter(|at| rows.slots()[*at].span.lod == lod).collect()
+}
+
+/// The embeddings that some slots of one level stand for, [S, K^lod, E].
+fn children(rows: &Rows, slots: &[usize], passage: &Passage, block: usize, width: usize) -> Vec<f32> {
+    let of = |at: &usize| {
+        let Slot { span, .. } = rows.slots()[*at];
+        passage.x_te[span.start * width..][..block.pow(span.lod) * width].iter().copied()
     };
     slots.iter().flat_map(of).collect()
 }
@@ -147,14 +147,12 @@ pub fn gists_of(network: &GistNet, rows: &Rows, passage: &Passage) -> Result<Vec
     let mut all = vec![0f32; rows.slots().len() * width];
     let levels = rows.slots().iter().map(|slot| slot.span.lod).max().unwrap_or(0);
     for lod in 1..=levels {
-        let of_level: Vec<usize> =
-            (0..rows.slots().len()).filter(|at| rows.slots()[*at].span.lod == lod).collect();
-        let slots: Vec<&Slot> = of_level.iter().map(|at| &rows.slots()[*at]).collect();
-        let mut below = children(&slots, passage, block, width);
+        let slots = of_level(rows, lod);
+        let mut below = children(rows, &slots, passage, block, width);
         for level in (0..lod).rev() {
             below = network.gists(&below, slots.len() * block.pow(level))?;
         }
-        for (at, gist) in of_level.iter().zip(below.chunks_exact(width)) {
+        for (at, gist) in slots.iter().zip(below.chunks_exact(width)) {
             all[at * width..][..width].copy_from_slice(gist);
         }
     }
@@ -213,11 +211,6 @@ impl<'a> GistTrainer<'a> {
         self.anchor.is_some()
     }
 
-    /// Bytes of kept passages.
-    pub fn kept_bytes(&self) -> u64 {
-        self.passages.bytes()
-    }
-
     /// The memory of passes, for an evaluation between steps.
     pub fn buffers(&mut self) -> &mut Buffers {
         &mut self.buffers
@@ -272,11 +265,9 @@ impl<'a> GistTrainer<'a> {
             let mut values: Vec<f32> = Vec::new();
             let mut places = Vec::new();
             for (number, (passage, rows)) in all.iter().enumerate() {
-                let of_level: Vec<usize> =
-                    (0..rows.slots().len()).filter(|at| rows.slots()[*at].span.lod == lod).collect();
-                let slots: Vec<&Slot> = of_level.iter().map(|at| &rows.slots()[*at]).collect();
-                values.extend(children(&slots, passage, block, width));
-                places.extend(of_level.into_iter().map(|at| (number, at)));
+                let slots = of_level(rows, lod);
+                values.extend(children(rows, &slots, passage, block, width));
+                places.extend(slots.into_iter().map(|at| (number, at)));
             }
             if places.is_empty() {
                 continue;

@@ -15,7 +15,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::config::{Mode, NETWORK};
 use crate::curriculum::places;
-use crate::delta_nll::{DeltaNll, RowLoss, Span, StandIn};
+use crate::delta_nll::{DeltaNll, Passage, RowLoss, Span, StandIn};
 use crate::metrics::{contrast_gap, diversity};
 use crate::network::GistNet;
 use crate::trainer::{Setting, gists_of};
@@ -247,10 +247,8 @@ impl Validator<'_> {
                 if spans.is_empty() {
                     continue;
                 }
-                let mut rows = dense.rows(&passage, &spans, StandIn::Entry)?;
-                let made = gists_of(network, &rows, &passage)?;
-                rows.fill(&made)?;
-                sums.add(&dense.measure(&passage, &rows, None, buffers)?.rows);
+                let (made, losses) = with_gists(&dense, network, &passage, &spans, buffers)?;
+                sums.add(&losses);
                 if lod == 1 {
                     let first = gists.len() / width;
                     let follow = |pair: &[Vec<Span>]| pair[0][0].start + block == pair[1][0].start;
@@ -263,7 +261,8 @@ impl Validator<'_> {
                 }
             }
             if let Some(sparse) = &sparse {
-                sparse_sums.add(&self.rows_of(sparse, network, tokens, &spans, buffers)?);
+                let passage = sparse.run(tokens, false, buffers)?;
+                sparse_sums.add(&with_gists(sparse, network, &passage, &spans, buffers)?.1);
             }
         }
         let [first, second] = &of_level;
@@ -295,18 +294,18 @@ impl Validator<'_> {
             full_nll: full,
         }))
     }
+}
 
-    fn rows_of(
-        &self,
-        delta: &DeltaNll,
-        network: &GistNet,
-        tokens: &[u32],
-        spans: &[Vec<Span>],
-        buffers: &mut Buffers,
-    ) -> Result<Vec<RowLoss>> {
-        let passage = delta.run(tokens, false, buffers)?;
-        let mut rows = delta.rows(&passage, spans, StandIn::Entry)?;
-        rows.fill(&gists_of(network, &rows, &passage)?)?;
-        Ok(delta.measure(&passage, &rows, None, buffers)?.rows)
-    }
+/// The gists of spans of a passage, [S, E], and what they cost.
+fn with_gists(
+    delta: &DeltaNll,
+    network: &GistNet,
+    passage: &Passage,
+    spans: &[Vec<Span>],
+    buffers: &mut Buffers,
+) -> Result<(Vec<f32>, Vec<RowLoss>)> {
+    let mut rows = delta.rows(passage, spans, StandIn::Entry)?;
+    let gists = gists_of(network, &rows, passage)?;
+    rows.fill(&gists)?;
+    Ok((gists, delta.measure(passage, &rows, None, buffers)?.rows))
 }

@@ -9,12 +9,61 @@ use std::collections::BTreeMap;
 use std::io::{BufWriter, Write};
 use std::path::Path;
 
+use serde::Serialize;
+use serde::de::DeserializeOwned;
 use serde_json::{Map, Value, json};
 
 use crate::atomic;
 use crate::error::{BaseError, Result};
-use crate::params::ParamStore;
+use crate::params::{Group, ParamStore};
 use crate::weights::MappedFile;
+
+/// What a caller asks of a file; what is none is not asked for.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Expected<'a> {
+    /// K.
+    pub block: Option<usize>,
+    /// E: the base model's width.
+    pub width: Option<usize>,
+    /// Fingerprint of the base model's weights.
+    pub base_fingerprint: Option<&'a str>,
+}
+
+/// What a file says of its network, whichever it is.
+#[derive(Clone, Copy, Debug)]
+pub struct Stated<'a> {
+    /// `gistnet` or `lensnet`.
+    pub network: &'static str,
+    /// Version of the file's format.
+    pub format_version: u32,
+    /// K.
+    pub block: usize,
+    /// E.
+    pub width: usize,
+    /// Fingerprint of the base model's weights.
+    pub base_fingerprint: &'a str,
+}
+
+impl Stated<'_> {
+    /// The metadata of a network with these settings.
+    ///
+    /// # Errors
+    /// When the settings are no JSON.
+    pub fn metadata(&self, config: &impl Serialize) -> Result<BTreeMap<String, String>> {
+        let config = serde_json::to_string(config)
+            .map_err(|e| BaseError::network(self.network, format!("settings: {e}")))?;
+        let metadata = [
+            ("format", "pt".to_string()),
+            ("network", self.network.to_string()),
+            ("format_version", self.format_version.to_string()),
+            ("config", config),
+            ("block", self.block.to_string()),
+            ("width", self.width.to_string()),
+            ("base_fingerprint", self.base_fingerprint.to_string()),
+        ];
+        Ok(metadata.map(|(key, value)| (key.to_string(), value)).into())
+    }
+}
 
 /// An opened file whose header has been checked.
 pub struct NetworkFile {
@@ -61,6 +110,53 @@ impl NetworkFile {
             }
         }
         Ok(())
+    }
+
+    /// The settings of `what`.
+    ///
+    /// # Errors
+    /// When they are missing, or no such settings.
+    pub fn config<T: DeserializeOwned>(&self, what: &str) -> Result<T> {
+        let refuse = |e| self.refuse(format!("metadata: config: expected settings of a {what}: {e}"));
+        serde_json::from_str(self.stated("config")?).map_err(refuse)
+    }
+
+    /// Refuses K, E or a base model other than expected; `what` is the network, `why` ends the message about the base. Gives
+    /// the base model's fingerprint.
+    ///
+    /// # Errors
+    /// As said, and when the file says nothing of its base.
+    pub fn check_expected(
+        &self,
+        expected: Expected,
+        [block, width]: [usize; 2],
+        what: &str,
+        why: &str,
+    ) -> Result<String> {
+        for (key, wanted, found) in [("block", expected.block, block), ("width", expected.width, width)] {
+            if let Some(wanted) = wanted.filter(|wanted| *wanted != found) {
+                return Err(self.refuse(format!("{key}: expected {wanted}, got a network of {found}")));
+            }
+        }
+        let found = self.stated("base_fingerprint")?;
+        if let Some(wanted) = expected.base_fingerprint.filter(|wanted| *wanted != found) {
+            let message = format!("expected a {what} of the base model {wanted}, got one of {found}{why}");
+            return Err(self.refuse(message));
+        }
+        Ok(found.to_string())
+    }
+
+    /// The given tensors as parameters of a group.
+    ///
+    /// # Errors
+    /// As [`NetworkFile::read`].
+    pub fn parameters(&self, tensors: Vec<(String, Vec<usize>)>, group: Group) -> Result<ParamStore> {
+        let values = self.read(&tensors)?;
+        let mut params = ParamStore::new();
+        for ((name, shape), values) in tensors.into_iter().zip(values) {
+            params.insert_values(name, group, values, &shape)?;
+        }
+        Ok(params)
     }
 
     /// An error that blames this file.

@@ -1,13 +1,13 @@
-//! What evaluations share: the model they are about, and what their results depend on.
+//! What evaluations and runs share: the model they are about, and what their results depend on.
 
 use std::path::Path;
 
 use megacontext_base::config::DecoderConfig;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 
-use crate::error::{IoResultExt, Result};
+use crate::error::{IoResultExt, PluginError, Result};
 use crate::jobs::{ModelDir, to_value};
 
 /// Settings of an evaluation that its results do not depend on.
@@ -44,7 +44,7 @@ pub(crate) fn identity(
 }
 
 /// A hash of tokens and where documents end.
-pub(crate) fn hash_of(documents: &[Vec<u32>]) -> String {
+pub(crate) fn hash_of<'a>(documents: impl IntoIterator<Item = &'a Vec<u32>>) -> String {
     let mut hash = Sha256::new();
     for document in documents {
         hash.update((document.len() as u64).to_le_bytes());
@@ -65,5 +65,48 @@ pub(crate) fn dense_name(config: &DecoderConfig) -> String {
             let windows: Vec<String> = windows.iter().map(usize::to_string).collect();
             format!("dense (sliding window {})", windows.join(", "))
         }
+    }
+}
+
+/// What the settings name, as it was when the run began: a run that goes on with something else would not end the same.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub(crate) struct Inputs {
+    /// Fingerprint of the base's weights.
+    pub base: String,
+    /// SHA-256 of the tokens to train and to evaluate on.
+    text: String,
+    threads: usize,
+}
+
+impl Inputs {
+    /// Of a model and the documents of a run, in their order.
+    pub(crate) fn of<'a>(model: &ModelDir, documents: impl IntoIterator<Item = &'a Vec<u32>>) -> Self {
+        Self {
+            base: model.weights.fingerprint(),
+            text: hash_of(documents),
+            threads: rayon::current_num_threads(),
+        }
+    }
+
+    /// Refuses other weights and other text; returns a warning for another number of threads.
+    pub(crate) fn check(&self, now: &Self) -> Result<Option<String>> {
+        let differs = |what: &str, began: &str, now: &str| {
+            let (began, now) = (&began[..12.min(began.len())], &now[..12.min(now.len())]);
+            Err(PluginError::usage(format!(
+                "resume: {what} is not what the run began with: expected sha256 {began}…, got {now}…; bring it back, or \
+                 begin a new run in another folder"
+            )))
+        };
+        if self.base != now.base {
+            return differs("the base model", &self.base, &now.base);
+        }
+        if self.text != now.text {
+            return differs("the text of --data", &self.text, &now.text);
+        }
+        let warning = format!(
+            "the run began with {} threads and goes on with {}: the last bits of the result may differ",
+            self.threads, now.threads
+        );
+        Ok((self.threads != now.threads).then_some(warning))
     }
 }

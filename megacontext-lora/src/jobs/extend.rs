@@ -17,13 +17,13 @@ use megacontext_base::rope::RopeScaling;
 use megacontext_kernels::attention::Pattern;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
-use sha2::{Digest, Sha256};
 
 use crate::corpus;
 use crate::data::documents::{Document, load, tokenize};
 use crate::data::packing::{TokenStream, split_holdout};
 use crate::error::{PluginError, Result};
 use crate::host::{Answer, HostApi};
+use crate::jobs::evaluation::Inputs;
 use crate::jobs::{ModelDir, model_error, parse, to_value, with_threads};
 use crate::report::{self, RunReport};
 use crate::run::Telemetry;
@@ -73,53 +73,6 @@ struct State {
     stage_seconds: Vec<f64>,
     seconds_by_part: BTreeMap<String, f64>,
     inputs: Inputs,
-}
-
-/// What the settings name, as it was when the run began: a run that goes on with something else would not end the same.
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
-struct Inputs {
-    /// Fingerprint of the base's weights.
-    base: String,
-    /// SHA-256 of the tokens to train and to evaluate on.
-    text: String,
-    threads: usize,
-}
-
-impl Inputs {
-    fn of(model: &ModelDir, text: &Text) -> Self {
-        let mut hash = Sha256::new();
-        for document in std::iter::once(&text.stream).chain(&text.held_out) {
-            hash.update((document.len() as u64).to_le_bytes());
-            document.iter().for_each(|token| hash.update(token.to_le_bytes()));
-        }
-        Self {
-            base: model.weights.fingerprint(),
-            text: megacontext_base::params::hex(&hash.finalize()),
-            threads: rayon::current_num_threads(),
-        }
-    }
-
-    /// Refuses other weights and other text; returns a warning for another number of threads.
-    fn check(&self, now: &Self) -> Result<Option<String>> {
-        let differs = |what: &str, began: &str, now: &str| {
-            let (began, now) = (&began[..12.min(began.len())], &now[..12.min(now.len())]);
-            Err(PluginError::usage(format!(
-                "resume: {what} is not what the run began with: expected sha256 {began}…, got {now}…; bring it back, or \
-                 begin a new run in another folder"
-            )))
-        };
-        if self.base != now.base {
-            return differs("the base model", &self.base, &now.base);
-        }
-        if self.text != now.text {
-            return differs("the text of --data", &self.text, &now.text);
-        }
-        let warning = format!(
-            "the run began with {} threads and goes on with {}: the last bits of the result may differ",
-            self.threads, now.threads
-        );
-        Ok((self.threads != now.threads).then_some(warning))
-    }
 }
 
 /// Documents of `data`, the held-out corpus of this machine among them where it is asked for.
@@ -286,7 +239,7 @@ impl<'h> Run<'h> {
         let groups = config.groups();
         let mut decoder = model.decoder(config.dtype, &groups)?;
         decoder.attach_lora(config.lora.clone(), config.seed).map_err(model_error)?;
-        let inputs = Inputs::of(&model, &text);
+        let inputs = Inputs::of(&model, std::iter::once(&text.stream).chain(&text.held_out));
         let mut trainer = Trainer::new(
             decoder,
             &groups,

@@ -30,7 +30,7 @@ use crate::data::documents::tokenize;
 use crate::data::packing::split_holdout;
 use crate::error::{PluginError, Result};
 use crate::host::{Answer, HostApi};
-use crate::jobs::evaluation::hash_of;
+use crate::jobs::evaluation::Inputs;
 use crate::jobs::extend::load_data;
 use crate::jobs::{ModelDir, model_error, parse, to_value, with_threads};
 use crate::report::gistnet::{GistReport, render};
@@ -105,9 +105,7 @@ pub struct GistSummary {
 struct State {
     config_hash: String,
     seed: u64,
-    /// SHA-256 of the text, and the base model's fingerprint.
-    text: String,
-    base: String,
+    inputs: Inputs,
     /// Hashes of the frozen model's groups, an adapter's among them.
     frozen: Vec<String>,
     stage: usize,
@@ -198,8 +196,7 @@ fn prepare(config: GistRunConfig, resume: bool, host: &dyn HostApi) -> Result<Va
     let state = State {
         config_hash: config_hash.clone(),
         seed: config.seed,
-        text: hash_of(&[text.tokens.concat(), held_out.tokens.concat()]),
-        base: model.weights.fingerprint(),
+        inputs: Inputs::of(&model, text.tokens.iter().chain(&held_out.tokens)),
         frozen: frozen.clone(),
         ..State::default()
     };
@@ -213,16 +210,7 @@ fn prepare(config: GistRunConfig, resume: bool, host: &dyn HostApi) -> Result<Va
         Some(loaded) => {
             let kept: State = serde_json::from_value(loaded.state.clone())
                 .map_err(|e| PluginError::data(format!("{}: state.json: {e}", loaded.path.display())))?;
-            for (what, began, now) in
-                [("the base model", &kept.base, &state.base), ("the text of --data", &kept.text, &state.text)]
-            {
-                if began != now {
-                    return Err(PluginError::usage(format!(
-                        "resume: {what} is not what the run began with: expected sha256 {began:.12}…, got {now:.12}…; bring it \
-                         back, or begin a new run in another folder"
-                    )));
-                }
-            }
+            warnings.extend(kept.inputs.check(&state.inputs)?);
             if kept.frozen != state.frozen {
                 return Err(PluginError::usage(
                     "resume: the adapter is not what the run began with: expected the same parameters on the base model, got \
@@ -341,7 +329,7 @@ impl Run<'_> {
     fn anchor(&mut self) -> Result<()> {
         let path = self.folder.path().join(anchor_name(self.state.stage));
         if self.state.stage_step == 0 {
-            self.trainer.network.save(&path, &self.state.base).map_err(model_error)?;
+            self.trainer.network.save(&path, &self.state.inputs.base).map_err(model_error)?;
         }
         if self.state.stage_step == 0 || !self.trainer.is_anchored() {
             let anchor = GistNet::load(&path, Expected::default()).map_err(model_error)?;
@@ -429,7 +417,7 @@ impl Run<'_> {
         self.state.last = Some(found.delta_nll);
         if better {
             let path = self.folder.path().join(NETWORK);
-            self.trainer.network.save(&path, &self.state.base).map_err(model_error)?;
+            self.trainer.network.save(&path, &self.state.inputs.base).map_err(model_error)?;
             self.state.best = Some(found);
             self.state.best_step = self.step as u64;
         }
@@ -583,7 +571,7 @@ impl Run<'_> {
             planned_bytes: plan.total,
             peak_bytes: peak_bytes().unwrap_or(0),
             base: self.config.base.display().to_string(),
-            base_fingerprint: self.state.base.clone(),
+            base_fingerprint: self.state.inputs.base.clone(),
             data: self.config.data.clone(),
             passages: self.text.tokens.len(),
             held_out_passages: self.held_out.len(),

@@ -355,23 +355,22 @@ impl Decoder {
         };
         // Nothing of the model learns, so nothing is added here.
         let mut gradients = Gradients::new();
-        let (nll, kl) =
+        let losses =
             self.walk(&pass, StepInput::Entries(&x), recompute, scratch, &mut gradients, |hidden, _| {
                 self.continuation_loss(hidden, ran, rows, objective)
             })?;
         let d = Tensor::from_slice(&scratch.d, rows.x_nre.shape(), &Device::Cpu)?;
-        Ok(ContinuationLoss { nll, kl, d_nre: Some(d) })
+        Ok(ContinuationLoss { d_nre: Some(d), ..losses })
     }
 
     /// The losses of rows, and the objective's gradient for their hidden states.
-    #[allow(clippy::type_complexity)]
     fn continuation_loss<S: Activation>(
         &self,
         hidden: &[S],
         ran: &Ran<S>,
         rows: &Continuation,
         objective: Objective,
-    ) -> Result<((Vec<f32>, Option<Vec<f32>>), Vec<f32>)> {
+    ) -> Result<(ContinuationLoss, Vec<f32>)> {
         let sizes = self.head_sizes(rows.targets.len());
         let lora = self.head_lora(None)?;
         let targets = Targets { ids: rows.targets, weights: objective.weights };
@@ -397,7 +396,7 @@ impl Decoder {
                 Some(kl)
             }
         };
-        Ok(((loss.nll, kl), d_hidden))
+        Ok((ContinuationLoss { nll: loss.nll, kl, d_nre: None }, d_hidden))
     }
 
     /// KL(document ‖ row) of scored entries, 0 at others, and its sum; its gradient is added where it is wanted.

@@ -7,6 +7,7 @@
 //! Exit codes: 0 done; 2 the command or a setting is wrong; 130 interrupted; 1 anything else. One message on stderr.
 
 mod args;
+mod args_gist;
 mod bench;
 mod commands;
 mod failure;
@@ -19,7 +20,8 @@ mod sweep;
 mod tables;
 mod train;
 
-use args::{Cli, Command, EvalCommand, PluginCommand, TrainCommand};
+use args::{Cli, Command, EvalCommand, PluginCommand};
+use args_gist::TrainCommand;
 use clap::Parser;
 use failure::Result;
 use serde_json::{Value, json};

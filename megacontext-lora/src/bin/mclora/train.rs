@@ -4,7 +4,8 @@ use std::path::{Path, PathBuf};
 
 use serde_json::{Value, json};
 
-use crate::args::{EvalGist, Global, TrainGistnet};
+use crate::args::Global;
+use crate::args_gist::{EvalGist, TrainGistnet};
 use crate::commands::{job, program, quoted};
 use crate::failure::{Failure, Result};
 use crate::params::{self, Params, bytes};
