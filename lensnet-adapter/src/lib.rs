@@ -7,6 +7,10 @@
 //! | let nothing impossible be asked for | [`legality`] |
 //! | learn from what every expand and collapse was worth | [`counterfactual`] |
 //! | learn from which of several contexts predicts better | [`preference`] |
+//! | make contexts to compare, at one length | [`variants`] |
+//! | bring what they lose to one scale | [`advantage`] |
+//! | let scores edit a working context within its budget | [`allocator`] |
+//! | say how good scores are | [`metrics`] |
 //! | save and load it | [`LensNet::save`], [`LensNet::load`], [`LensNet::load_weights`] |
 //!
 //! A score u lies in [−1, 1]: above 0 the entry should be expanded into what it stands for, below 0 collapsed with its
@@ -16,13 +20,17 @@
 //! Shapes: B working contexts, W entries, E width. Everything is f32 on the CPU. Errors are `BaseError`: what was expected,
 //! and what came.
 
+pub mod advantage;
+pub mod allocator;
 mod checkpoint;
 mod config;
 pub mod counterfactual;
 mod features;
 pub mod legality;
+pub mod metrics;
 mod network;
 pub mod preference;
+pub mod variants;
 
 pub use checkpoint::{Expected, FORMAT_VERSION, Loaded};
 pub use config::{Features, Head, LEVELS, LensNetConfig};
