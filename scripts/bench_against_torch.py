@@ -15,11 +15,13 @@ import platform
 import statistics
 import subprocess
 import sys
+import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
+LENSNET = "768,2,6"
 SMOLLM2 = "576,30,9,3,1536,49152"
 # With these the chunked loss runs at its fastest: large blocks stay with the process, in huge pages.
 TUNABLES = (
@@ -32,7 +34,7 @@ class Target:
     """Our `dtypes` against the peer's `peers`: how many times as fast, with how much of the memory of `memory_peers`."""
 
     what: str
-    pattern: str
+    pattern: str  # for lens also `causal`: dense, to earlier entries alone
     lengths: list
     dtypes: dict  # ours: (peers, speed wanted by heads and n, peers of memory, memory wanted)
     heads: list = field(default_factory=lambda: ["9,3"])
@@ -75,6 +77,8 @@ TARGETS = {
             "bf16": (["bf16 hf", "bf16 chunked"], fixed(2.0), ["bf16 hf", "bf16 chunked"], 0.7),
         },
     ),
+    "W1": Target("lens", "dense", [8192], {"f32": (["f32"], fixed(1.5), ["f32"], 1.0)}),
+    "W1C": Target("lens", "causal", [8192], {"f32": (["f32"], fixed(1.5), ["f32"], 1.0)}),
 }
 # Of the plugin alone: field, at most.
 ALONE = {"A1": [("call_ns", 100.0, "a call that does no work, ns"), ("load_ms", 50.0, "loading the plugin, ms")]}
@@ -95,7 +99,7 @@ def parse():
     parser.add_argument("--group", default="0.25")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--reps", type=int, default=3, help="samples of attention in a round")
+    parser.add_argument("--reps", type=int, default=3, help="samples of attention or scores in a round")
     parser.add_argument("--steps", type=int, default=2, help="steps in a round")
     parser.add_argument("--json", type=Path, help="write all measurements and rows here")
     args = parser.parse_args()
@@ -128,6 +132,10 @@ def commands(args, target, n, heads):
     for dtype in (dtype for dtype in target.dtypes if dtype in args.dtypes):
         if target.what == "attention":
             flags = ["--pattern", target.pattern, "--heads", heads, "--reps", args.reps]
+        elif target.what == "lens":
+            # The peer reads what ours, which runs before it, leaves there.
+            flags = ["--attn", "dense", "--shape", LENSNET, "--reps", args.reps, "--files", args.files]
+            flags += ["--causal"] if target.pattern == "causal" else []
         else:
             flags = ["--attn", target.pattern, "--shape", args.shape, "--steps", args.steps]
         common = [*flags, "--n", n, "--group", args.group, "--threads", args.threads]
@@ -193,9 +201,15 @@ def ratio(a, b):
     return a / b if a and b else None
 
 
+# What is compared: time, memory.
+FIELDS = {
+    "attention": ("fb_ms", "peak_extra_MB"), "lens": ("fwd_ms", "peak_extra_MB"), "step": ("step_s", "peak_rss_MB"),
+}
+
+
 def rows_of(name, target, measured, args):
     """One row for each size and precision of a target."""
-    time, memory = ("fb_ms", "peak_extra_MB") if target.what == "attention" else ("step_s", "peak_rss_MB")
+    time, memory = FIELDS[target.what]
     for heads in args.heads or target.heads if target.what == "attention" else [None]:
         for n in args.lengths or target.lengths:
             for dtype in (dtype for dtype in target.dtypes if dtype in args.dtypes):
@@ -256,6 +270,8 @@ def machine():
 def main():
     args = parse()
     args.lengths = [int(n) for n in args.n.split(",")] if args.n else None
+    folder = tempfile.TemporaryDirectory()
+    args.files = Path(folder.name)
     measured, limits = Measured(args), {}
     for dtype in args.dtypes:
         # A large product, in and out and back: as fast as our products get.

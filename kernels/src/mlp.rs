@@ -60,6 +60,24 @@ multiversion! {
 }
 
 multiversion! {
+    fn silu_chunk_in_place<S: Store>(x: &mut [S]) {
+        for x in x.iter_mut() {
+            let z = x.get();
+            *x = S::put(z * sigmoid(z));
+        }
+    }
+}
+
+multiversion! {
+    fn relu2_chunk_in_place<S: Store>(x: &mut [S]) {
+        for x in x.iter_mut() {
+            let z = relu(x.get());
+            *x = S::put(z * z);
+        }
+    }
+}
+
+multiversion! {
     fn relu2_backward_chunk<S: Store>(x: &mut [S], g: &[f32]) {
         for (x, g) in x.iter_mut().zip(g) {
             *x = S::put(2.0 * relu(x.get()) * g);
@@ -86,6 +104,16 @@ pub fn swiglu_backward_in_place<S: Store>(gate: &mut [S], up: &mut [S], g: &[f32
 /// `out` = relu(`x`)², on slices of one length.
 pub fn relu2_into<S: Store>(x: &[S], out: &mut [S]) {
     for_rows(out, 1, |first, out| relu2_chunk(&x[first..first + out.len()], out));
+}
+
+/// silu(`x`) in the place of `x`.
+pub fn silu_in_place<S: Store>(x: &mut [S]) {
+    for_rows(x, 1, |_, x| silu_chunk_in_place(x));
+}
+
+/// relu(`x`)² in the place of `x`.
+pub fn relu2_in_place<S: Store>(x: &mut [S]) {
+    for_rows(x, 1, |_, x| relu2_chunk_in_place(x));
 }
 
 /// Backward of [`relu2_into`], in place: `x` becomes its own gradient, given that of the result.

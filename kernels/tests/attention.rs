@@ -9,13 +9,14 @@ use candle_core::{DType, Device, Tensor, Var};
 use megacontext_kernels::attention::{Pattern, Rows, alibi_slopes, attention};
 use megacontext_kernels::gemm::Products;
 use megacontext_kernels::store::bf16;
-use support::{BOTH, Case, SHIFTED, WINDOW, close, flat, random, stored, wide, widened};
+use support::{BOTH, Case, SHIFTED, SHIFTED_BOTH, WINDOW, close, flat, random, stored, wide, widened};
 
 #[test]
 fn equals_the_reference_for_odd_lengths_and_heads() -> Result<()> {
     for [heads, kv_heads] in [[3, 1], [5, 5], [4, 2], [1, 1]] {
         for entries in [1, 2, 7, 33, 129] {
-            for pattern in [Pattern::Dense, SHIFTED(8), SHIFTED(5), SHIFTED(2), Pattern::Bidirectional] {
+            let both_ways = [Pattern::Bidirectional, SHIFTED_BOTH(8), SHIFTED_BOTH(5), SHIFTED_BOTH(2)];
+            for pattern in [Pattern::Dense, SHIFTED(8), SHIFTED(5), SHIFTED(2)].into_iter().chain(both_ways) {
                 Case::new([1, entries, heads, kv_heads, 12], pattern).check()?;
             }
         }
@@ -25,8 +26,16 @@ fn equals_the_reference_for_odd_lengths_and_heads() -> Result<()> {
 
 #[test]
 fn equals_the_reference_across_tiles_and_blocks() -> Result<()> {
-    let patterns =
-        [Pattern::Dense, SHIFTED(200), SHIFTED(301), SHIFTED(16), WINDOW(130), Pattern::Bidirectional];
+    let patterns = [
+        Pattern::Dense,
+        SHIFTED(200),
+        SHIFTED(301),
+        SHIFTED(16),
+        WINDOW(130),
+        Pattern::Bidirectional,
+        SHIFTED_BOTH(200),
+        SHIFTED_BOTH(301),
+    ];
     for pattern in patterns {
         Case::new([1, 777, 3, 1, 8], pattern).check()?;
         Case::new([1, 520, 4, 2, 12], pattern).check_stored::<bf16>()?;
@@ -44,7 +53,7 @@ fn equals_the_reference_at_every_kind_of_width() -> Result<()> {
 
 #[test]
 fn rows_of_different_lengths() -> Result<()> {
-    for pattern in [Pattern::Dense, SHIFTED(10), Pattern::Bidirectional] {
+    for pattern in [Pattern::Dense, SHIFTED(10), Pattern::Bidirectional, SHIFTED_BOTH(10)] {
         let case = Case::new([2, 45, 3, 1, 8], pattern).lengths(&[45, 19]);
         case.check()?;
         let out = case.run(&case.inputs()?)?;
@@ -56,7 +65,7 @@ fn rows_of_different_lengths() -> Result<()> {
 
 #[test]
 fn packed_segments() -> Result<()> {
-    for pattern in [Pattern::Dense, SHIFTED(10), Pattern::Bidirectional] {
+    for pattern in [Pattern::Dense, SHIFTED(10), Pattern::Bidirectional, SHIFTED_BOTH(10)] {
         Case::new([2, 300, 4, 2, 8], pattern).segments(&[&[0, 7, 8, 130, 299], &[0]]).check()?;
         Case::new([2, 60, 3, 3, 8], pattern).segments(&[&[0, 31], &[0, 5, 50]]).lengths(&[40, 50]).check()?;
     }
@@ -79,7 +88,7 @@ fn a_segment_is_its_own_row() -> Result<()> {
 
 #[test]
 fn rows_of_length_zero() -> Result<()> {
-    for pattern in [Pattern::Dense, SHIFTED(4), Pattern::Bidirectional] {
+    for pattern in [Pattern::Dense, SHIFTED(4), Pattern::Bidirectional, SHIFTED_BOTH(4)] {
         Case::new([2, 9, 3, 1, 4], pattern).lengths(&[0, 9]).check()?;
         let case = Case::new([2, 9, 3, 1, 4], pattern).lengths(&[0, 0]);
         let inputs = case.inputs()?;
@@ -101,17 +110,19 @@ fn no_entries_at_all() -> Result<()> {
 #[test]
 fn a_group_of_the_whole_row_is_dense() -> Result<()> {
     for group in [37, 38, 60, 1000] {
-        let shifted = Case::new([2, 37, 5, 5, 8], SHIFTED(group)).lengths(&[37, 12]);
-        let dense = Case { pattern: Pattern::Dense, ..shifted.clone() };
-        let inputs = shifted.inputs()?;
-        assert_eq!(flat(&shifted.run(&inputs)?)?, flat(&dense.run(&inputs)?)?, "group {group}");
+        for (shifted, whole) in [(SHIFTED, Pattern::Dense), (SHIFTED_BOTH, Pattern::Bidirectional)] {
+            let shifted = Case::new([2, 37, 5, 5, 8], shifted(group)).lengths(&[37, 12]);
+            let dense = Case { pattern: whole, ..shifted.clone() };
+            let inputs = shifted.inputs()?;
+            assert_eq!(flat(&shifted.run(&inputs)?)?, flat(&dense.run(&inputs)?)?, "group {group}");
+        }
     }
     Ok(())
 }
 
 #[test]
 fn finite_differences() -> Result<()> {
-    for pattern in [Pattern::Dense, SHIFTED(6), WINDOW(5), Pattern::Bidirectional] {
+    for pattern in [Pattern::Dense, SHIFTED(6), WINDOW(5), Pattern::Bidirectional, SHIFTED_BOTH(6)] {
         let case = Case::new([2, 13, 3, 1, 4], pattern)
             .lengths(&[13, 9])
             .segments(&[&[0, 4], &[0]])

@@ -12,7 +12,7 @@ use megacontext_kernels::attention::{Pattern, alibi_slopes};
 use megacontext_kernels::cpu::{Level, level};
 use megacontext_kernels::store::bf16;
 use rayon::prelude::*;
-use support::{Case, SHIFTED, WINDOW};
+use support::{Case, SHIFTED, SHIFTED_BOTH, WINDOW};
 
 const HEADS: [[usize; 2]; 9] = [[1, 1], [2, 1], [3, 1], [4, 2], [5, 5], [9, 3], [6, 2], [8, 1], [3, 3]];
 const WIDTHS: [usize; 16] = [8, 64, 13, 32, 16, 96, 24, 1, 40, 128, 33, 48, 17, 256, 80, 7];
@@ -60,6 +60,15 @@ fn shifted_sparse() -> Result<()> {
         case(entries, 0, SHIFTED(2 + entries * 17 % (entries + 2))).check_stored::<f32>()?;
         case(entries, 0, SHIFTED(2 + (entries * 5 + 1) % (entries + 2))).check_stored::<bf16>()?;
         case(entries, 1, SHIFTED(2 + entries * entries / 3 % (entries + 2))).check_stored::<f32>()
+    })
+}
+
+#[test]
+fn shifted_sparse_both_ways() -> Result<()> {
+    for_every_length(|entries| {
+        case(entries, 8, SHIFTED_BOTH(2 + entries * 17 % (entries + 2))).check_stored::<f32>()?;
+        let group = 2 + (entries * 5 + 1) % (entries + 2);
+        if entries % 3 == 2 { case(entries, 9, SHIFTED_BOTH(group)).check_stored::<bf16>() } else { Ok(()) }
     })
 }
 

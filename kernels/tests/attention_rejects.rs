@@ -136,8 +136,10 @@ fn a_group_of_zero() {
 
 #[test]
 fn a_group_of_one() {
-    let got = with(Pattern::ShiftedSparse { group: 1 }, Rows::default());
-    assert_eq!(got, "attention: expected a group of at least 2 entries, got 1");
+    for pattern in [Pattern::ShiftedSparse { group: 1 }, Pattern::ShiftedBidirectional { group: 1 }] {
+        let got = with(pattern, Rows::default());
+        assert_eq!(got, "attention: expected a group of at least 2 entries, got 1");
+    }
 }
 
 #[test]

@@ -1,7 +1,7 @@
 //! What a LensNet is: its settings and which of them there are.
 //!
 //! Source: MegaContext's LensNet (its Python code) for the network; its documents insist that scoring is not causal, the
-//! code is. Ours sees both ways by default and equals the code on demand ([`LensNetConfig::original`]). The features of
+//! code is. Its older documents have another form ([`Kind::Dual`]). Ours sees both ways by default and equals the code on demand ([`LensNetConfig::original`]). The features of
 //! an entry differ likewise, see [`Features`].
 //!
 //! Errors: `BaseError::Network` in the words of the keys.
@@ -11,11 +11,24 @@ use megacontext_base::tower::{Affine, TowerConfig};
 use megacontext_kernels::attention::Pattern;
 use serde::{Deserialize, Serialize};
 
+use crate::dual;
+
 /// The network's name in errors and files.
 pub(crate) const NETWORK: &str = "lensnet";
 /// Levels that have an embedding.
 pub const LEVELS: usize = 4;
 pub(crate) const LEVEL_EMBED: &str = "level_embed.weight";
+
+/// How entries are read.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Kind {
+    /// Entries attend to each other ([`crate::network`]).
+    #[default]
+    Transformer,
+    /// Entries and tail gists attend to each other in turn ([`crate::dual`]).
+    Dual,
+}
 
 /// What makes a score of an entry's vector and its features.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -44,14 +57,20 @@ pub enum Features {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct LensNetConfig {
+    /// How entries are read.
+    #[serde(default)]
+    pub kind: Kind,
     /// E: the base model's width.
     pub width: usize,
-    /// Heads of attention, the base model's mostly.
+    /// Heads of attention, the base model's mostly; of the dual form 8.
     pub heads: usize,
     /// K: tokens that an entry of level 1 stands for.
     #[serde(default = "default_block")]
     pub block: usize,
-    /// Blocks of the transformer: 2, 4, 8.
+    /// L: the dual form's own width; the transformer has none.
+    #[serde(default = "default_lens_width")]
+    pub lens_width: usize,
+    /// Blocks of the transformer: 2, 4, 8; stacks of the dual form: 1 to 3.
     #[serde(default = "default_layers")]
     pub layers: usize,
     /// Head.
@@ -60,7 +79,8 @@ pub struct LensNetConfig {
     /// Do entries attend to earlier ones alone?
     #[serde(default)]
     pub causal: bool,
-    /// Shifted sparse attention in groups of so many entries, which is causal; none means dense.
+    /// Shifted sparse attention in groups of so many entries, causal or not as the network is; none means dense. So is a
+    /// batch whose rows are no wider than the group.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub group: Option<usize>,
     /// Features.
@@ -76,12 +96,21 @@ fn default_layers() -> usize {
     2
 }
 
+fn default_lens_width() -> usize {
+    512
+}
+
+/// Stacks that the dual form may have.
+const MOST_STACKS: usize = 3;
+
 impl LensNetConfig {
     /// The default network for a base model of this width and so many heads.
     pub fn new(width: usize, heads: usize) -> Self {
         Self {
+            kind: Kind::default(),
             width,
             heads,
+            lens_width: default_lens_width(),
             block: default_block(),
             layers: default_layers(),
             head: Head::default(),
@@ -89,6 +118,11 @@ impl LensNetConfig {
             group: None,
             features: Features::default(),
         }
+    }
+
+    /// The default dual form for a base model of this width: one stack, 512 wide, eight heads, a linear head.
+    pub fn dual(width: usize) -> Self {
+        Self { kind: Kind::Dual, layers: 1, head: Head::Linear, ..Self::new(width, 8) }
     }
 
     /// The same network computed as the original code does: causal, with its features.
@@ -105,18 +139,42 @@ impl LensNetConfig {
         if self.block < 2 {
             return refuse(format!("block: expected at least 2 entries, got {}", self.block));
         }
-        match self.group {
-            Some(group) if group < 2 => {
-                return refuse(format!("group: expected at least 2 entries, got {group}"));
-            }
-            Some(_) if !self.causal => {
-                return refuse(
-                    "group: expected causal, since shifted sparse attention is, got causal = false".into(),
-                );
-            }
-            _ => {}
+        if let Some(group) = self.group.filter(|group| *group < 2) {
+            return refuse(format!("group: expected at least 2 entries, got {group}"));
         }
-        self.tower().check().or_else(refuse)
+        match self.kind {
+            Kind::Transformer => self.tower().check().or_else(refuse),
+            Kind::Dual => self.check_dual().or_else(refuse),
+        }
+    }
+
+    fn check_dual(&self) -> std::result::Result<(), String> {
+        let Self { lens_width, heads, layers, .. } = *self;
+        if self.width == 0 {
+            return Err("width: expected at least 1, got 0".to_string());
+        }
+        if !(1..=MOST_STACKS).contains(&layers) {
+            return Err(format!("layers: expected 1 to {MOST_STACKS} stacks of the dual form, got {layers}"));
+        }
+        if heads == 0 || lens_width == 0 || !lens_width.is_multiple_of(heads) {
+            return Err(format!("heads: expected a divisor of the lens width {lens_width}, got {heads}"));
+        }
+        let never = |key: &str, expected: &str, got: String| {
+            Err(format!("{key}: expected {expected} with the dual form, got {got}"))
+        };
+        if self.causal {
+            return never("causal", "false", "true".to_string());
+        }
+        if let Some(group) = self.group {
+            return never("group", "none", group.to_string());
+        }
+        if self.head != Head::Linear {
+            return never("head", "linear", "mlp".to_string());
+        }
+        if self.features != Features::Scaled {
+            return never("features", "scaled", "original".to_string());
+        }
+        Ok(())
     }
 
     /// The transformer's sizes.
@@ -124,10 +182,19 @@ impl LensNetConfig {
         TowerConfig { layers: self.layers, width: self.width, heads: self.heads, kv_heads: self.heads }
     }
 
+    /// Width of a head.
+    pub(crate) fn head_width(&self) -> usize {
+        match self.kind {
+            Kind::Transformer => self.tower().head_width(),
+            Kind::Dual => self.lens_width / self.heads.max(1),
+        }
+    }
+
     /// Which keys an entry sees.
-    pub(crate) fn pattern(&self) -> Pattern {
+    pub fn pattern(&self) -> Pattern {
         match (self.group, self.causal) {
-            (Some(group), _) => Pattern::ShiftedSparse { group },
+            (Some(group), true) => Pattern::ShiftedSparse { group },
+            (Some(group), false) => Pattern::ShiftedBidirectional { group },
             (None, true) => Pattern::Dense,
             (None, false) => Pattern::Bidirectional,
         }
@@ -145,6 +212,9 @@ impl LensNetConfig {
     pub(crate) fn scorer(&self) -> Vec<Affine> {
         let (e, middle) = (self.width, self.width.max(128));
         match self.head {
+            Head::Linear if self.kind == Kind::Dual => {
+                vec![Affine { name: "scorer", out: 1, inp: self.lens_width }]
+            }
             Head::Linear => vec![Affine { name: "scorer", out: 1, inp: 2 * e }],
             Head::Mlp => vec![
                 Affine { name: "scorer.0", out: middle, inp: 2 * e },
@@ -153,12 +223,19 @@ impl LensNetConfig {
         }
     }
 
-    /// Names and shapes of the parameters, as the original names them.
+    /// Names and shapes of the parameters, as the original names them; of the dual form as [`crate::dual`] does.
     pub fn tensors(&self) -> Vec<(String, Vec<usize>)> {
-        let mut tensors = self.tower().tensors();
-        tensors.push((LEVEL_EMBED.to_string(), vec![LEVELS, self.width]));
-        let layers = self.feature_layers().into_iter().flatten().chain(self.scorer());
-        tensors.extend(layers.flat_map(|layer| layer.tensors()));
+        let mut tensors = match self.kind {
+            Kind::Dual => dual::tensors(self),
+            Kind::Transformer => {
+                let mut tensors = self.tower().tensors();
+                tensors.push((LEVEL_EMBED.to_string(), vec![LEVELS, self.width]));
+                let layers = self.feature_layers().into_iter().flatten();
+                tensors.extend(layers.flat_map(|layer| layer.tensors()));
+                tensors
+            }
+        };
+        tensors.extend(self.scorer().into_iter().flat_map(|layer| layer.tensors()));
         tensors
     }
 
@@ -187,6 +264,46 @@ mod tests {
     }
 
     #[test]
+    fn the_dual_form_has_as_many_parameters_as_its_formulas() {
+        // Two layers in with biases, six products, the head.
+        let expected = 512 * (768 + 3 + 1) + 512 * (768 + 1) + 6 * 512 * 512 + 512 + 1;
+        assert_eq!(LensNetConfig::dual(768).parameters(), expected);
+    }
+
+    #[test]
+    fn settings_without_a_kind_are_a_transformers() {
+        let config = serde_json::from_str::<LensNetConfig>(r#"{"width": 16, "heads": 2}"#).unwrap();
+        assert_eq!(config, small());
+    }
+
+    #[test]
+    fn an_unknown_kind_is_refused() {
+        let error = serde_json::from_str::<LensNetConfig>(r#"{"kind": "both", "width": 16, "heads": 2}"#);
+        assert!(error.unwrap_err().to_string().contains("unknown variant `both`"));
+    }
+
+    #[test]
+    fn what_the_dual_form_has_not_is_refused() {
+        let dual = LensNetConfig { lens_width: 16, ..LensNetConfig::dual(16) };
+        let changed = |what: fn(&mut LensNetConfig), message: &str| {
+            let mut config = dual.clone();
+            what(&mut config);
+            refused(config, message);
+        };
+        dual.check().unwrap();
+        changed(|c| c.layers = 0, "layers: expected 1 to 3 stacks of the dual form, got 0");
+        changed(|c| c.layers = 4, "layers: expected 1 to 3 stacks of the dual form, got 4");
+        changed(|c| c.heads = 3, "heads: expected a divisor of the lens width 16, got 3");
+        changed(|c| c.causal = true, "causal: expected false with the dual form, got true");
+        changed(|c| c.group = Some(8), "group: expected none with the dual form, got 8");
+        changed(|c| c.head = Head::Mlp, "head: expected linear with the dual form, got mlp");
+        changed(
+            |c| c.features = Features::Original,
+            "features: expected scaled with the dual form, got original",
+        );
+    }
+
+    #[test]
     fn an_unknown_key_is_refused() {
         let error = serde_json::from_str::<LensNetConfig>(r#"{"width": 16, "heads": 2, "layer": 4}"#);
         assert!(error.unwrap_err().to_string().contains("unknown field `layer`"));
@@ -204,11 +321,8 @@ mod tests {
 
     #[test]
     fn a_group_of_one_is_refused() {
-        refused(LensNetConfig { group: Some(1), causal: true, ..small() }, "group: expected at least 2");
-    }
-
-    #[test]
-    fn shifted_sparse_attention_that_sees_both_ways_is_refused() {
-        refused(LensNetConfig { group: Some(8), ..small() }, "group: expected causal");
+        for causal in [true, false] {
+            refused(LensNetConfig { group: Some(1), causal, ..small() }, "group: expected at least 2");
+        }
     }
 }

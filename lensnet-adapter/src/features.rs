@@ -18,14 +18,23 @@ pub(crate) fn span(block: usize, lod: u8) -> f64 {
     (block as f64).powi(i32::from(lod))
 }
 
+/// The span of an entry of this level, as the MLP reads it.
+pub(crate) fn measured_span(config: &LensNetConfig, lod: u8) -> f32 {
+    let span = span(config.block, lod);
+    match config.features {
+        Features::Original => span as f32,
+        Features::Scaled => (span.log2() / 10.0) as f32,
+    }
+}
+
 /// Span and distance of every entry, as the MLPs read them.
 pub(crate) fn measured(config: &LensNetConfig, of: &Contexts, lengths: &[usize]) -> [Vec<f32>; 2] {
-    let spans = of.lod.iter().map(|lod| span(config.block, *lod));
+    let spans = of.lod.iter().map(|lod| measured_span(config, *lod)).collect();
     match config.features {
         Features::Original => {
             let largest = of.start.iter().copied().max().unwrap_or(0).max(1) as f64;
             let distance = of.start.iter().map(|start| (*start as f64 / largest) as f32).collect();
-            [spans.map(|span| span as f32).collect(), distance]
+            [spans, distance]
         }
         Features::Scaled => {
             let width = of.lod.len() / lengths.len().max(1);
@@ -41,7 +50,7 @@ pub(crate) fn measured(config: &LensNetConfig, of: &Contexts, lengths: &[usize])
                     if at < *length { ((cursor - of.start[from + at] as f64) / far) as f32 } else { 0.0 }
                 }));
             }
-            [spans.map(|span| (span.log2() / 10.0) as f32).collect(), distance]
+            [spans, distance]
         }
     }
 }

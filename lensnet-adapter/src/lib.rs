@@ -3,6 +3,7 @@
 //! | to | look at |
 //! |---|---|
 //! | describe a network | [`LensNetConfig`] |
+//! | let entries and tail gists look at each other instead of entries at all others | [`Kind::Dual`], [`dual`] |
 //! | score entries, with or without a graph | [`LensNet::forward`], [`LensNet::focus_scores`] |
 //! | let nothing impossible be asked for | [`legality`] |
 //! | learn from what every expand and collapse was worth | [`counterfactual`] |
@@ -25,13 +26,16 @@ pub mod allocator;
 mod checkpoint;
 mod config;
 pub mod counterfactual;
+pub mod dual;
 mod features;
 pub mod legality;
 pub mod metrics;
 mod network;
 pub mod preference;
+mod scoring;
 pub mod variants;
 
 pub use checkpoint::{Expected, FORMAT_VERSION, Loaded};
-pub use config::{Features, Head, LEVELS, LensNetConfig};
+pub use config::{Features, Head, Kind, LEVELS, LensNetConfig};
+pub use dual::Tail;
 pub use network::{Contexts, LensNet};

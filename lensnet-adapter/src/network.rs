@@ -8,7 +8,7 @@
 //!
 //! Shapes: B working contexts, W entries, E width, D width of a head. Scores in [−1, 1].
 //! Errors: `BaseError::Network` for entries that do not fit.
-//! Left out on purpose: the older form with two cross-attentions over tail gists.
+//! The older form, where entries look at tail gists instead of each other, is [`crate::dual`].
 
 use candle_core::{DType, Device, Tensor};
 use megacontext_base::error::{BaseError, Result};
@@ -20,8 +20,9 @@ use megacontext_base::tower::{Angles, Sees, THETA, Tower, relu};
 use megacontext_kernels::attention::Rows;
 use megacontext_kernels::vjp;
 
-use crate::config::{LEVEL_EMBED, LEVELS, LensNetConfig, NETWORK};
-use crate::{features, legality};
+use crate::config::{Kind, LEVEL_EMBED, LEVELS, LensNetConfig, NETWORK};
+use crate::dual::{self, Tail};
+use crate::{features, legality, scoring};
 
 /// Entries of B working contexts of up to W entries, row-major.
 #[derive(Clone, Copy, Debug)]
@@ -34,13 +35,30 @@ pub struct Contexts<'a> {
     pub start: &'a [u64],
     /// Entries of each row; none means W.
     pub lengths: Option<&'a [usize]>,
+    /// What the dual form reads beside the entries; the transformer does not look at it.
+    pub tail: Option<Tail<'a>>,
 }
 
 /// A LensNet with its parameters.
 pub struct LensNet {
     config: LensNetConfig,
     params: ParamStore,
-    tower: Tower,
+    form: Form,
+}
+
+/// What lies before the head.
+enum Form {
+    Transformer(Tower),
+    Dual,
+}
+
+impl Form {
+    fn of(config: &LensNetConfig) -> Result<Self> {
+        Ok(match config.kind {
+            Kind::Transformer => Self::Transformer(Tower::new(NETWORK, config.tower())?),
+            Kind::Dual => Self::Dual,
+        })
+    }
 }
 
 impl LensNet {
@@ -51,22 +69,30 @@ impl LensNet {
     /// When there is no such network.
     pub fn new(config: LensNetConfig, seed: u64) -> Result<Self> {
         config.check()?;
-        let tower = Tower::new(NETWORK, config.tower())?;
+        let form = Form::of(&config)?;
         let mut params = ParamStore::new();
-        tower.insert_parameters(&mut params, Group::Lensnet, seed)?;
-        let mut random = Random::named(seed, LEVEL_EMBED);
-        let levels = (0..LEVELS * config.width).map(|_| random.normal() as f32).collect();
-        params.insert_values(LEVEL_EMBED, Group::Lensnet, levels, &[LEVELS, config.width])?;
-        for layer in config.feature_layers().into_iter().flatten().chain(config.scorer()) {
+        match &form {
+            Form::Dual => dual::insert_parameters(&config, &mut params, seed)?,
+            Form::Transformer(tower) => {
+                tower.insert_parameters(&mut params, Group::Lensnet, seed)?;
+                let mut random = Random::named(seed, LEVEL_EMBED);
+                let levels = (0..LEVELS * config.width).map(|_| random.normal() as f32).collect();
+                params.insert_values(LEVEL_EMBED, Group::Lensnet, levels, &[LEVELS, config.width])?;
+                for layer in config.feature_layers().into_iter().flatten() {
+                    layer.insert_parameters(&mut params, Group::Lensnet, seed)?;
+                }
+            }
+        }
+        for layer in config.scorer() {
             layer.insert_parameters(&mut params, Group::Lensnet, seed)?;
         }
-        Ok(Self { config, params, tower })
+        Ok(Self { config, params, form })
     }
 
     /// The network over parameters that are there, of the right names and shapes.
     pub(crate) fn over(config: LensNetConfig, params: ParamStore) -> Result<Self> {
-        let tower = Tower::new(NETWORK, config.tower())?;
-        Ok(Self { config, params, tower })
+        let form = Form::of(&config)?;
+        Ok(Self { config, params, form })
     }
 
     /// Settings.
@@ -84,7 +110,7 @@ impl LensNet {
         &mut self.params
     }
 
-    /// Angles of entries that `rule` places by their first tokens and levels, [B·W, D/2].
+    /// Angles of entries that `rule` places by their first tokens and levels, [B·W, D/2]. The dual form does not turn.
     ///
     /// # Errors
     /// When there are not as many levels as first tokens.
@@ -94,7 +120,8 @@ impl LensNet {
         if lod.len() != start.len() {
             return self.refuse(format!("start: expected {} positions, got {}", lod.len(), start.len()));
         }
-        let rope = Rope::new(self.config.tower().head_width(), THETA, RopeScaling::None);
+        // The dual form's heads may be of any width.
+        let rope = Rope::new((self.config.head_width() / 2 * 2).max(2), THETA, RopeScaling::None);
         rope.place(&Entries { mu: &mu, sigma: Some(&sigma), ..Entries::default() })
     }
 
@@ -105,14 +132,21 @@ impl LensNet {
     /// When the operands do not agree, or a level is beyond those there are.
     pub fn forward(&self, of: &Contexts, angles: Angles) -> Result<Tensor> {
         let (b, w) = self.check(of)?;
-        let e = self.config.width;
-        let rows = Rows { lengths: of.lengths.map(<[usize]>::to_vec), segments: None };
-        let sees = Sees::Pattern(self.config.pattern(), &rows);
-        let x_bwe = self.tower.forward(&self.params, of.entries_bwe, angles, sees)?;
         let whole = vec![w; b];
         let lengths = of.lengths.unwrap_or(&whole);
-        let features_ne = features::apply(&self.config, &self.params, of, lengths)?;
-        let mut z = Tensor::cat(&[&x_bwe.reshape((b * w, e))?, &features_ne], 1)?;
+        let mut z = match &self.form {
+            Form::Transformer(tower) => {
+                let rows = Rows { lengths: of.lengths.map(<[usize]>::to_vec), segments: None };
+                let sees = Sees::Pattern(self.config.pattern(), &rows);
+                let x_bwe = tower.forward(&self.params, of.entries_bwe, angles, sees)?;
+                let features_ne = features::apply(&self.config, &self.params, of, lengths)?;
+                Tensor::cat(&[&x_bwe.reshape((b * w, self.config.width))?, &features_ne], 1)?
+            }
+            Form::Dual => {
+                let tail = dual::tail_of(&self.config, of, b)?;
+                dual::forward(&self.config, &self.params, of, tail, lengths)?
+            }
+        };
         for (i, layer) in self.config.scorer().into_iter().enumerate() {
             z = layer.apply(&self.params, &if i == 0 { z } else { relu(&z)? })?;
         }
@@ -137,12 +171,20 @@ impl LensNet {
     }
 
     /// The scores of one working context as an allocator reads them: what cannot be done scores 0 at most
-    /// ([`legality::mask`]), levels go up to `max_lod`.
+    /// ([`legality::mask`]), levels go up to `max_lod`. Those of [`LensNet::forward`], but for rounding, on plain buffers.
     ///
     /// # Errors
     /// As [`LensNet::forward`]; when a score is not finite.
     pub fn focus_scores(&self, of: &Contexts, angles: Angles, max_lod: u8) -> Result<Vec<f32>> {
-        let mut scores: Vec<f32> = self.forward(of, angles)?.flatten_all()?.to_vec1()?;
+        let (b, w) = self.check(of)?;
+        let whole = vec![w; b];
+        let lengths = of.lengths.unwrap_or(&whole);
+        let mut scores = match &self.form {
+            Form::Transformer(tower) => {
+                scoring::scores(&self.config, &self.params, tower, of, lengths, angles)?
+            }
+            Form::Dual => self.forward(of, angles)?.flatten_all()?.to_vec1()?,
+        };
         if let Some(at) = scores.iter().position(|score| !score.is_finite()) {
             let what = format!("focus score of entry {at}");
             return Err(BaseError::NonFinite { what, value: f64::from(scores[at]) });

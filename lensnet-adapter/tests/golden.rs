@@ -29,7 +29,7 @@ fn holds(name: &str, config: LensNetConfig) -> Result<[f64; 2]> {
         |which: &str| case.get(&format!("fp32.in.{which}"))?.reshape((b * w, 4)).map_err(anyhow::Error::from);
     let (cos, sin) = (table("cos")?, table("sin")?);
     let angles = Angles { cos: &cos, sin: &sin };
-    let of = Contexts { entries_bwe: &entries, lod: &lod, start: &start, lengths: None };
+    let of = Contexts { entries_bwe: &entries, lod: &lod, start: &start, lengths: None, tail: None };
     let scores = net.forward(&of, angles)?;
     let off = close(&scores, case.get("fp32.scores")?)?;
     assert!(off < SCORE, "{name}: scores differ by {off}");
@@ -69,6 +69,7 @@ fn holds(name: &str, config: LensNetConfig) -> Result<[f64; 2]> {
             lod: &lod[row * w..(row + 1) * w],
             start: &start[row * w..(row + 1) * w],
             lengths: None,
+            tail: None,
         };
         let alone = net.forward(&of, Angles { cos: &cos, sin: &sin })?;
         let off = close(&alone, case.get(&format!("fp32.scores_row{row}_alone"))?)?;
@@ -108,7 +109,7 @@ fn a_stack_filled_up_in_front() -> Result<()> {
         let (entries, lod, start) = read(v)?;
         let tables = net.angles(&lod, &start, &rule)?;
         let angles = Angles { cos: &tables.cos_nd, sin: &tables.sin_nd };
-        let of = Contexts { entries_bwe: &entries, lod: &lod, start: &start, lengths: None };
+        let of = Contexts { entries_bwe: &entries, lod: &lod, start: &start, lengths: None, tail: None };
         let off = close(&net.forward(&of, angles)?, case.get(&format!("fp32.v{v}.scores_unpadded"))?)?;
         assert!(off < SCORE, "variant {v} alone: scores differ by {off}");
         let fill = 20 - lod.len();
@@ -119,7 +120,7 @@ fn a_stack_filled_up_in_front() -> Result<()> {
     let entries = Tensor::cat(&stack.0, 0)?;
     let tables = net.angles(&stack.1, &stack.2, &rule)?;
     let angles = Angles { cos: &tables.cos_nd, sin: &tables.sin_nd };
-    let of = Contexts { entries_bwe: &entries, lod: &stack.1, start: &stack.2, lengths: None };
+    let of = Contexts { entries_bwe: &entries, lod: &stack.1, start: &stack.2, lengths: None, tail: None };
     let scores = net.forward(&of, angles)?;
     for (v, count) in [(0, 20), (1, 14)] {
         let own = scores.narrow(0, v, 1)?.narrow(1, 20 - count, count)?;

@@ -6,8 +6,8 @@
 mod common;
 
 use anyhow::{Context, Result};
-use candle_core::{Tensor, Var};
-use common::{close, random, small};
+use candle_core::Tensor;
+use common::{close, gradients_hold, random, small};
 use lensnet_adapter::{Contexts, Expected, Features, Head, LensNet, LensNetConfig};
 use megacontext_base::gradients::Gradients;
 use megacontext_base::params::Group;
@@ -27,15 +27,16 @@ fn angles(tables: &RopeTables) -> Angles<'_> {
 }
 
 fn contexts(entries: &Tensor) -> Contexts<'_> {
-    Contexts { entries_bwe: entries, lod: &LOD, start: &START, lengths: Some(&LENGTHS) }
+    Contexts { entries_bwe: entries, lod: &LOD, start: &START, lengths: Some(&LENGTHS), tail: None }
 }
 
 /// Settings under which everything takes a path of its own.
-fn variants() -> [LensNetConfig; 4] {
+fn variants() -> [LensNetConfig; 5] {
     [
         small(4),
         LensNetConfig { head: Head::Linear, ..small(4) },
         LensNetConfig { causal: true, group: Some(4), ..small(4) },
+        LensNetConfig { group: Some(4), ..small(4) },
         small(4).original(),
     ]
 }
@@ -45,52 +46,20 @@ fn gradients_match_finite_differences() -> Result<()> {
     for config in variants() {
         let what = format!("{config:?}");
         let mut net = LensNet::new(config, 3)?;
-        net.params_mut().set_learning([Group::Lensnet])?;
         let tables = tables(&net)?;
-        let entries = Var::from_tensor(&random(&[2, 6, 16], 1))?.into_inner();
+        let entries = random(&[2, 6, 16], 1);
         let probe = random(&[2, 6], 2);
-        let mut gradients = Gradients::new();
-        net.backward(&net.forward(&contexts(&entries), angles(&tables))?, probe.clone(), &mut gradients)?;
-        let loss = |net: &LensNet, entries: &Tensor| -> Result<f64> {
-            let product = (net.forward(&contexts(entries), angles(&tables))? * &probe)?;
-            Ok(product.flatten_all()?.to_vec1::<f32>()?.iter().map(|v| f64::from(*v)).sum())
-        };
-        let along = |name: &str,
-                     gradient: &Tensor,
-                     loss: &mut dyn FnMut(&Tensor) -> Result<f64>|
-         -> Result<()> {
-            let length = f64::from(gradient.sqr()?.sum_all()?.to_scalar::<f32>()?).sqrt();
-            assert!(length > 1e-4, "{what}: {name}: a gradient of length {length}");
-            let step = 2e-3;
-            let mut side = |sign: f64| loss(&(gradient * (sign * step / length))?);
-            let measured = (side(1.0)? - side(-1.0)?) / (2.0 * step);
-            let off = (measured - length).abs() / length;
-            assert!(off < 0.02, "{what}: {name}: gradient of length {length}, differences give {measured}");
-            Ok(())
-        };
-        let names: Vec<String> = net.params().names().map(str::to_string).collect();
-        assert_eq!(gradients.names().collect::<Vec<_>>(), names);
-        for name in names {
-            let value = net.params().get(&name).context("value")?.copy()?;
-            let gradient = gradients.get(&name).context("gradient")?;
-            let gradient = Tensor::from_slice(gradient, value.shape(), value.device())?;
-            along(&name, &gradient, &mut |by| {
-                net.params_mut().set(&name, &(&value + by)?)?;
-                loss(&net, &entries)
-            })?;
-            net.params_mut().set(&name, &value)?;
-        }
-        let sum = (net.forward(&contexts(&entries), angles(&tables))? * &probe)?.sum_all()?;
-        let gradient = sum.backward()?.get(&entries).context("entries")?.clone();
-        let fixed = entries.detach();
-        along("entries", &gradient, &mut |by| loss(&net, &(&fixed + by)?))?;
+        let scores = |net: &LensNet, of: &[Tensor]| Ok(net.forward(&contexts(&of[0]), angles(&tables))?);
+        gradients_hold(&mut net, &what, &[("entries", entries)], &probe, &scores)?;
     }
     Ok(())
 }
 
 #[test]
 fn a_row_scores_as_it_does_alone() -> Result<()> {
-    for config in [small(4), LensNetConfig { causal: true, ..small(4) }] {
+    // Groups that are smaller than every row: alone, a row no longer than its groups is dense.
+    let shifted = [true, false].map(|causal| LensNetConfig { causal, group: Some(2), ..small(4) });
+    for config in [small(4), LensNetConfig { causal: true, ..small(4) }].into_iter().chain(shifted) {
         let net = LensNet::new(config, 3)?;
         let tables = tables(&net)?;
         let entries = random(&[2, 6, 16], 1);
@@ -105,6 +74,7 @@ fn a_row_scores_as_it_does_alone() -> Result<()> {
                 lod: &LOD[from..from + length],
                 start: &START[from..from + length],
                 lengths: None,
+                tail: None,
             };
             let alone = net.forward(&of, Angles { cos: &cos, sin: &sin })?;
             let batched = scores.narrow(0, row, 1)?.narrow(1, 0, length)?;
@@ -141,7 +111,7 @@ fn scaled_distances_are_the_same_wherever_a_context_begins() -> Result<()> {
         let net = LensNet::new(LensNetConfig { features, ..small(4) }, 3)?;
         let tables = net.angles(&LOD[..6], &[0; 6], &SigmaRule { block: 4, ..SigmaRule::default() })?;
         let start: Vec<u64> = START[..6].iter().map(|start| start + by).collect();
-        let of = Contexts { entries_bwe: &entries, lod: &LOD[..6], start: &start, lengths: None };
+        let of = Contexts { entries_bwe: &entries, lod: &LOD[..6], start: &start, lengths: None, tail: None };
         Ok(net.forward(&of, angles(&tables))?)
     };
     assert!(close(&score(Features::Scaled, 0)?, &score(Features::Scaled, 64)?)? < 1e-7);
@@ -163,7 +133,48 @@ fn focus_scores_ask_for_nothing_impossible() -> Result<()> {
             2 => plain.max(0.0),
             _ => *plain,
         };
-        assert_eq!(legal, expected);
+        assert!((legal - expected).abs() < 1e-6, "{legal} and {expected}");
+    }
+    Ok(())
+}
+
+#[test]
+fn scores_without_a_graph_are_those_with_one() -> Result<()> {
+    // More rows than are worked on at a time, in rows of a length that does not divide them.
+    let (b, w) = (3, 300);
+    let lod: Vec<u8> = (0..b * w).map(|at| (at % 5 % 3) as u8).collect();
+    let start: Vec<u64> = (0..b * w).map(|at| (at % w * 16) as u64).collect();
+    let entries = random(&[b, w, 16], 1);
+    for config in variants() {
+        let net = LensNet::new(config, 3)?;
+        let tables = net.angles(&lod, &start, &SigmaRule { block: 4, ..SigmaRule::default() })?;
+        let shared = net.angles(&lod[..w], &start[..w], &SigmaRule { block: 4, ..SigmaRule::default() })?;
+        for lengths in [None, Some(&[300, 1, 77][..])] {
+            for tables in [&tables, &shared] {
+                let of = Contexts { entries_bwe: &entries, lod: &lod, start: &start, lengths, tail: None };
+                let taped: Vec<f32> = net.forward(&of, angles(tables))?.flatten_all()?.to_vec1()?;
+                let mut legal = taped;
+                lensnet_adapter::legality::mask(&mut legal, &lod, 2);
+                let plain = net.focus_scores(&of, angles(tables), 2)?;
+                let off = legal.iter().zip(&plain).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+                assert!(off < 2e-6, "{:?}: {off} apart", net.config());
+            }
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn angles_of_another_width_are_refused_without_a_graph_too() -> Result<()> {
+    let net = LensNet::new(small(4), 3)?;
+    let tables = LensNet::new(LensNetConfig::new(16, 4), 3)?.angles(&LOD, &START, &SigmaRule::default())?;
+    let entries = random(&[2, 6, 16], 1);
+    let expected = "rope: expected cos and sin of shape [6, 4] or [12, 4], got [12, 2] and [12, 2]";
+    for error in [
+        net.forward(&contexts(&entries), angles(&tables)).map(|_| ()).unwrap_err(),
+        net.focus_scores(&contexts(&entries), angles(&tables), 2).map(|_| ()).unwrap_err(),
+    ] {
+        assert!(error.to_string().contains(expected), "{error}");
     }
     Ok(())
 }

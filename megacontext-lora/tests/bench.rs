@@ -181,6 +181,53 @@ fn gist_tells_both_ways_and_how_they_compare() {
 }
 
 #[test]
+fn lens_tells_sizes_time_memory_and_work() {
+    let line = one("lens --shape 32,2,4 --n 200 --reps 1 --threads 2");
+    common_fields(&line, "lens");
+    let sizes = json!([line["shape"], line["attn"], line["causal"], line["B"], line["n"], line["G"]]);
+    assert_eq!(sizes, json!(["32,2,4", "dense", false, 1, 200, 200]));
+    positive(&line, &["fwd_ms", "best_ms", "gflops"]);
+    memory(&line, &["peak_extra_MB"]);
+    // Two blocks of 12 products of E x E and all pairs; two MLPs of features, the head, 128 wide between.
+    let blocks = 2.0 * (24.0 * 200.0 * 32.0 * 32.0 + 4.0 * 200.0 * 200.0 * 32.0);
+    let head = 2.0 * 200.0 * (2.0 * 32.0 * 33.0 + 128.0 * 65.0);
+    assert!((line["gflop_total"].as_f64().unwrap() - (blocks + head) / 1e9).abs() < 1e-3, "{line}");
+}
+
+#[test]
+fn lens_by_shifted_sparse_attention_says_how_far_from_dense_it_is() {
+    for causal in ["", "--causal"] {
+        let flags = format!("lens --shape 32,2,4 --n 200 --attn s2 --compare --reps 1 {causal}");
+        let line = one(&format!("{flags} --group 50"));
+        assert_eq!((&line["attn"], &line["G"]), (&json!("s2"), &json!(50)));
+        positive(&line, &["dense_ms", "pearson", "spearman", "mean_apart", "most_apart", "dense_size"]);
+        let close = line["pearson"].as_f64().unwrap();
+        assert!((0.5..1.0).contains(&close), "{line}");
+        // A group of all is dense.
+        let line = one(&format!("{flags} --group 1.0"));
+        let same = json!([line["pearson"], line["spearman"], line["most_apart"], line["top_overlap"]]);
+        assert_eq!(same, json!([1.0, 1.0, 0.0, 1.0]));
+    }
+}
+
+#[test]
+fn lens_leaves_what_the_peer_reads() {
+    let fixture = Fixture::new();
+    let folder = fixture.at("lens");
+    one(&format!("lens --shape 16,1,2 --n 40 --causal --files {folder} --reps 1"));
+    let network = format!("{folder}/lensnet.safetensors");
+    let stored =
+        candle_core::safetensors::load(format!("{folder}/context.safetensors"), &candle_core::Device::Cpu)
+            .unwrap();
+    let dims = |name: &str| stored[name].dims().to_vec();
+    assert_eq!([dims("entries"), dims("cos"), dims("sin")], [vec![1, 40, 16], vec![40, 4], vec![40, 4]]);
+    assert_eq!([dims("lod"), dims("start"), dims("scores")], [vec![40], vec![40], vec![40]]);
+    // A stored network is what is measured.
+    let line = one(&format!("lens --network {network} --n 24 --reps 1"));
+    assert_eq!((&line["shape"], &line["n"], &line["causal"]), (&json!("16,1,2"), &json!(24), &json!(false)));
+}
+
+#[test]
 fn load_tells_how_long_loading_and_a_call_take() {
     let line = one("load --reps 3");
     assert_eq!((&line["what"], &line["reps"]), (&json!("load"), &json!(3)));
@@ -261,14 +308,14 @@ fn an_unknown_attention_of_a_step() {
 
 #[test]
 fn an_unknown_dtype() {
-    for what in ["attention", "step", "plan", "loss", "linear", "gist"] {
+    for what in ["attention", "step", "plan", "loss", "linear", "gist", "lens"] {
         refused(&format!("{what} --dtype f8 --n 64"), &["dtype", "f8", "f32"]);
     }
 }
 
 #[test]
 fn no_entries() {
-    for what in ["attention", "step", "plan", "loss", "linear", "gist"] {
+    for what in ["attention", "step", "plan", "loss", "linear", "gist", "lens"] {
         refused(&format!("{what} --n 0"), &["n: expected 1 to", "got 0"]);
     }
 }
@@ -391,6 +438,26 @@ fn a_horizon_of_zero_or_beyond_the_document() {
 #[test]
 fn no_blocks() {
     refused("gist --n 128 --horizon 8 --blocks 0", &["blocks: expected 1 to 2", "got 0"]);
+}
+
+#[test]
+fn lens_of_a_precision_that_it_has_not() {
+    refused("lens --n 64 --dtype bf16", &["dtype: expected \"f32\" for LensNet", "got \"bf16\""]);
+}
+
+#[test]
+fn a_lens_shape_of_two_numbers() {
+    refused("lens --n 64 --shape 16,2", &["shape: expected 3 numbers", "got 2"]);
+}
+
+#[test]
+fn a_lens_whose_heads_do_not_divide_the_width() {
+    refused("lens --n 64 --shape 16,2,3", &["heads: expected a divisor of the width 16, got 3"]);
+}
+
+#[test]
+fn a_lens_file_that_is_not_there() {
+    mclora(&["bench", "lens", "--n", "64", "--network", "nowhere"]).refused(1, &["nowhere"]);
 }
 
 #[test]

@@ -8,7 +8,8 @@
 //!   start(i, h) = 0 if i < shift(h), else shift(h) + G·floor((i − shift(h))/G)
 //!   query i of head h sees keys max(start(i, h), segment start of i) ..= i
 //!
-//! A group G of at least T is dense causal attention, in every head.
+//! A group G of at least T is dense causal attention, in every head. The same groups exist without causality, for networks
+//! that read both ways ([`Pattern::ShiftedBidirectional`]): query i sees all keys of its group.
 //!
 //! Shapes: q [B, T, H, D]; k and v [B, T, Hkv, D] with H a multiple of Hkv (query head h reads kv head
 //! h / (H/Hkv) in place); the result is [B, T, H, D]. T is counted in entries, and so is G. Any T below 2³¹, any H,

@@ -20,6 +20,12 @@ pub enum Pattern {
         /// Entries in a group, at least 2.
         group: usize,
     },
+    /// The groups of [`Pattern::ShiftedSparse`], in which every query sees all keys. A group of at least T is
+    /// [`Pattern::Bidirectional`].
+    ShiftedBidirectional {
+        /// Entries in a group, at least 2.
+        group: usize,
+    },
     /// The last `window` keys up to and including the query's own (Mistral's sliding window).
     SlidingWindow {
         /// Keys a query sees, at least 1.
@@ -80,7 +86,7 @@ impl Rows {
 impl Pattern {
     pub(super) fn check(self) -> Result<()> {
         match self {
-            Self::ShiftedSparse { group } if group < 2 => {
+            Self::ShiftedSparse { group } | Self::ShiftedBidirectional { group } if group < 2 => {
                 Err(KernelError::argument(OP, format!("expected a group of at least 2 entries, got {group}")))
             }
             Self::SlidingWindow { window: 0 } => {
@@ -94,12 +100,25 @@ impl Pattern {
 /// The first key that query `i` of a head may see by the pattern alone; `shifted` is [`shifted`] of the head.
 pub(super) fn lower(pattern: Pattern, entries: usize, shifted: bool, i: usize) -> usize {
     match pattern {
-        Pattern::ShiftedSparse { group } if group < entries => {
+        Pattern::ShiftedSparse { group } | Pattern::ShiftedBidirectional { group } if group < entries => {
             let shift = if shifted { group / 2 } else { 0 };
             if i < shift { 0 } else { shift + (i - shift) / group * group }
         }
         Pattern::SlidingWindow { window } => (i + 1).saturating_sub(window),
         _ => 0,
+    }
+}
+
+/// One past the last key that query `i` of a head may see by the pattern alone; at most `entries`.
+fn upper(pattern: Pattern, entries: usize, shifted: bool, i: usize) -> usize {
+    match pattern {
+        Pattern::ShiftedBidirectional { group } if group < entries => {
+            let shift = if shifted { group / 2 } else { 0 };
+            let end = if i < shift { shift } else { lower(pattern, entries, shifted, i) + group };
+            end.min(entries)
+        }
+        Pattern::Bidirectional | Pattern::ShiftedBidirectional { .. } => entries,
+        _ => i + 1,
     }
 }
 
@@ -143,7 +162,9 @@ impl Plan {
     /// `pattern` and `rows` must have passed their checks.
     pub fn new(pattern: Pattern, rows: &Rows, batch: usize, entries: usize, heads: usize) -> Self {
         let shifts: &[bool] = match pattern {
-            Pattern::ShiftedSparse { group } if group < entries => &[false, true],
+            Pattern::ShiftedSparse { group } | Pattern::ShiftedBidirectional { group } if group < entries => {
+                &[false, true]
+            }
             _ => &[false],
         };
         let bounds = (0..batch)
@@ -157,14 +178,9 @@ impl Plan {
                         if starts.get(segment + 1) == Some(&i) {
                             segment += 1;
                         }
-                        let end = match pattern {
-                            Pattern::Bidirectional => {
-                                starts.get(segment + 1).map_or(length, |next| length.min(*next))
-                            }
-                            _ => i + 1,
-                        };
+                        let valid = starts.get(segment + 1).map_or(length, |next| length.min(*next));
                         lo.push(starts[segment].max(lower(pattern, entries, *shifted, i)) as u32);
-                        hi.push(end as u32);
+                        hi.push(valid.min(upper(pattern, entries, *shifted, i)) as u32);
                     }
                     Bounds { lo, hi }
                 };

@@ -87,7 +87,7 @@ impl PrefixAttention {
         let dims = Dims { batch: n, entries, heads, kv_heads, width };
         dims.check(None)?;
         pattern.check()?;
-        if pattern == Pattern::Bidirectional {
+        if matches!(pattern, Pattern::Bidirectional | Pattern::ShiftedBidirectional { .. }) {
             return refuse(
                 "expected a causal pattern for rows that continue a document, got bidirectional".into(),
             );

@@ -70,6 +70,11 @@ pub fn sees(sizes: &Sizes, pattern: Pattern, rows: &Rows, b: usize, h: usize, i:
             let start = if i < shift { 0 } else { shift + group * ((i - shift) / group) };
             (start..=i).contains(&j)
         }
+        Pattern::ShiftedBidirectional { group } => {
+            let shift = if h < sizes.heads.div_ceil(2) { 0 } else { group / 2 };
+            let number = |t: usize| if t < shift { 0 } else { 1 + (t - shift) / group };
+            group >= sizes.entries || number(i) == number(j)
+        }
     }
 }
 

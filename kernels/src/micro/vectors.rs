@@ -1,7 +1,8 @@
 //! Blocks of products in vector registers: f32 with AVX-512, AVX2 with FMA, and plain Rust; bf16 pairs with AVX-512's
 //! `vdpbf16ps`.
 //!
-//! One row of A is broadcast value by value against one or two vectors of B; up to 12 rows are held in registers.
+//! One row of A is broadcast value by value against one or two vectors of B; up to 12 rows are held in registers, 6 with
+//! AVX2, whose 16 registers hold 12 sums, two vectors of B and one value of A.
 
 use super::Block;
 use crate::cpu::Level;
@@ -18,7 +19,7 @@ pub(super) unsafe fn block(level: Level, block: Block) {
             #[cfg(target_arch = "x86_64")]
             Level::Avx512 => x86::rows::<12>(block, x86::avx512),
             #[cfg(target_arch = "x86_64")]
-            Level::Avx2 => x86::rows::<4>(block, x86::avx2),
+            Level::Avx2 => x86::rows::<6>(block, x86::avx2),
             _ => portable(block),
         }
     }
@@ -159,7 +160,7 @@ mod x86 {
     );
 
     /// # Safety
-    /// As [`super::super::Engine::block`] with at most 4 rows; AVX2 and FMA.
+    /// As [`super::super::Engine::block`] with at most 6 rows; AVX2 and FMA.
     #[target_feature(enable = "avx2,fma")]
     pub unsafe fn avx2(block: Block) {
         for lane in (0..block.lanes).step_by(16) {
@@ -171,6 +172,8 @@ mod x86 {
                     2 => half_wide::<2>(half),
                     3 => half_wide::<3>(half),
                     4 => half_wide::<4>(half),
+                    5 => half_wide::<5>(half),
+                    6 => half_wide::<6>(half),
                     _ => {}
                 }
             }

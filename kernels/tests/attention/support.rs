@@ -10,6 +10,8 @@ use megacontext_kernels::store::Store;
 
 pub const BOTH: [Products; 2] = [Products::F32, Products::Bf16];
 pub const SHIFTED: fn(usize) -> Pattern = |group| Pattern::ShiftedSparse { group };
+/// Shifted sparse, seeing both ways.
+pub const SHIFTED_BOTH: fn(usize) -> Pattern = |group| Pattern::ShiftedBidirectional { group };
 pub const WINDOW: fn(usize) -> Pattern = |window| Pattern::SlidingWindow { window };
 
 /// Values in −1..1 from a small generator (splitmix64), the same on every machine.

@@ -53,6 +53,22 @@ fn nonlinearities_read_and_write_bf16() {
 }
 
 #[test]
+fn nonlinearities_in_place_are_the_same() {
+    let x = numbers(20_000, 1);
+    let (mut want, mut got) = (vec![0f32; x.len()], x.clone());
+    mlp::relu2_into(&x, &mut want);
+    mlp::relu2_in_place(&mut got);
+    assert_eq!(got, want);
+    let mut got = x.clone();
+    mlp::swiglu_into(&x, &vec![1.0; x.len()], &mut want);
+    mlp::silu_in_place(&mut got);
+    assert_eq!(got, want);
+    let mut odd = [f32::NAN];
+    mlp::relu2_in_place(&mut odd);
+    assert!(odd[0].is_nan());
+}
+
+#[test]
 fn swiglu_refuses_shapes_that_differ() -> Result<()> {
     refuses(mlp::swiglu(&plain(&[0.0; 6], &[2, 3])?, &plain(&[0.0; 2], &[2])?), "up [2, 3]");
     Ok(())

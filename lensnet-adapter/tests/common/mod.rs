@@ -9,6 +9,8 @@ use std::path::PathBuf;
 use anyhow::{Context, Result};
 use candle_core::{DType, Device, Tensor, Var};
 use lensnet_adapter::{LensNet, LensNetConfig};
+use megacontext_base::gradients::Gradients;
+use megacontext_base::params::Group;
 use megacontext_base::random::Random;
 
 /// One golden case.
@@ -76,4 +78,55 @@ pub fn random(shape: &[usize], seed: u64) -> Tensor {
     let mut random = Random::new(seed);
     let values: Vec<f32> = (0..shape.iter().product()).map(|_| random.normal() as f32).collect();
     Tensor::from_vec(values, shape, &Device::Cpu).unwrap()
+}
+
+/// Holds the gradients of Σ scores·probe, of every parameter and of the named inputs, against finite differences along them.
+pub fn gradients_hold(
+    net: &mut LensNet,
+    what: &str,
+    inputs: &[(&str, Tensor)],
+    probe: &Tensor,
+    scores: &dyn Fn(&LensNet, &[Tensor]) -> Result<Tensor>,
+) -> Result<()> {
+    net.params_mut().set_learning([Group::Lensnet])?;
+    let loss = |net: &LensNet, of: &[Tensor]| -> Result<f64> {
+        let product = (scores(net, of)? * probe)?;
+        Ok(product.flatten_all()?.to_vec1::<f32>()?.iter().map(|v| f64::from(*v)).sum())
+    };
+    let along = |name: &str, gradient: &Tensor, loss: &mut dyn FnMut(&Tensor) -> Result<f64>| -> Result<()> {
+        let length = f64::from(gradient.sqr()?.sum_all()?.to_scalar::<f32>()?).sqrt();
+        assert!(length > 1e-4, "{what}: {name}: a gradient of length {length}");
+        let step = 2e-3;
+        let mut side = |sign: f64| loss(&(gradient * (sign * step / length))?);
+        let measured = (side(1.0)? - side(-1.0)?) / (2.0 * step);
+        let off = (measured - length).abs() / length;
+        assert!(off < 0.02, "{what}: {name}: gradient of length {length}, differences give {measured}");
+        Ok(())
+    };
+    let fixed: Vec<Tensor> = inputs.iter().map(|(_, value)| value.clone()).collect();
+    let mut gradients = Gradients::new();
+    net.backward(&scores(net, &fixed)?, probe.clone(), &mut gradients)?;
+    let names: Vec<String> = net.params().names().map(str::to_string).collect();
+    assert_eq!(gradients.names().collect::<Vec<_>>(), names, "{what}");
+    for name in names {
+        let value = net.params().get(&name).context("value")?.copy()?;
+        let gradient = gradients.get(&name).context("gradient")?;
+        let gradient = Tensor::from_slice(gradient, value.shape(), value.device())?;
+        along(&name, &gradient, &mut |by| {
+            net.params_mut().set(&name, &(&value + by)?)?;
+            loss(net, &fixed)
+        })?;
+        net.params_mut().set(&name, &value)?;
+    }
+    for (at, (name, value)) in inputs.iter().enumerate() {
+        let mut of = fixed.clone();
+        of[at] = Var::from_tensor(value)?.into_inner();
+        let sum = (scores(net, &of)? * probe)?.sum_all()?;
+        let gradient = sum.backward()?.get(&of[at]).context("input")?.clone();
+        along(name, &gradient, &mut |by| {
+            of[at] = (value + by)?;
+            loss(net, &of)
+        })?;
+    }
+    Ok(())
 }

@@ -19,6 +19,7 @@
 
 mod biased;
 mod layers;
+mod plain;
 
 use candle_core::{Device, Tensor};
 use megacontext_kernels::attention::reference::{self, Problem};
@@ -33,6 +34,7 @@ use crate::error::{BaseError, Result};
 use crate::params::{Group, ParamStore};
 
 pub use layers::{Affine, insert_uniform, relu, softplus};
+pub use plain::{ROWS, product_into};
 
 /// What the norms add to the mean square: f32's machine epsilon, as PyTorch's `rms_norm` does by default.
 pub const EPS: f64 = 1.192_092_9e-7;

@@ -97,6 +97,7 @@ pub fn pattern_name(pattern: Pattern) -> String {
         Pattern::ShiftedSparse { group } => format!("s2 (group {group})"),
         Pattern::SlidingWindow { window } => format!("sliding window ({window})"),
         Pattern::Bidirectional => "bidirectional".to_string(),
+        Pattern::ShiftedBidirectional { group } => format!("bidirectional s2 (group {group})"),
     }
 }
 

@@ -61,7 +61,10 @@ pub fn attention_forward(pattern: Pattern, entries: usize, heads: usize, width: 
             let plain = heads.div_ceil(2);
             plain as f64 * grouped(0, group) + (heads - plain) as f64 * grouped(group / 2, group)
         }
-        Pattern::Bidirectional => heads as f64 * 2.0 * causal(entries),
+        Pattern::ShiftedBidirectional { group } if group < entries => {
+            2.0 * attention_forward(Pattern::ShiftedSparse { group }, entries, heads, width)
+        }
+        Pattern::Bidirectional | Pattern::ShiftedBidirectional { .. } => heads as f64 * 2.0 * causal(entries),
         Pattern::SlidingWindow { window } if window < entries => {
             heads as f64 * (causal(window) + 4.0 * width as f64 * (window * (entries - window)) as f64)
         }
@@ -118,6 +121,8 @@ mod tests {
         let of = |pattern, entries| attention_forward(pattern, entries, 2, 1) / 2.0;
         assert_eq!(of(Pattern::Dense, 10), 200.0);
         assert_eq!(of(Pattern::Bidirectional, 10), 400.0);
+        assert_eq!(of(Pattern::ShiftedBidirectional { group: 4 }, 10), 144.0);
+        assert_eq!(of(Pattern::ShiftedBidirectional { group: 16 }, 10), 400.0);
         // Head 0: 4, 4, 2; head 1: 2, 4, 4.
         assert_eq!(of(Pattern::ShiftedSparse { group: 4 }, 10), 36.0 + 36.0);
         // Head 0: 4, 4; head 1: 2, 4, 2.

@@ -12,6 +12,7 @@ use crate::load::{self, LoadArgs};
 use crate::params::{self, Params};
 use clap::{Args, Subcommand};
 use serde_json::{Value, json};
+use std::path::PathBuf;
 use std::process::{Command, Stdio};
 
 #[derive(Debug, Clone, Subcommand)]
@@ -28,6 +29,8 @@ pub enum BenchCommand {
     Linear(LinearArgs),
     /// The loss of gists: rows over one pass of a document, against two whole passes per block
     Gist(GistArgs),
+    /// LensNet's scores of a working context
+    Lens(LensArgs),
     /// Loading the plugin, a call into it that does no work, and opening a model
     Load(LoadArgs),
     /// One measurement from the parameters of the plugin's job, as JSON
@@ -184,6 +187,42 @@ pub struct GistArgs {
     common: Common,
 }
 
+/// The scores of a made up working context, by random weights or a stored LensNet.
+///
+/// With --compare the same entries are scored by dense attention too; the line then says how far apart the scores are.
+#[derive(Debug, Clone, Args)]
+#[command(after_help = "Examples:
+  mclora bench lens --n 8192 --shape 768,2,6 --threads 2
+  mclora bench lens --n 8192,32768 --attn s2 --group 2048 --compare")]
+pub struct LensArgs {
+    /// Width, blocks, heads [default: 768,2,6]
+    #[arg(long, value_name = "LIST", value_delimiter = ',')]
+    shape: Vec<u64>,
+    /// Entries of the working context; several with commas [default: 8192]
+    #[arg(long, value_name = "LIST", value_delimiter = ',')]
+    n: Vec<u64>,
+    /// Entries attend to earlier ones alone
+    #[arg(long)]
+    causal: bool,
+    /// s2 (shifted sparse) or dense [default: dense]
+    #[arg(long, value_name = "NAME")]
+    attn: Option<String>,
+    /// Group of s2: entries, or a part of the context [default: 0.25]
+    #[arg(long, value_name = "G")]
+    group: Option<String>,
+    /// A stored LensNet instead of --shape and random weights
+    #[arg(long, value_name = "FILE", conflicts_with = "shape")]
+    network: Option<PathBuf>,
+    /// Score by dense attention too, and say how far apart the scores are
+    #[arg(long)]
+    compare: bool,
+    /// Leave the network, the context and its scores in this folder
+    #[arg(long, value_name = "DIR")]
+    files: Option<PathBuf>,
+    #[command(flatten)]
+    common: Common,
+}
+
 /// Runs the command: prints the measurements, or returns them where `--json` is given.
 pub fn run(command: &BenchCommand, global: &Global) -> Result<Value> {
     match command {
@@ -193,6 +232,7 @@ pub fn run(command: &BenchCommand, global: &Global) -> Result<Value> {
         BenchCommand::Loss(args) => each(loss(args, global)?, &args.n, global),
         BenchCommand::Linear(args) => each(linear(args, global)?, &args.n, global),
         BenchCommand::Gist(args) => each(gist(args, global)?, &args.n, global),
+        BenchCommand::Lens(args) => each(lens(args, global)?, &args.n, global),
         BenchCommand::Load(args) => load::run(args, global),
         BenchCommand::Job { params } => {
             let params = serde_json::from_str(params)
@@ -251,6 +291,19 @@ fn gist(args: &GistArgs, global: &Global) -> Result<Params> {
     params.set_list("shape", &args.shape);
     params.set_some("attn", args.attn.as_deref());
     params.set_some("group", args.group.as_deref().map(params::group).transpose()?);
+    set_common(&mut params, &args.common);
+    Ok(params)
+}
+
+fn lens(args: &LensArgs, global: &Global) -> Result<Params> {
+    let mut params = start("lens", global);
+    params.set_list("shape", &args.shape);
+    params.set_some("causal", args.causal.then_some(true));
+    params.set_some("attn", args.attn.as_deref());
+    params.set_some("group", args.group.as_deref().map(params::group).transpose()?);
+    params.set_path("network", args.network.as_ref())?;
+    params.set_some("compare", args.compare.then_some(true));
+    params.set_path("files", args.files.as_ref())?;
     set_common(&mut params, &args.common);
     Ok(params)
 }
@@ -340,6 +393,7 @@ mod tests {
             BenchCommand::Loss(args) => loss(args, &cli.global)?,
             BenchCommand::Linear(args) => linear(args, &cli.global)?,
             BenchCommand::Gist(args) => gist(args, &cli.global)?,
+            BenchCommand::Lens(args) => lens(args, &cli.global)?,
             other => panic!("no job: {other:?}"),
         };
         Ok(params.into_value())
@@ -374,6 +428,10 @@ mod tests {
         assert_eq!(
             params_of("mclora bench gist --blocks 9").unwrap(),
             json!({ "what": "gist", "blocks": 9 })
+        );
+        assert_eq!(
+            params_of("mclora bench lens --causal --attn s2 --compare --files x").unwrap(),
+            json!({ "what": "lens", "causal": true, "attn": "s2", "compare": true, "files": "x" })
         );
     }
 

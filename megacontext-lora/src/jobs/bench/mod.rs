@@ -11,6 +11,7 @@
 //! | `step_s`, `best_s`, `tok_s` | a whole step, tokens per second |
 //! | `block_ms` | of `gist`: for each replaced block |
 //! | `apart_ms`, `cheaper`, `apart_extra_MB` | of `gist`: the same as two whole passes per block, how many times that costs, its memory |
+//! | `dense_ms`, `pearson`, `spearman`, `mean_apart`, `most_apart`, `dense_size`, `top_overlap` | of `lens` with `compare`, see [`lens`] |
 //! | `peak_extra_MB` | most memory of forward and backward beyond the idle inputs, 10⁶ bytes |
 //! | `peak_rss_MB`, `idle_rss_MB` | most memory of the process in a step; before the first one |
 //! | `gflops`, `gflop_total`, `tflop`, `tflop_parts` | FLOPs by [`crate::train::work`], per second of the median |
@@ -20,7 +21,7 @@
 //! Inputs are random and never zero. A warm-up runs first ([`measure`]). That what is timed computes the right thing is the
 //! business of the tests, at these sizes too; nothing is checked here.
 //!
-//! Errors: sizes that do not fit, by key. Left out: GistNet and LensNet themselves.
+//! Errors: sizes that do not fit, by key. Left out: GistNet itself.
 
 use megacontext_base::random::{Random, mix};
 use megacontext_kernels::attention::Pattern;
@@ -37,12 +38,13 @@ use crate::train::config::{Attention, LONGEST_CONTEXT};
 
 mod attention;
 mod gist;
+mod lens;
 pub mod measure;
 mod ops;
 mod step;
 
 /// What can be measured.
-pub const WHATS: [&str; 6] = ["attention", "step", "loss", "linear", "gist", "plan"];
+pub const WHATS: [&str; 7] = ["attention", "step", "loss", "linear", "gist", "lens", "plan"];
 
 /// Runs the job.
 ///
@@ -60,6 +62,7 @@ pub fn run(params: Value, host: &dyn HostApi) -> Result<Value> {
         Some("loss") => ops::loss(&parse(params)?, host),
         Some("linear") => ops::linear(&parse(params)?, host),
         Some("gist") => gist::run(&parse(params)?, host),
+        Some("lens") => lens::run(&parse(params)?, host),
         Some("plan") => step::plan(&parse(params)?),
         _ => Err(PluginError::usage(format!("what: expected one of {WHATS:?}, got {what}"))),
     }
@@ -95,7 +98,7 @@ fn kind(attention: Attention) -> &'static str {
 /// Entries of a group; all of them for dense attention.
 fn group(pattern: Pattern, n: usize) -> usize {
     match pattern {
-        Pattern::ShiftedSparse { group } => group.min(n),
+        Pattern::ShiftedSparse { group } | Pattern::ShiftedBidirectional { group } => group.min(n),
         _ => n,
     }
 }
