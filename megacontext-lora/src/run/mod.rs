@@ -2,16 +2,19 @@
 //!
 //! [`folder`] guards the run folder and writes its small files, [`checkpoint`] holds what training needs to go on,
 //! [`metrics`] is the log of what was measured and [`tensorboard`] the same for TensorBoard ([`Telemetry`] writes both),
-//! [`summary`] the outcome. Each file is whole or absent, or is cut back to what the checkpoint knows, so that an
-//! interrupted and an uninterrupted run end with the same bytes.
+//! [`summary`] the outcome; [`labels`] holds what was measured to learn from, [`traces`] what the focus allocator did.
+//! Each file is whole or absent, or is cut back to what the checkpoint knows, so that an interrupted and an uninterrupted
+//! run end with the same bytes.
 
 pub mod cells;
 pub mod checkpoint;
 pub mod folder;
+pub mod labels;
 pub mod metrics;
 pub mod summary;
 mod telemetry;
 mod tensor_file;
 pub mod tensorboard;
+pub mod traces;
 
 pub use telemetry::Telemetry;
