@@ -2,9 +2,12 @@
 //!
 //! Source: MegaContext's counterfactual labels (its older documents), with the NLL over the horizon of the context as it is,
 //! n, and of the edited one, n':
-//!   expand:    y = max(0, n − n'), what the closer look saves;
-//!   collapse:  y = −max(0, m − (n' − n)), the more negative the less it costs, 0 from a cost of m on. (The documents have
+//!   expand:    y = max(0, n − n')/s, what the closer look saves;
+//!   collapse:  y = −max(0, m − (n' − n))/s, the more negative the less it costs, 0 from a cost of m on. (The documents have
 //!              −max(0, n' − n): there the costliest collapse gets the lowest score, and so is made first.)
+//! s is how many nats a score of 1 stands for. The documents have no s: a score is a nat there, and the allocator's threshold
+//! of 0.2 asks an expand to save 0.2 nats on every token, which on text hardly any span does; s brings what there is to be
+//! saved into the range that scores have ([`unit`]), and m follows it.
 //! An entry that can do both keeps the larger of the two. Targets beyond ±1, which no score reaches, become ±1. The loss of
 //! scores u over the entries M that have a target:
 //!   regression  mean over M of (u − y)²;
@@ -32,7 +35,9 @@ const APART: f64 = 0.1;
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct CounterfactualConfig {
-    /// m, nats per token.
+    /// s, nats per token that a score of 1 stands for; none means what [`unit`] finds in the first labels.
+    pub unit: Option<f64>,
+    /// m in units of s.
     pub margin: f64,
     /// Of rank.
     pub rank_weight: f64,
@@ -47,7 +52,8 @@ pub struct CounterfactualConfig {
 impl Default for CounterfactualConfig {
     fn default() -> Self {
         Self {
-            margin: 0.1,
+            unit: None,
+            margin: 0.5,
             rank_weight: 0.5,
             max_rank_pairs: 65_536,
             budget_weight: 0.1,
@@ -57,7 +63,7 @@ impl Default for CounterfactualConfig {
 }
 
 /// What was measured of one entry: NLL over the horizon after an edit, nats per token; none where it is not legal.
-#[derive(Clone, Copy, Debug, Default, PartialEq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Measured {
     /// After expanding it.
     pub expanded: Option<f64>,
@@ -65,23 +71,53 @@ pub struct Measured {
     pub collapsed: Option<f64>,
 }
 
+/// What nats come to as targets.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Scale {
+    /// s, nats per token.
+    pub unit: f64,
+    /// m, nats per token.
+    pub margin: f64,
+}
+
+impl CounterfactualConfig {
+    /// The scale of targets, where a score of 1 stands for `unit` nats unless the settings say otherwise.
+    pub fn scale(&self, unit: f64) -> Scale {
+        let unit = self.unit.unwrap_or(unit);
+        Scale { unit, margin: self.margin * unit }
+    }
+}
+
+/// Nats that a score of 1 can stand for: what the best expand of a context saves, the median of these contexts. 1 where none
+/// saves anything.
+pub fn unit<'a>(contexts: impl Iterator<Item = (f64, &'a [Measured])>) -> f64 {
+    let best = |(now, measured): (f64, &'a [Measured])| {
+        let saved = measured.iter().filter_map(|one| Some(now - one.expanded?));
+        saved.filter(|saved| saved.is_finite() && *saved > 0.0).max_by(f64::total_cmp)
+    };
+    let mut all: Vec<f64> = contexts.filter_map(best).collect();
+    all.sort_by(f64::total_cmp);
+    all.get(all.len() / 2).copied().unwrap_or(1.0)
+}
+
 /// The targets of entries, given the NLL of the context as it is: none where nothing is legal.
 ///
 /// # Errors
 /// When a measurement is not finite.
-pub fn targets(now: f64, measured: &[Measured], margin: f64) -> Result<Vec<Option<f64>>> {
+pub fn targets(now: f64, measured: &[Measured], scale: Scale) -> Result<Vec<Option<f64>>> {
     let finite = |what: String, value: f64| match value.is_finite() {
         true => Ok(value),
         false => Err(BaseError::NonFinite { what, value }),
     };
     finite("NLL of the working context".to_string(), now)?;
+    let Scale { unit, margin } = scale;
     let of_entry = |(at, measured): (usize, &Measured)| {
         let nll = |edit: &str, value: Option<f64>| {
             value.map(|value| finite(format!("NLL after {edit} entry {at}"), value)).transpose()
         };
-        let expand = nll("expanding", measured.expanded)?.map(|nll| (now - nll).clamp(0.0, 1.0));
-        let collapse =
-            nll("collapsing", measured.collapsed)?.map(|nll| -(margin - (nll - now)).clamp(0.0, 1.0));
+        let expand = nll("expanding", measured.expanded)?.map(|nll| ((now - nll) / unit).clamp(0.0, 1.0));
+        let collapse = nll("collapsing", measured.collapsed)?
+            .map(|nll| -((margin - (nll - now)) / unit).clamp(0.0, 1.0));
         Ok(match (expand, collapse) {
             (Some(expand), Some(collapse)) if -collapse > expand => Some(collapse),
             (expand, collapse) => expand.or(collapse),

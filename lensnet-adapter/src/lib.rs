@@ -12,6 +12,9 @@
 //! | bring what they lose to one scale | [`advantage`] |
 //! | let scores edit a working context within its budget | [`allocator`] |
 //! | say how good scores are | [`metrics`] |
+//! | measure what every edit of a context is worth | [`utility`] |
+//! | train it | [`labels`], [`trainer`] |
+//! | choose contexts by it, and see what that is worth | [`focus`], [`validate`] |
 //! | save and load it | [`LensNet::save`], [`LensNet::load`], [`LensNet::load_weights`] |
 //!
 //! A score u lies in [−1, 1]: above 0 the entry should be expanded into what it stands for, below 0 collapsed with its
@@ -28,11 +31,16 @@ mod config;
 pub mod counterfactual;
 pub mod dual;
 mod features;
+pub mod focus;
+pub mod labels;
 pub mod legality;
 pub mod metrics;
 mod network;
 pub mod preference;
 mod scoring;
+pub mod trainer;
+pub mod utility;
+pub mod validate;
 pub mod variants;
 
 pub use checkpoint::{Expected, FORMAT_VERSION, Loaded};

@@ -7,12 +7,14 @@ mod common;
 
 use anyhow::{Context, Result};
 use candle_core::{Device, Tensor, Var};
-use lensnet_adapter::counterfactual::{CounterfactualConfig, Measured, targets, terms};
+use lensnet_adapter::counterfactual::{CounterfactualConfig, Measured, Scale, targets, terms, unit};
 
 const LOD: [u8; 6] = [2, 1, 1, 0, 0, 2];
 const Y: [Option<f64>; 6] = [Some(0.4), Some(-0.05), Some(0.35), None, Some(-0.08), Some(0.0)];
 const U: [f64; 6] = [0.3, -0.2, 0.15, 0.25, -0.6, -0.35];
 const K: usize = 4;
+/// As in the documents: a score is a nat.
+const SCALE: Scale = Scale { unit: 1.0, margin: 0.1 };
 
 fn both(expanded: Option<f64>, collapsed: Option<f64>) -> Measured {
     Measured { expanded, collapsed }
@@ -79,7 +81,7 @@ fn what_saves_more_scores_higher_and_what_costs_less_is_collapsed_first() -> Res
         both(None, Some(2.3)),
         both(None, None),
     ];
-    let found = targets(2.0, &measured, 0.1)?;
+    let found = targets(2.0, &measured, SCALE)?;
     let wanted = [Some(0.5), Some(0.1), Some(0.0), Some(-0.1), Some(-0.05), Some(0.0), None];
     for (found, wanted) in found.iter().zip(wanted) {
         assert_eq!(found.is_some(), wanted.is_some());
@@ -94,14 +96,14 @@ fn what_saves_more_scores_higher_and_what_costs_less_is_collapsed_first() -> Res
 #[test]
 fn an_entry_that_can_do_both_keeps_the_larger() -> Result<()> {
     let measured = [both(Some(1.5), Some(2.0)), both(Some(1.99), Some(1.9)), both(Some(2.5), Some(2.5))];
-    let found: Vec<f64> = targets(2.0, &measured, 0.1)?.into_iter().map(|y| y.unwrap()).collect();
+    let found: Vec<f64> = targets(2.0, &measured, SCALE)?.into_iter().map(|y| y.unwrap()).collect();
     assert!((found[0] - 0.5).abs() < 1e-12 && (found[1] + 0.2).abs() < 1e-12 && found[2] == 0.0, "{found:?}");
     Ok(())
 }
 
 #[test]
 fn targets_lie_where_scores_do() -> Result<()> {
-    let found = targets(9.0, &[both(Some(1.0), None), both(None, Some(1.0))], 0.1)?;
+    let found = targets(9.0, &[both(Some(1.0), None), both(None, Some(1.0))], SCALE)?;
     assert_eq!(found, [Some(1.0), Some(-1.0)]);
     Ok(())
 }
@@ -129,9 +131,9 @@ fn without_targets_only_what_is_possible_counts() -> Result<()> {
 
 #[test]
 fn a_measurement_that_is_no_number_is_refused() {
-    let error = targets(2.0, &[both(None, Some(f64::NAN))], 0.1).unwrap_err().to_string();
+    let error = targets(2.0, &[both(None, Some(f64::NAN))], SCALE).unwrap_err().to_string();
     assert!(error.contains("NLL after collapsing entry 0: expected a finite number, got NaN"), "{error}");
-    let error = targets(f64::INFINITY, &[], 0.1).unwrap_err().to_string();
+    let error = targets(f64::INFINITY, &[], SCALE).unwrap_err().to_string();
     assert!(error.contains("NLL of the working context: expected a finite number, got inf"), "{error}");
 }
 
@@ -140,5 +142,28 @@ fn targets_of_fewer_entries_are_refused() -> Result<()> {
     let u = scores(&U)?;
     let error = terms(&u, &Y[..5], &LOD, K, 2, &CounterfactualConfig::default()).err().unwrap().to_string();
     assert!(error.contains("expected 6 scores and targets, one for every level, got [6] and 5"), "{error}");
+    Ok(())
+}
+
+#[test]
+fn a_unit_is_the_median_of_what_the_best_expands_save() {
+    let contexts = [
+        (2.0, vec![both(Some(1.9), None), both(Some(1.5), None), both(None, Some(0.1))]),
+        (1.0, vec![both(Some(0.9), None), both(Some(f64::NAN), None)]),
+        (1.0, vec![both(Some(0.8), Some(3.0))]),
+        // Nothing to be saved: says nothing.
+        (1.0, vec![both(Some(1.2), None)]),
+    ];
+    let of = |count: usize| unit(contexts[..count].iter().map(|(now, measured)| (*now, &measured[..])));
+    assert!((of(4) - 0.2).abs() < 1e-12, "{}", of(4));
+    assert_eq!([of(0), unit([(1.0, &contexts[3].1[..])].into_iter())], [1.0, 1.0]);
+}
+
+#[test]
+fn the_unit_stretches_targets() -> Result<()> {
+    let scale = Scale { unit: 0.2, margin: 0.1 };
+    let found = targets(1.0, &[both(Some(0.9), None), both(None, Some(1.04)), both(Some(0.5), None)], scale)?;
+    let found: Vec<f64> = found.into_iter().flatten().collect();
+    assert!(found.iter().zip([0.5, -0.3, 1.0]).all(|(got, want)| (got - want).abs() < 1e-9), "{found:?}");
     Ok(())
 }

@@ -4,6 +4,7 @@
 //! |---|---|---|
 //! | `extend` | [`crate::train::config::ExtendConfig`] | [`crate::run::summary::Summary`] |
 //! | `train_gistnet` | [`crate::train::gistnet::GistRunConfig`] | [`train_gistnet::GistSummary`] |
+//! | `train_lensnet` | [`crate::train::lensnet::LensRunConfig`] | [`train_lensnet::LensSummary`] |
 //! | `pretrain` | [`pretrain::PretrainConfig`] | losses of the model and of the n-gram baselines |
 //! | `eval_ppl` | [`eval_ppl::EvalPpl`] | a list of perplexities |
 //! | `eval_gap` | [`eval_gap::EvalGap`] | dense and sparse perplexity by length |
@@ -53,11 +54,13 @@ pub mod pretrain;
 pub mod rope;
 pub mod sweep;
 pub mod train_gistnet;
+pub mod train_lensnet;
 
 /// Names of all jobs.
-pub const KINDS: [&str; 14] = [
+pub const KINDS: [&str; 15] = [
     "extend",
     "train_gistnet",
+    "train_lensnet",
     "pretrain",
     "eval_ppl",
     "eval_gap",
@@ -80,6 +83,7 @@ pub fn run(kind: &str, params: Value, host: &dyn HostApi) -> Result<Value> {
     match kind {
         "extend" => extend::run(params, host),
         "train_gistnet" => train_gistnet::run(params, host),
+        "train_lensnet" => train_lensnet::run(params, host),
         "pretrain" => pretrain::run(params, host),
         "eval_ppl" => eval_ppl::run(params, host),
         "eval_gap" => eval_gap::run(params, host),
@@ -192,6 +196,13 @@ impl ModelDir {
         let mut config = self.config.clone();
         config.tie_word_embeddings &= !adapter.unties(&config).map_err(model_error)?;
         adapter.lora().resolve(&config).map(Some).map_err(model_error)
+    }
+
+    /// The context that the model was trained for, or the adapter on it.
+    pub(crate) fn trained_context(&self, adapter: Option<&Path>) -> Result<usize> {
+        let Some(dir) = adapter else { return Ok(self.config.context()) };
+        let own = read_adapter(dir).map_err(model_error)?.config.megacontext;
+        Ok(own.map_or(self.config.context(), |own| own.context_length))
     }
 
     /// A function that tokenises text.

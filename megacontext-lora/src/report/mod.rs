@@ -9,16 +9,19 @@
 //!
 //! [`sweep`] is the page of a sweep over ranks, in the same frame.
 //! [`gistnet`] is the page of a run that trained GistNet.
+//! [`lensnet`] is the page of a run that trained LensNet.
 //! [`evaluation`] is the page of an evaluation, with the same frame and drawings.
 //!
 //! Errors: `Io` and `Data` with the path while a run folder is read; rendering has none.
 
 mod axes;
 pub mod evaluation;
+mod focus;
 mod format;
 pub mod gistnet;
 mod heat;
 mod html;
+pub mod lensnet;
 mod plots;
 mod rope;
 pub mod sweep;

@@ -1,6 +1,7 @@
 //! `metrics.jsonl`: what a run measured, one JSON object a line, in the order it happened.
 //!
-//! A line has a `kind` (`stage`, `train`, `evaluation`; `gist_step`, `gist_baselines`, `gist_validation`) and a `step`; every field that depends on the clock or on the
+//! A line has a `kind` (`stage`, `train`, `evaluation`; `gist_step`, `gist_baselines`, `gist_validation`; `lens_step`,
+//! `lens_validation`) and a `step`; every field that depends on the clock or on the
 //! machine begins with `wall_`, all others are the same in every run with the same seed. Losses are nats per token.
 //!
 //! Resuming cuts the file back to what the checkpoint knows ([`MetricsLog::resume`]), so that apart from `wall_` fields
@@ -41,6 +42,10 @@ pub enum Record {
     GistBaselines(GistBaselinesRecord),
     /// GistNet was validated.
     GistValidation(Box<GistValidationRecord>),
+    /// An optimiser step of LensNet was done.
+    LensStep(LensStepRecord),
+    /// LensNet was validated.
+    LensValidation(Box<LensValidationRecord>),
 }
 
 /// A stage begins after `step` optimiser steps.
@@ -173,6 +178,42 @@ pub struct GistValidationRecord {
     pub wall_seconds: f64,
 }
 
+/// Optimiser step number `step` (from 1) of LensNet was done.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct LensStepRecord {
+    /// Number of the step in the run, from 1.
+    pub step: u64,
+    /// What was made smaller.
+    #[serde(deserialize_with = "nan_if_null")]
+    pub loss: f64,
+    /// Learning rate of the step.
+    #[serde(deserialize_with = "nan_if_null")]
+    pub lr: f64,
+    /// L2 norm of the gradient before clipping.
+    #[serde(deserialize_with = "nan_if_null")]
+    pub grad_norm: f64,
+    /// Contexts scored.
+    pub contexts: u64,
+    /// Seconds since 1970.
+    pub wall_time: f64,
+    /// Seconds of this step.
+    pub wall_seconds: f64,
+}
+
+/// LensNet was validated after `step` optimiser steps.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct LensValidationRecord {
+    /// Optimiser steps done in the run.
+    pub step: u64,
+    /// What was found.
+    #[serde(flatten)]
+    pub validation: lensnet_adapter::validate::Validation,
+    /// Seconds since 1970.
+    pub wall_time: f64,
+    /// Seconds it took.
+    pub wall_seconds: f64,
+}
+
 fn nan_if_null<'de, D: Deserializer<'de>>(deserializer: D) -> std::result::Result<f64, D::Error> {
     Ok(Option::<f64>::deserialize(deserializer)?.unwrap_or(f64::NAN))
 }
@@ -187,6 +228,8 @@ impl Record {
             Self::GistStep(r) => r.wall_time,
             Self::GistBaselines(r) => r.wall_time,
             Self::GistValidation(r) => r.wall_time,
+            Self::LensStep(r) => r.wall_time,
+            Self::LensValidation(r) => r.wall_time,
         }
     }
 }

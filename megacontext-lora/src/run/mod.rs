@@ -10,6 +10,7 @@ pub mod cells;
 pub mod checkpoint;
 pub mod folder;
 pub mod labels;
+pub mod label_log;
 pub mod metrics;
 pub mod summary;
 mod telemetry;

@@ -157,7 +157,7 @@ impl EventFile {
     }
 
     /// A line of the metrics log: `train/…` by step, `perplexity/<model>/<context>` (`perplexity_s2/…` when sparse),
-    /// `delta_nll/<stand-in>/<horizon>` and `val/…` of GistNet.
+    /// `delta_nll/<stand-in>/<horizon>` and `val/…` of GistNet, `val/…` of LensNet.
     pub fn record(&mut self, record: &Record) -> Result<()> {
         match record {
             Record::Stage(r) => self.scalars(
@@ -215,6 +215,30 @@ impl EventFile {
                     ("val/attention_entropy", v.attention_entropy),
                     ("val/level2_delta_nll", v.level2_delta_nll),
                     ("val/sparse_dense_gap", v.sparse_dense_gap()),
+                ];
+                tags.extend(some.into_iter().filter_map(|(tag, value)| Some((tag, value?))));
+                self.scalars(r.wall_time, r.step, &tags)
+            }
+            Record::LensStep(r) => self.scalars(
+                r.wall_time,
+                r.step,
+                &[("train/lens_loss", r.loss), ("train/lr", r.lr), ("train/grad_norm", r.grad_norm)],
+            ),
+            Record::LensValidation(r) => {
+                let v = &r.validation;
+                let mut tags = vec![
+                    ("val/loss_at_h", v.loss_at_h),
+                    ("val/swap_rate", v.swap_rate),
+                    ("val/mean_residency", v.residency_mean),
+                    ("val/token_budget_utilization", v.utilization),
+                ];
+                let some = [
+                    ("val/of_oracle", v.of_oracle),
+                    ("val/ranking_accuracy", v.ranking_accuracy),
+                    ("val/pearson", v.pearson),
+                    ("val/budget_balance", v.budget_balance),
+                    ("val/legality_rate", v.legality_rate),
+                    ("val/facts_shown", v.facts_shown),
                 ];
                 tags.extend(some.into_iter().filter_map(|(tag, value)| Some((tag, value?))));
                 self.scalars(r.wall_time, r.step, &tags)

@@ -2,8 +2,11 @@
 pub mod config;
 pub mod eval;
 pub mod gistnet;
+pub mod histories;
+pub mod lensnet;
 pub mod passkey;
 pub mod plan;
+pub mod planted;
 pub mod rank;
 pub mod trainer;
 pub mod work;

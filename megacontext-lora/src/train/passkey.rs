@@ -29,7 +29,7 @@ const INTRODUCTION: &str = "There is a pass key somewhere in the text below. Fin
                             for it at the end.\n";
 const QUESTION: &str = "\nWhat is the pass key?\nThe pass key is";
 /// Nothing in them reads like a key, or like what is said about it.
-const SENTENCES: [&str; 12] = [
+pub(super) const SENTENCES: [&str; 12] = [
     "The river runs past the old mill and turns south.",
     "A grey cat sleeps on the wall in the sun.",
     "Children fly kites over the field behind the school.",

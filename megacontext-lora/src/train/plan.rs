@@ -178,6 +178,22 @@ pub(crate) fn check_training(load: &Load) -> Result<()> {
     }
 }
 
+/// Bytes of a model that only reads, an adapter's LoRA among them.
+pub(crate) fn frozen_bytes(model: &DecoderConfig, lora: Option<&LoraModules>, dtype: Precision) -> u64 {
+    let load = Load {
+        model,
+        lora,
+        learning: &[],
+        dtype,
+        entries: 0,
+        context: 0,
+        evaluated: 0,
+        data_tokens: 0,
+        program: 0,
+    };
+    load.parameters().0
+}
+
 /// Values of a position's rotation tables, cosines and sines: twice where some blocks have their own.
 fn table_widths(model: &DecoderConfig) -> usize {
     let a = &model.architecture;

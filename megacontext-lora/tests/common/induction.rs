@@ -12,9 +12,11 @@ use std::collections::{BTreeSet, HashMap};
 use std::fs;
 use std::path::Path;
 
-use candle_core::{Device, Tensor};
+use candle_core::{DType, Device, Tensor};
+use gistnet_adapter::{GistNet, GistNetConfig, Head, Mode};
 use megacontext_base::random::Random;
-use megacontext_lora::train::passkey::texts;
+use megacontext_base::weights::Weights;
+use megacontext_lora::train::{passkey, planted};
 use serde_json::{Value, json};
 
 const CODE: usize = 64;
@@ -26,10 +28,10 @@ const THETA: f64 = 1e10;
 const ONE: f32 = 8.0;
 const CONSTANT: usize = 4 * CODE;
 
-/// Words and signs of the passkey's texts, digits, and an end token at 0.
+/// Words and signs of the texts of passkeys and planted facts, digits, and an end token at 0.
 fn vocabulary() -> Vec<String> {
     let mut words: BTreeSet<String> = (0..10).map(|digit| digit.to_string()).collect();
-    for text in texts() {
+    for text in passkey::texts().map(str::to_owned).chain(planted::texts()) {
         let spaced: String = text
             .chars()
             .flat_map(|c| if c.is_alphanumeric() { vec![c] } else { vec![' ', c, ' '] })
@@ -149,4 +151,16 @@ pub fn write(dir: &Path, other: Value) {
     fs::write(dir.join("config.json"), format!("{config:#}\n")).unwrap();
     fs::write(dir.join("tokenizer.json"), tokenizer(&words).to_string()).unwrap();
     candle_core::safetensors::save(&tensors, dir.join("model.safetensors")).unwrap();
+}
+
+/// Writes a GistNet for that model beside it, `gistnet.safetensors`: a gist is the mean of its block's embeddings, and so the
+/// mean of its tokens' codes. Nothing is learnt.
+pub fn write_gistnet(dir: &Path, block: usize) {
+    let config = GistNetConfig { block, mode: Mode::Mean, head: Head::Linear, ..GistNetConfig::new(E, HEADS) };
+    let mut network = GistNet::new(config, 0).unwrap();
+    let params = network.params_mut();
+    params.set("head.proj.weight", &Tensor::eye(E, DType::F32, &Device::Cpu).unwrap()).unwrap();
+    params.set("head.proj.bias", &Tensor::zeros(E, DType::F32, &Device::Cpu).unwrap()).unwrap();
+    let fingerprint = Weights::open(dir).unwrap().fingerprint();
+    network.save(&dir.join("gistnet.safetensors"), &fingerprint).unwrap();
 }

@@ -9,6 +9,7 @@
 //! | keep a history with its gists, appended to and refreshed | [`GistTree`] |
 //! | choose what a model is shown, and edit it | [`WorkingContext`], [`Limits`] |
 //! | feed it to a decoder | [`WorkingContext::input`], [`ContextInput::places`] |
+//! | know how well it predicts what follows | [`HorizonLoss`] |
 //! | store a tree, read it or a block of it | [`write_tree`], [`TreeFolder`], [`CtxFile`] |
 //! | give a tree what it is made from | [`GistSource`], [`TokenEmbeddings`] |
 //!
@@ -23,6 +24,7 @@
 mod ctx;
 mod folder;
 mod hierarchy;
+mod horizon;
 mod input;
 mod rebuild;
 mod source;
@@ -32,6 +34,7 @@ mod working;
 pub use ctx::{CtxFile, CtxHeader, GistDtype, HEADER, Layout};
 pub use folder::{LevelMetadata, Metadata, OwnMetadata, StoreOptions, TreeFolder, write_tree};
 pub use hierarchy::{Hierarchy, Node};
+pub use horizon::HorizonLoss;
 pub use input::{ContextInput, NO_TOKEN};
 pub use source::{GistSource, TokenEmbeddings};
 pub use tree::{BaseModel, GistTree};

@@ -34,11 +34,13 @@ use crate::gradients::Gradients;
 use crate::params::Group;
 use crate::rope::RopeTables;
 
-/// A document that has run.
+/// A document that has run: tokens, or entries of any level.
 pub struct Document {
+    entries: usize,
+    /// None of a document of entries.
     tokens: Vec<u32>,
     pattern: Pattern,
-    /// NLL of every next token, T − 1 values.
+    /// NLL of every next token, T − 1 values; of entries, that of each one's target.
     nll: Vec<f32>,
     f32: Ran<f32>,
     bf16: Ran<bf16>,
@@ -97,12 +99,18 @@ impl DocumentShape {
 }
 
 impl Document {
-    /// Its tokens, T of them.
+    /// T.
+    pub fn entries(&self) -> usize {
+        self.entries
+    }
+
+    /// Its tokens, T of them; none where it is one of entries.
     pub fn tokens(&self) -> &[u32] {
         &self.tokens
     }
 
-    /// The NLL of token i + 1, given those up to i, in nats: T − 1 values.
+    /// The NLL of token i + 1, given those up to i, in nats: T − 1 values. Of a document of entries the NLL of every entry's
+    /// target, T values, 0 where nothing is scored.
     pub fn nll(&self) -> &[f32] {
         &self.nll
     }
@@ -189,22 +197,64 @@ impl Decoder {
         if tokens.len() < 2 {
             return input(format!("document: expected at least 2 tokens, got {}", tokens.len()));
         }
-        if self.precision.stores_bf16() {
-            self.run_in::<bf16>(tokens, pattern, rope, hidden, buffers)
-        } else {
-            self.run_in::<f32>(tokens, pattern, rope, hidden, buffers)
-        }
+        let targets: Vec<u32> = tokens[1..].iter().copied().chain([IGNORE]).collect();
+        let of = StepInput::Tokens(tokens);
+        let mut document = self.run_input(of, &targets, pattern, rope, hidden, buffers)?;
+        document.tokens = tokens.to_vec();
+        document.nll.pop();
+        Ok(document)
     }
 
-    fn run_in<S: Stored>(
+    /// Runs a document of entries [T, E] of any level, as [`Decoder::run_document`] one of tokens. `targets` is the token that
+    /// each should predict, [`IGNORE`] where nothing is scored.
+    ///
+    /// # Errors
+    /// As there; no entry, or not one target for each.
+    pub fn run_entries(
         &self,
-        tokens: &[u32],
+        x_te: &[f32],
+        targets: &[u32],
+        pattern: Pattern,
+        rope: &RopeTables,
+        buffers: &mut Buffers,
+    ) -> Result<Document> {
+        let width = self.config.hidden_size;
+        if targets.is_empty() || x_te.len() != targets.len() * width {
+            return input(format!(
+                "document: expected at least 1 entry and as many targets, got {} values of width {width} and {} targets",
+                x_te.len(),
+                targets.len()
+            ));
+        }
+        self.run_input(StepInput::Entries(x_te), targets, pattern, rope, false, buffers)
+    }
+
+    fn run_input(
+        &self,
+        of: StepInput,
+        targets: &[u32],
         pattern: Pattern,
         rope: &RopeTables,
         hidden: bool,
         buffers: &mut Buffers,
     ) -> Result<Document> {
-        let (c, entries) = (&self.config, tokens.len());
+        if self.precision.stores_bf16() {
+            self.run_in::<bf16>(of, targets, pattern, rope, hidden, buffers)
+        } else {
+            self.run_in::<f32>(of, targets, pattern, rope, hidden, buffers)
+        }
+    }
+
+    fn run_in<S: Stored>(
+        &self,
+        of: StepInput,
+        targets: &[u32],
+        pattern: Pattern,
+        rope: &RopeTables,
+        hidden: bool,
+        buffers: &mut Buffers,
+    ) -> Result<Document> {
+        let (c, entries) = (&self.config, targets.len());
         let with = Forward { pattern, rope, rows: &Rows::default(), dropout_seed: None };
         let attention = self.prepare(1, entries, &with)?;
         let tables = HeldTables::of(rope)?;
@@ -212,7 +262,7 @@ impl Decoder {
         let mut ran = Ran { blocks: KeysValues::of_blocks(c, entries)?, hidden: None };
         let scratch = S::scratch(buffers);
         scratch.prepare(c.num_hidden_layers, c.num_hidden_layers, true);
-        self.gather(tokens, scratch.x.sized(entries * c.hidden_size)?)?;
+        self.read_input(of, scratch.x.sized(entries * c.hidden_size)?)?;
         let Scratch { saved, workspace, x, stream, .. } = scratch;
         let saved = &mut saved[0];
         self.enter(x, stream)?;
@@ -224,16 +274,14 @@ impl Decoder {
             std::mem::swap(x, stream);
         }
         let last = self.final_norm(x, &mut workspace.normed)?;
-        let targets: Vec<u32> = tokens[1..].iter().copied().chain([IGNORE]).collect();
-        let mut nll = self.nll_of(last, &targets)?;
-        nll.pop();
+        let nll = self.nll_of(last, targets)?;
         if hidden {
             let mut kept = Buffer::default();
             kept.sized(last.len())?.copy_from_slice(last);
             ran.hidden = Some(kept);
         }
         let mut document =
-            Document { tokens: tokens.to_vec(), pattern, nll, f32: Ran::default(), bf16: Ran::default() };
+            Document { entries, tokens: Vec::new(), pattern, nll, f32: Ran::default(), bf16: Ran::default() };
         S::keep(&mut document, ran);
         Ok(document)
     }
@@ -298,10 +346,10 @@ impl Decoder {
                 );
             }
             let scored = teacher.iter().zip(rows.targets).filter(|(_, target)| **target != IGNORE);
-            if let Some((at, _)) = scored.into_iter().find(|(at, _)| **at >= document.tokens.len()) {
+            if let Some((at, _)) = scored.into_iter().find(|(at, _)| **at >= document.entries) {
                 return input(format!(
                     "rows of a document: expected teacher's entries below {}, got {at}",
-                    document.tokens.len()
+                    document.entries
                 ));
             }
         }
@@ -333,7 +381,7 @@ impl Decoder {
         };
         let attention = ByWindow::new(document.pattern, c, |pattern| {
             let scale = c.architecture.query_scale;
-            let made = PrefixAttention::new(sizes, document.tokens.len(), scale, pattern, continued.clone())?;
+            let made = PrefixAttention::new(sizes, document.entries, scale, pattern, continued.clone())?;
             Ok(made.with_products(self.precision.products()))
         })?;
         let tables = HeldTables::of(rows.rope)?;

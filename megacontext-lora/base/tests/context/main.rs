@@ -4,6 +4,7 @@
 // A test stops at the first thing that is not as it should be.
 #![allow(clippy::unwrap_used)]
 
+mod horizon;
 mod storage;
 mod support;
 mod tree;

@@ -8,6 +8,8 @@ use clap::{Args, Subcommand};
 pub enum TrainCommand {
     /// GistNet: one entry learns to stand for a block of tokens, measured by what the base model loses with it
     Gistnet(Box<TrainGistnet>),
+    /// LensNet: which spans of a history deserve a closer look, learned from what it costs to look away
+    Lensnet(Box<crate::args_lens::TrainLensnet>),
 }
 
 /// Train GistNet: blocks of a text become single entries, at the least cost to what the frozen base model predicts next.

@@ -8,6 +8,7 @@
 
 mod args;
 mod args_gist;
+mod args_lens;
 mod bench;
 mod commands;
 mod failure;
@@ -19,6 +20,7 @@ mod quickstart;
 mod sweep;
 mod tables;
 mod train;
+mod train_lens;
 
 use args::{Cli, Command, EvalCommand, PluginCommand};
 use args_gist::TrainCommand;
@@ -54,6 +56,7 @@ fn run(cli: Cli) -> Result<Value> {
         Command::Extend(args) => commands::extend(&args, &global),
         Command::Sweep(args) => sweep::run(&args, &global),
         Command::Train(TrainCommand::Gistnet(args)) => train::gistnet(&args, &global),
+        Command::Train(TrainCommand::Lensnet(args)) => train_lens::lensnet(&args, &global),
         Command::Eval(EvalCommand::Ppl(args)) => commands::eval_ppl(&args, &global),
         Command::Eval(EvalCommand::Passkey(args)) => commands::eval_passkey(&args, &global),
         Command::Eval(EvalCommand::Gist(args)) => train::eval_gist(&args, &global),

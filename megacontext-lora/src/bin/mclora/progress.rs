@@ -104,6 +104,9 @@ fn status(event: &Value) -> String {
     if let (Some(stage), Some(stages @ 2..)) = (event["stage"].as_u64(), event["stages"].as_u64()) {
         parts.push(format!("stage {stage}/{stages}"));
     }
+    if event["labels"].is_u64() {
+        parts.push("making labels".to_string());
+    }
     if let Some(context) = event["context"].as_u64() {
         parts.push(format!("context {context}"));
     }

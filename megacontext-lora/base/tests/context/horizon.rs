@@ -1,0 +1,138 @@
+//! Loss@H of contexts that share a beginning, against every context run by itself from its logits.
+
+use std::path::PathBuf;
+
+use candle_core::{Device, Tensor};
+use megacontext_base::buffers::Buffers;
+use megacontext_base::config::DecoderConfig;
+use megacontext_base::context::{
+    Entry, GistTree, Hierarchy, HorizonLoss, Limits, TokenEmbeddings, WorkingContext,
+};
+use megacontext_base::decoder::{Decoder, Forward};
+use megacontext_base::random::mix;
+use megacontext_base::rope::SigmaRule;
+use megacontext_base::weights::Weights;
+use megacontext_kernels::attention::{Pattern, Rows};
+use megacontext_kernels::precision::Precision;
+
+use super::support::{Kind, Plain, base, says};
+
+const K: usize = 4;
+/// Tokens of the history, and behind it.
+const T: usize = 45;
+const H: usize = 6;
+
+struct Case {
+    decoder: Decoder,
+    tree: GistTree,
+    future: Vec<u32>,
+}
+
+impl Case {
+    fn new(name: &str) -> Self {
+        let dir =
+            PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../../integration-tests/fixtures").join(name);
+        let weights = Weights::open(&dir).unwrap();
+        let config = DecoderConfig::from_dir(&dir).unwrap();
+        let decoder = Decoder::from_weights(config, &weights, Precision::F32, &[]).unwrap();
+        let (width, vocabulary) = (decoder.config().hidden_size, decoder.config().vocab_size as u64);
+        let tokens: Vec<u32> = (0..(T + H) as u64).map(|i| (mix(i + 5) % vocabulary) as u32).collect();
+        let mut tree = GistTree::new(Hierarchy::new(K, 2).unwrap(), width, base()).unwrap();
+        tree.append(&tokens[..T], &decoder, &Plain::new(Kind::Mean, K, width, 0)).unwrap();
+        Self { decoder, tree, future: tokens[T..].to_vec() }
+    }
+
+    fn loss(&self, pattern: Pattern) -> HorizonLoss<'_> {
+        let rule = SigmaRule { block: K, ..SigmaRule::default() };
+        HorizonLoss::new(&self.decoder, &self.decoder.config().rope_scaling, rule, pattern).unwrap()
+    }
+
+    /// Contexts that differ from the first one nowhere, late, early, in several places, in where they begin.
+    fn contexts(&self) -> Vec<WorkingContext> {
+        let limits = Limits::new(T, 3).unwrap();
+        let first = WorkingContext::rebuild(&self.tree, Limits::new(24, 3).unwrap(), u64::MAX).unwrap();
+        let first = WorkingContext::new(first.entries().to_vec(), &self.tree, limits).unwrap();
+        let gists: Vec<usize> = (0..first.cost()).filter(|at| first.entries()[*at].lod > 0).collect();
+        let mut all = vec![first.clone(), first.clone()];
+        for at in [gists[0], gists[gists.len() / 2], *gists.last().unwrap()] {
+            let mut edited = first.clone();
+            edited.expand(at).unwrap();
+            all.push(edited);
+        }
+        let mut edited = all[2].clone();
+        edited.collapse(edited.cost() - 3 - K - (T - 3) % K).unwrap();
+        all.push(edited);
+        let recent = (20..T as u64).map(|start| Entry { start, lod: 0 }).collect();
+        all.push(WorkingContext::new(recent, &self.tree, limits).unwrap());
+        all
+    }
+
+    /// The plain way: the whole context and its future through the model, and logits turned into NLL in f64.
+    fn plain(&self, context: &WorkingContext, pattern: Pattern) -> f64 {
+        let c = self.decoder.config();
+        let rule = SigmaRule { block: K, ..SigmaRule::default() };
+        let mut input = context.input(&self.tree, &self.decoder, &rule).unwrap();
+        let read = &self.future[..H - 1];
+        input.embeddings_we.extend(TokenEmbeddings::embeddings(&self.decoder, read).unwrap());
+        for (j, _) in read.iter().enumerate() {
+            input.mu_w.push((T + j) as f64);
+            input.sigma_w.push(0.0);
+            input.lod_w.push(0);
+        }
+        let n = input.mu_w.len();
+        let rope = c.rope(&c.rope_scaling).place(&input.places(None)).unwrap();
+        let x = Tensor::from_vec(input.embeddings_we, (1, n, c.hidden_size), &Device::Cpu).unwrap();
+        let with = Forward { pattern, rope: &rope, rows: &Rows::default(), dropout_seed: None };
+        let logits: Vec<Vec<f32>> = self.decoder.logits(&x, &with).unwrap().squeeze(0).unwrap().to_vec2().unwrap();
+        let nll = |(j, token): (usize, &u32)| {
+            let row = &logits[context.cost() - 1 + j];
+            let sum: f64 = row.iter().map(|z| f64::from(*z).exp()).sum();
+            sum.ln() - f64::from(row[*token as usize])
+        };
+        self.future.iter().enumerate().map(nll).sum::<f64>() / H as f64
+    }
+}
+
+#[test]
+fn shared_beginnings_change_no_loss() {
+    for name in ["llama/tied_f32", "families/mistral_window_bf16", "families/gemma3_bf16", "families/nanochat_bf16"] {
+        let case = Case::new(name);
+        let contexts = case.contexts();
+        let all: Vec<&WorkingContext> = contexts.iter().collect();
+        for pattern in [Pattern::Dense, Pattern::ShiftedSparse { group: 8 }] {
+            let got = case.loss(pattern).measure(&case.tree, &all, &case.future, &mut Buffers::default()).unwrap();
+            assert_eq!(got[0], got[1], "the same context");
+            let mut most = 0f64;
+            for (number, context) in contexts.iter().enumerate() {
+                let expected = case.plain(context, pattern);
+                let off = (got[number] - expected).abs();
+                assert!(off < 1e-5, "{name}, {pattern:?}, context {number}: {} for {expected}", got[number]);
+                most = most.max((got[number] - got[0]).abs());
+            }
+            // An edit before a sliding window may change nothing; the one of where the context begins does.
+            assert!(most > 1e-6, "{name}: contexts that differ have losses that do");
+        }
+    }
+}
+
+#[test]
+fn contexts_that_end_elsewhere_are_refused() {
+    let case = Case::new("llama/tied_f32");
+    let limits = Limits::new(T, 0).unwrap();
+    let until = |end: u64| {
+        let entries = (0..end).map(|start| Entry { start, lod: 0 }).collect();
+        WorkingContext::new(entries, &case.tree, limits).unwrap()
+    };
+    let loss = case.loss(Pattern::Dense);
+    let (a, b) = (until(40), until(41));
+    let found = loss.measure(&case.tree, &[&a, &b], &case.future, &mut Buffers::default());
+    says(found, &["expected contexts that end at one token", "40", "41"]);
+}
+
+#[test]
+fn no_future_is_refused() {
+    let case = Case::new("llama/tied_f32");
+    let context = WorkingContext::recent(&case.tree, Limits::new(T, 0).unwrap()).unwrap();
+    let found = case.loss(Pattern::Dense).measure(&case.tree, &[&context], &[], &mut Buffers::default());
+    says(found, &["expected a future of at least 1 token, got none"]);
+}

@@ -1,0 +1,100 @@
+//! Flags of `mclora train lensnet`.
+
+use std::path::PathBuf;
+
+use clap::Args;
+
+/// Train LensNet: for every entry of a working context, whether a closer look is worth its room.
+#[derive(Debug, Clone, Args)]
+#[command(after_help = "Examples:
+  mclora train lensnet --base models/small --gistnet runs/gist/gistnet.safetensors --data 'books/*.txt' --out runs/lens
+  mclora train lensnet --base models/small --gistnet runs/gist/gistnet.safetensors --data planted:400 \\
+      --history 1024 --budget 256 --horizon 8 --out runs/lens
+  mclora train lensnet --resume --out runs/lens")]
+pub struct TrainLensnet {
+    /// Model folder: config.json, model.safetensors (or shards), tokenizer.json
+    #[arg(long, value_name = "DIR", help_heading = "What")]
+    pub base: Option<PathBuf>,
+    /// Adapter on it
+    #[arg(long, value_name = "DIR", help_heading = "What")]
+    pub adapter: Option<PathBuf>,
+    /// The network that makes gists: gistnet.safetensors of a run
+    #[arg(long, value_name = "FILE", help_heading = "What")]
+    pub gistnet: Option<PathBuf>,
+    /// Text to learn from: files, folders, globs; corpus:held-out is what the quickstart uses, planted:N are N documents
+    /// with a fact that is asked for at the end
+    #[arg(long, value_name = "PATH", num_args = 1.., help_heading = "What")]
+    pub data: Vec<String>,
+    /// Run folder, absent or empty [default: runs/lensnet]
+    #[arg(long, value_name = "DIR", help_heading = "What")]
+    pub out: Option<PathBuf>,
+    /// Settings from a TOML file; flags go over them
+    #[arg(long, value_name = "FILE", help_heading = "What")]
+    pub config: Option<PathBuf>,
+    /// Take up an interrupted run in the run folder, with the settings found there
+    #[arg(long, help_heading = "What")]
+    pub resume: bool,
+    /// Seed of initial weights, order of the text and everything drawn [default: 0]
+    #[arg(long, value_name = "N", help_heading = "What")]
+    pub seed: Option<u64>,
+    /// Share of the documents held out for validation [default: 0.1]
+    #[arg(long, value_name = "SHARE", help_heading = "What")]
+    pub holdout: Option<f64>,
+    /// Tokens of a history [default: what the model, or the adapter, was trained for, less the horizon]
+    #[arg(long, value_name = "N", help_heading = "Contexts")]
+    pub history: Option<u64>,
+    /// Tokens behind a history that are predicted [default: 32]
+    #[arg(long, value_name = "H", help_heading = "Contexts")]
+    pub horizon: Option<u64>,
+    /// Entries of a working context [default: a quarter of the history]
+    #[arg(long, value_name = "W", help_heading = "Contexts")]
+    pub budget: Option<u64>,
+    /// Newest tokens that stay tokens [default: 32]
+    #[arg(long, value_name = "N", help_heading = "Contexts")]
+    pub protected: Option<u64>,
+    /// Levels of gists above the tokens [default: 2]
+    #[arg(long, value_name = "N", help_heading = "Contexts")]
+    pub levels: Option<u64>,
+    /// Blocks of the transformer [default: 2]
+    #[arg(long, value_name = "N", help_heading = "Network")]
+    pub layers: Option<u64>,
+    /// What an entry passes last: mlp or linear [default: mlp]
+    #[arg(long, value_name = "NAME", help_heading = "Network")]
+    pub head: Option<String>,
+    /// Shifted sparse attention in groups of so many entries (LensNet is causal then)
+    #[arg(long, value_name = "G", help_heading = "Network")]
+    pub group: Option<u64>,
+    /// counterfactual (every edit of a context) or preference (several contexts) [default: counterfactual]
+    #[arg(long, value_name = "NAME", help_heading = "Labels")]
+    pub labels: Option<String>,
+    /// Times that labels are made anew [default: 3]
+    #[arg(long, value_name = "N", help_heading = "Labels")]
+    pub rounds: Option<u64>,
+    /// Histories measured in a round [default: 160]
+    #[arg(long, value_name = "N", help_heading = "Labels")]
+    pub label_histories: Option<u64>,
+    /// Edits tried of a context, 0 for all [default: 0]
+    #[arg(long, value_name = "N", help_heading = "Labels")]
+    pub label_edits: Option<u64>,
+    /// Optimiser steps after each round of labels [default: 120]
+    #[arg(long, value_name = "N", help_heading = "How")]
+    pub steps: Option<u64>,
+    /// Labels of a step [default: 8]
+    #[arg(long, value_name = "N", help_heading = "How")]
+    pub batch: Option<u64>,
+    /// Peak learning rate [default: 1e-3]
+    #[arg(long, value_name = "LR", help_heading = "How")]
+    pub lr: Option<f64>,
+    /// Precision of the base model: f32, mixed (f32 storage, bf16 products) or bf16 [default: f32]
+    #[arg(long, value_name = "NAME", help_heading = "How")]
+    pub dtype: Option<String>,
+    /// Most memory to plan for, such as 8GB [default: what is free]
+    #[arg(long, value_name = "SIZE", help_heading = "How")]
+    pub memory: Option<String>,
+    /// Held-out histories [default: 32]
+    #[arg(long, value_name = "N", help_heading = "Validation")]
+    pub validation_histories: Option<u64>,
+    /// Steps between checkpoints [default: 60]
+    #[arg(long, value_name = "N", help_heading = "Validation")]
+    pub checkpoint_every: Option<u64>,
+}

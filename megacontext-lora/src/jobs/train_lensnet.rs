@@ -1,0 +1,723 @@
+//! The job `train_lensnet`: LensNet learns where a closer look at a history is worth its entries.
+//!
+//! Order: everything is read, checked and planned; then the run folder is made; gists of all histories are made; what other
+//! policies come to on the held-out histories is measured once. Then, round by round: labels are made on the contexts of the
+//! policy as it is, LensNet learns from all labels so far, and is validated. The best network so far, by loss@H of the
+//! contexts that it chooses on held-out histories, stands in `lensnet.safetensors` at any time.
+//!
+//! Labels are written as they are made (`labels/round-N.jsonl`), each one following from the seed, the round and the network
+//! with which the round began; a run that is taken up goes on where it stopped and ends with the same network.
+//!
+//! Units: nats, tokens, entries, seconds, bytes. Errors: before the run folder exists, anything about settings, model, data,
+//! memory.
+
+use std::collections::BTreeMap;
+use std::time::Instant;
+
+use lensnet_adapter::LensNet;
+use lensnet_adapter::counterfactual::{Scale, unit};
+use lensnet_adapter::focus::{Focus, History, Policy};
+use lensnet_adapter::labels::Label;
+use lensnet_adapter::trainer::{LensTrainer, Lesson, Objective};
+use lensnet_adapter::utility::{Utilities, measure};
+use lensnet_adapter::validate::{Reference, References, Validation, Validator};
+use lensnet_adapter::variants::{VariantConfig, variants};
+use megacontext_base::buffers::Buffers;
+use megacontext_base::context::{BaseModel, HorizonLoss, Limits, WorkingContext};
+use megacontext_base::decoder::Decoder;
+use megacontext_base::params::{Group, ParamStore};
+use megacontext_base::random::Random;
+use megacontext_kernels::attention::Pattern;
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value, json};
+
+use crate::error::{PluginError, Result};
+use crate::host::{Answer, HostApi};
+use crate::jobs::evaluation::Inputs;
+use crate::jobs::{ModelDir, model_error, parse, to_value, with_threads};
+use crate::report::lensnet::{LensReport, Picture, render};
+use crate::run::Telemetry;
+use crate::run::checkpoint::{self, Loaded, load_latest};
+use crate::run::folder::{CONFIG, RunFolder, config_toml, expect_run};
+use crate::run::label_log::LabelLog;
+use crate::run::metrics::{LensStepRecord, LensValidationRecord, Record, wall_time};
+use crate::run::summary::SUMMARY;
+use crate::train::histories::{self, Passage};
+use crate::train::lensnet::{LabelKind, LensPlan, LensRunConfig};
+use crate::train::plan::{peak_bytes, since};
+
+/// The best network's file in a run folder.
+pub const NETWORK: &str = "lensnet.safetensors";
+/// What other policies came to, in a run folder.
+const REFERENCES: &str = "references.json";
+
+#[derive(Deserialize)]
+struct Params {
+    #[serde(default)]
+    resume: bool,
+    #[serde(flatten)]
+    config: Map<String, Value>,
+}
+
+/// A finished run.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct LensSummary {
+    /// The best network on held-out histories.
+    pub validation: Validation,
+    /// Mean loss@H of contexts by policy, LensNet's among them (`lensnet`, `recency`, `random`, `oracle`), nats per token.
+    pub focus_loss: BTreeMap<String, f64>,
+    /// Share of held-out histories whose planted fact a policy's context shows, where facts were planted.
+    pub facts_shown: BTreeMap<String, f64>,
+    /// W_max.
+    pub budget: usize,
+    /// Tokens of a history.
+    pub history: usize,
+    /// H.
+    pub horizon: usize,
+    /// Nats that a score of 1 stands for.
+    pub unit: f64,
+    /// Labels made.
+    pub labels: usize,
+    /// Optimiser steps done, and at which the best network was found.
+    pub steps: u64,
+    /// See there.
+    pub best_step: u64,
+    /// Parameters of the network.
+    pub parameters: usize,
+    /// Version of the gists that labels were made with.
+    pub gist_version: u16,
+    /// Seed of everything random.
+    pub seed: u64,
+    /// Worker threads.
+    pub threads: usize,
+    /// Seconds, of all parts of an interrupted run.
+    pub seconds: f64,
+    /// Bytes as planned, and at the peak.
+    pub planned_bytes: u64,
+    /// See there.
+    pub peak_bytes: u64,
+    /// The base model's folder.
+    pub base: String,
+    /// Fingerprint of its weights.
+    pub base_fingerprint: String,
+    /// GistNet's file.
+    pub gistnet: String,
+    /// Where the text came from.
+    pub data: Vec<String>,
+    /// Histories to learn from, and held out.
+    pub histories: usize,
+    /// See there.
+    pub held_out_histories: usize,
+    /// The network's file.
+    pub network: String,
+}
+
+/// What a checkpoint knows besides tensors.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+struct State {
+    config_hash: String,
+    seed: u64,
+    inputs: Inputs,
+    /// Hashes of the frozen models' groups: base, adapter, GistNet.
+    frozen: Vec<String>,
+    /// Nats that a score of 1 stands for, once it is measured.
+    unit: Option<f64>,
+    best: Option<Validation>,
+    best_step: u64,
+    /// Rounds that are validated.
+    validated: usize,
+    metric_lines: u64,
+    seconds: f64,
+}
+
+/// Runs the job.
+pub fn run(params: Value, host: &dyn HostApi) -> Result<Value> {
+    let Params { resume, config } = parse(params)?;
+    let config: LensRunConfig = parse(Value::Object(config))?;
+    if resume {
+        expect_run(&config.out)?;
+    }
+    let threads = config.threads;
+    with_threads(threads, || prepare(config, resume, host))?
+}
+
+fn prepare(config: LensRunConfig, resume: bool, host: &dyn HostApi) -> Result<Value> {
+    let started = Instant::now();
+    let model = ModelDir::open(&config.base)?;
+    let fingerprint = model.weights.fingerprint();
+    if config.gistnet.as_os_str().is_empty() {
+        return Err(PluginError::usage("gistnet: expected the file of a GistNet, gistnet.safetensors of a run, got none"));
+    }
+    let expected = gistnet_adapter::Expected {
+        block: None,
+        width: Some(model.config.hidden_size),
+        base_fingerprint: Some(&fingerprint),
+    };
+    let gistnet = gistnet_adapter::GistNet::load(&config.gistnet, expected).map_err(model_error)?.network;
+    let block = gistnet.config().block;
+    let lora = model.lora_of(config.adapter.as_deref())?;
+    let trained = model.trained_context(config.adapter.as_deref())?;
+    let config = config.resolve(&model.config, block, trained)?;
+    let limits = config.limits()?;
+    let [text, held_out] = histories::read(&config, &model, block, host)?;
+    let count = text.len() + held_out.len();
+    let gist_values = gistnet.config().parameters();
+    let plan = LensPlan::new(&config, &model.config, lora.as_ref(), gist_values, block, count)?;
+    let network =
+        LensNet::new(config.network.of(&model.config, block), config.seed).map_err(model_error)?;
+    let parameters = network.config().parameters();
+    let mut told = to_value(plan)?;
+    told["text"] = json!(plan.text(&config, parameters));
+    host.event("plan", &told);
+
+    let (decoder, scaling, _) = model.decoder_with(config.adapter.as_deref(), config.dtype)?;
+    let objective =
+        Objective { counterfactual: config.counterfactual.clone(), preference: config.preference.clone() };
+    let rule = config.rule(block);
+    let trainer = LensTrainer::new(network, rule, config.levels, objective, config.optimizer.adamw())
+        .map_err(model_error)?;
+    let loss = HorizonLoss::new(&decoder, &scaling, rule, Pattern::Dense).map_err(model_error)?;
+    let focus =
+        Focus { loss: &loss, allocator: &config.allocator, limits, refocuses: config.validation.refocuses };
+    let frozen = hashes(decoder.params(), gistnet.params())?;
+    let toml = config_toml(&config)?;
+    let folder = RunFolder::open(&config.out, resume)?;
+    let config_hash = config.identity()?;
+    let tokens = text.iter().chain(&held_out).map(|passage| &passage.tokens);
+    let state = State {
+        config_hash: config_hash.clone(),
+        seed: config.seed,
+        inputs: Inputs::of(&model, tokens),
+        frozen: frozen.clone(),
+        ..State::default()
+    };
+    let mut warnings = Vec::new();
+    let loaded =
+        if resume { load_latest(folder.path(), &config_hash, &mut |w| warnings.push(w))? } else { None };
+    let (telemetry, state, loaded) = match loaded {
+        None => {
+            folder.write(CONFIG, toml.as_bytes())?;
+            (Telemetry::create(&folder, &toml)?, state, None)
+        }
+        Some(loaded) => {
+            let kept: State = serde_json::from_value(loaded.state.clone())
+                .map_err(|e| PluginError::data(format!("{}: state.json: {e}", loaded.path.display())))?;
+            warnings.extend(kept.inputs.check(&state.inputs)?);
+            if kept.frozen != state.frozen {
+                return Err(PluginError::usage(
+                    "resume: expected the adapter and the GistNet that the run began with, got others; name the same \
+                     --adapter and --gistnet, or begin a new run in another folder",
+                ));
+            }
+            let telemetry = Telemetry::resume(&folder, &toml, kept.metric_lines, &mut |w| warnings.push(w))?;
+            (telemetry, kept, Some(loaded))
+        }
+    };
+    for warning in warnings {
+        host.event("log", &json!({ "message": warning }));
+    }
+    let name = config.base.file_name().map_or("base".to_string(), |name| name.to_string_lossy().into_owned());
+    let base = BaseModel { name, fingerprint };
+    let mut run = Run {
+        host,
+        before: state.seconds,
+        config: &config,
+        focus: &focus,
+        trainer,
+        folder,
+        telemetry,
+        state,
+        started,
+        step: 0,
+        labels: Vec::new(),
+        buffers: Buffers::default(),
+    };
+    if let Some(loaded) = loaded {
+        run.restore(loaded)?;
+        run.say(&format!("resuming after step {} of {}", run.step, config.all_steps()));
+    }
+    let trees = |passages: &[Passage], what: &str| {
+        make_trees(passages, what, &decoder, &gistnet, config.levels, &base, host)
+    };
+    let (text, held_out) = (trees(&text, "histories to learn from")?, trees(&held_out, "held-out histories")?);
+    let data = Data { text, held_out, gist_version: gistnet.gist_version() };
+    let result = run.finish(&data, &plan, parameters)?;
+    if hashes(decoder.params(), gistnet.params())? != frozen {
+        return Err(PluginError::internal("a frozen parameter of the base model or GistNet changed while training"));
+    }
+    Ok(result)
+}
+
+/// Hashes of what does not learn.
+fn hashes(base: &ParamStore, gistnet: &ParamStore) -> Result<Vec<String>> {
+    let groups = [Group::Base, Group::Embeddings, Group::Norms, Group::Lora, Group::Sigma];
+    let of_base = groups.into_iter().map(|group| base.group_hash(group));
+    of_base.chain([gistnet.group_hash(Group::Gistnet)]).map(|hash| hash.map_err(model_error)).collect()
+}
+
+fn make_trees(
+    passages: &[Passage],
+    what: &str,
+    decoder: &Decoder,
+    gistnet: &gistnet_adapter::GistNet,
+    levels: u8,
+    base: &BaseModel,
+    host: &dyn HostApi,
+) -> Result<Vec<History>> {
+    host.event("log", &json!({ "message": format!("making the gists of {} {what}", passages.len()) }));
+    let mut made = Vec::with_capacity(passages.len());
+    for passage in passages {
+        if host.cancelled() {
+            return Err(PluginError::cancelled("stopped while gists were made; go on with --resume"));
+        }
+        made.push(passage.history(decoder, gistnet, levels, base)?);
+    }
+    Ok(made)
+}
+
+/// What a run learns from and is measured on.
+struct Data {
+    text: Vec<History>,
+    held_out: Vec<History>,
+    gist_version: u16,
+}
+
+struct Run<'a> {
+    host: &'a dyn HostApi,
+    config: &'a LensRunConfig,
+    focus: &'a Focus<'a>,
+    trainer: LensTrainer,
+    folder: RunFolder,
+    telemetry: Telemetry,
+    state: State,
+    started: Instant,
+    /// Seconds of the parts before this one.
+    before: f64,
+    step: usize,
+    /// Of all rounds so far.
+    labels: Vec<Label>,
+    buffers: Buffers,
+}
+
+impl Run<'_> {
+    fn say(&self, message: &str) {
+        self.host.event("log", &json!({ "message": message }));
+    }
+
+    fn cancelled<T>(&mut self) -> Result<T> {
+        self.checkpoint()?;
+        Err(PluginError::cancelled(format!(
+            "stopped after step {} of {}; go on with --resume and the same settings",
+            self.step,
+            self.config.all_steps()
+        )))
+    }
+
+    fn checkpoint(&mut self) -> Result<()> {
+        self.telemetry.sync()?;
+        self.state.metric_lines = self.telemetry.lines();
+        self.state.seconds = self.before + since(self.started);
+        let params = self.trainer.network.params();
+        let names: Vec<&str> = params.names().collect();
+        let path = checkpoint::save_parameters(
+            self.folder.path(),
+            self.step as u64,
+            &to_value(&self.state)?,
+            params,
+            &names,
+            Some(&self.trainer.optimizer),
+            self.config.checkpoint.keep,
+        )?;
+        self.host.event("checkpoint", &json!({ "path": path, "step": self.step }));
+        Ok(())
+    }
+
+    fn restore(&mut self, loaded: Loaded) -> Result<()> {
+        checkpoint::restore_parameters(
+            loaded.tensors,
+            loaded.optim,
+            self.trainer.network.params_mut(),
+            &mut self.trainer.optimizer,
+        )?;
+        self.step = loaded.step as usize;
+        Ok(())
+    }
+
+    fn scale(&self) -> Scale {
+        self.config.counterfactual.scale(self.state.unit.unwrap_or(1.0))
+    }
+
+    /// What the best expands of a few contexts save, in nats: what a score of 1 stands for.
+    fn measure_unit(&mut self, data: &Data) -> Result<f64> {
+        const LOOKED_AT: usize = 24;
+        let mut found: Vec<Utilities> = Vec::new();
+        for history in data.text.iter().take(LOOKED_AT) {
+            if self.host.cancelled() {
+                return self.cancelled();
+            }
+            let begun = self.focus.begin(history).map_err(model_error)?;
+            let loss = self.focus.loss;
+            let mut random = Random::new(self.config.seed);
+            let measured =
+                measure(loss, &history.tree, &begun, &history.future, None, &mut random, &mut self.buffers);
+            found.push(measured.map_err(model_error)?);
+        }
+        Ok(unit(found.iter().map(|one| (one.now, &one.measured[..]))))
+    }
+
+    /// What labels hold for: another run's are not this one's.
+    fn stated(&self, data: &Data, round: usize) -> Value {
+        json!({
+            "round": round,
+            "config_hash": self.state.config_hash,
+            "base": self.state.inputs.base,
+            "frozen": self.state.frozen,
+            "gist_version": data.gist_version,
+        })
+    }
+
+    /// The labels of a round: read as far as they are there, made from there on.
+    fn label(&mut self, data: &Data, round: usize) -> Result<Vec<Label>> {
+        let c = self.config;
+        let count = c.labels.histories.min(data.text.len());
+        let stated = self.stated(data, round);
+        let (mut log, mut labels) = LabelLog::open(self.folder.path(), round + 1, &stated)?;
+        labels.truncate(count);
+        if labels.len() < count && self.step != round * c.steps {
+            return Err(PluginError::data(format!(
+                "{}: expected the {count} labels that the round learned from, found {}; begin a new run in another folder",
+                log.path().display(),
+                labels.len()
+            )));
+        }
+        let order = self.order(data.text.len(), round);
+        let begun = (Instant::now(), labels.len());
+        for (at, number) in order.iter().enumerate().take(count).skip(labels.len()) {
+            if self.host.cancelled() {
+                log.sync()?;
+                return self.cancelled();
+            }
+            let label = self.label_of(data, *number, round, at)?;
+            log.append(&label)?;
+            labels.push(label);
+            let done = labels.len();
+            let left = since(begun.0) / (done - begun.1) as f64 * (count - done) as f64;
+            self.host.event(
+                "progress",
+                &json!({
+                    "job": "train_lensnet", "labels": done, "stage": round + 1, "stages": c.labels.rounds,
+                    "step": done, "steps": count, "eta_s": left,
+                }),
+            );
+        }
+        log.sync()?;
+        Ok(labels)
+    }
+
+    /// The histories of a round, in its order.
+    fn order(&self, count: usize, round: usize) -> Vec<usize> {
+        let mut order: Vec<usize> = (0..count).collect();
+        let mut random = Random::named(self.config.seed, &format!("histories of round {round}"));
+        gistnet_adapter::curriculum::shuffle(&mut order, &mut random);
+        order
+    }
+
+    fn label_of(&mut self, data: &Data, number: usize, round: usize, at: usize) -> Result<Label> {
+        let c = self.config;
+        let mut random = Random::named(c.seed, &format!("label {at} of round {round}"));
+        let explores = random.unit() < c.labels.explore;
+        let policy = match (explores, round) {
+            (true, _) => Policy::Random,
+            // Nothing is learned yet: contexts as every policy begins with them.
+            (false, 0) => Policy::Recency,
+            (false, _) => Policy::Lens(&self.trainer.network),
+        };
+        // So many refocuses that contexts of all ages of a run come up.
+        let focus = Focus { refocuses: 1 + random.below(c.validation.refocuses), ..*self.focus };
+        let history = (number, &data.text[number]);
+        let buffers = &mut self.buffers;
+        match c.labels.kind {
+            LabelKind::Counterfactual => {
+                let most = (c.labels.edits > 0).then_some(c.labels.edits);
+                Label::of_edits(&focus, policy, history, most, &mut random, buffers).map_err(model_error)
+            }
+            LabelKind::Preference => {
+                let chosen = focus.choose(policy, history.1, &mut random, buffers).map_err(model_error)?;
+                let config = VariantConfig {
+                    count: c.labels.variants,
+                    recent: c.protected,
+                    ..VariantConfig::default()
+                };
+                let tree = &history.1.tree;
+                let whole = Limits::new(tree.len() as usize, c.protected)
+                    .and_then(|limits| WorkingContext::recent(tree, limits))
+                    .map_err(model_error)?;
+                let budget = focus.limits.budget();
+                let mut contexts = vec![chosen.context];
+                contexts.extend(variants(&config, &whole, tree, budget, &mut random).map_err(model_error)?);
+                Label::of_variants(&focus, &contexts, history, buffers).map_err(model_error)
+            }
+        }
+    }
+
+    fn validator<'a>(&'a self, data: &'a Data) -> Validator<'a> {
+        Validator {
+            focus: self.focus,
+            histories: &data.held_out,
+            scale: self.scale(),
+            seed: self.config.seed,
+        }
+    }
+
+    /// What other policies come to; none where the host stopped it.
+    fn references(&mut self, data: &Data) -> Result<Option<References>> {
+        let path = self.folder.path().join(REFERENCES);
+        if path.is_file() {
+            let text = std::fs::read_to_string(&path)
+                .map_err(|e| PluginError::data(format!("{}: {e}", path.display())))?;
+            let found = serde_json::from_str(&text)
+                .map_err(|e| PluginError::data(format!("{}: expected what other policies came to: {e}", path.display())))?;
+            return Ok(Some(found));
+        }
+        self.say(&format!("measuring recency, random focus and the oracle on {} histories", data.held_out.len()));
+        let mut buffers = std::mem::take(&mut self.buffers);
+        let host = self.host;
+        let found = self.validator(data).references(&mut buffers, &mut || !host.cancelled());
+        self.buffers = buffers;
+        let Some(found) = found.map_err(model_error)? else { return Ok(None) };
+        self.folder.write_json(REFERENCES, &found)?;
+        Ok(Some(found))
+    }
+
+    /// Validates the network as it is, keeps it if it is the best; false where the host stopped it.
+    fn validate(&mut self, data: &Data, references: &References) -> Result<bool> {
+        let begun = Instant::now();
+        let mut buffers = std::mem::take(&mut self.buffers);
+        let host = self.host;
+        let found = self.validator(data).measure(
+            &self.trainer.network,
+            references,
+            &mut buffers,
+            &mut || !host.cancelled(),
+        );
+        self.buffers = buffers;
+        let Some(found) = found.map_err(model_error)? else { return Ok(false) };
+        if !found.loss_at_h.is_finite() {
+            return Err(PluginError::model(format!(
+                "validation after step {}: expected a finite loss@{}, got {}",
+                self.step, self.config.horizon, found.loss_at_h
+            )));
+        }
+        self.telemetry.record(Record::LensValidation(Box::new(LensValidationRecord {
+            step: self.step as u64,
+            validation: found.clone(),
+            wall_time: wall_time(),
+            wall_seconds: since(begun),
+        })))?;
+        let mut event = to_value(&found)?;
+        event["step"] = json!(self.step);
+        event["text"] = json!(self.told(&found, references));
+        self.host.event("validation", &event);
+        if self.state.best.as_ref().is_none_or(|best| found.loss_at_h < best.loss_at_h) {
+            let path = self.folder.path().join(NETWORK);
+            self.trainer.network.save(&path, &self.state.inputs.base).map_err(model_error)?;
+            self.state.best = Some(found);
+            self.state.best_step = self.step as u64;
+        }
+        Ok(true)
+    }
+
+    fn told(&self, found: &Validation, references: &References) -> String {
+        let of = |reference| references.outcomes.get(&reference).map_or(f64::NAN, |outcome| outcome.loss());
+        let mut text = format!(
+            "  step {:>5}  loss@{} LensNet {:.4}  recency {:.4}  random {:.4}  oracle {:.4}",
+            self.step,
+            self.config.horizon,
+            found.loss_at_h,
+            of(Reference::Recency),
+            of(Reference::Random),
+            of(Reference::Oracle)
+        );
+        if let Some(shown) = found.facts_shown {
+            text += &format!("  facts shown {:.0} %", 100.0 * shown);
+        }
+        text
+    }
+
+    fn train(&mut self, data: &Data, begun: (Instant, usize)) -> Result<()> {
+        let c = self.config;
+        let start = Instant::now();
+        let mut random = Random::named(c.seed, &format!("labels of step {}", self.step));
+        let scale = self.scale();
+        let lessons: Vec<Lesson> = (0..c.batch)
+            .map(|_| {
+                let label = &self.labels[random.below(self.labels.len())];
+                label.lesson(self.focus, &data.text[label.history()], scale).map_err(model_error)
+            })
+            .collect::<Result<_>>()?;
+        let lr = c.optimizer.lr_at(self.step, self.step, c.all_steps());
+        let report = self.trainer.step(&lessons, lr).map_err(|e| {
+            PluginError::model(format!(
+                "step {} (lr {lr:.2e}): {e}. The weights are as before this step; a lower optimizer.lr or a longer warm-up \
+                 helps where a value is not finite",
+                self.step + 1
+            ))
+        })?;
+        self.step += 1;
+        let seconds = since(start);
+        self.telemetry.record(Record::LensStep(LensStepRecord {
+            step: self.step as u64,
+            loss: report.loss,
+            lr,
+            grad_norm: report.grad_norm,
+            contexts: report.contexts as u64,
+            wall_time: wall_time(),
+            wall_seconds: seconds,
+        }))?;
+        let done = (self.step - begun.1) as f64;
+        let left = (c.all_steps() - self.step) as f64;
+        self.host.event(
+            "progress",
+            &json!({
+                "job": "train_lensnet", "stage": (self.step - 1) / c.steps + 1, "stages": c.labels.rounds,
+                "step": self.step, "steps": c.all_steps(), "loss": report.loss, "lr": lr,
+                "eta_s": since(begun.0) / done * left,
+            }),
+        );
+        Ok(())
+    }
+
+    /// All rounds; gives back what other policies came to.
+    fn rounds(&mut self, data: &Data) -> Result<References> {
+        let c = self.config;
+        if self.state.unit.is_none() {
+            self.state.unit = Some(self.measure_unit(data)?);
+        }
+        // Rounds that are over: their labels are learned from in the next ones too.
+        for round in 0..self.step / c.steps {
+            let mut labels = self.label(data, round)?;
+            self.labels.append(&mut labels);
+        }
+        let mut known = None;
+        for round in self.step / c.steps..=c.labels.rounds {
+            // What a round ended with comes before the next one, also where that was interrupted.
+            if round > self.state.validated {
+                let references = match known.take() {
+                    Some(references) => references,
+                    None => match self.references(data)? {
+                        Some(references) => references,
+                        None => return self.cancelled(),
+                    },
+                };
+                if !self.validate(data, &references)? {
+                    return self.cancelled();
+                }
+                self.state.validated = round;
+                known = Some(references);
+                self.checkpoint()?;
+            }
+            if round == c.labels.rounds {
+                break;
+            }
+            self.say(&format!("round {} of {}: making labels", round + 1, c.labels.rounds));
+            let mut labels = self.label(data, round)?;
+            self.labels.append(&mut labels);
+            let begun = (Instant::now(), self.step);
+            while self.step < (round + 1) * c.steps {
+                if self.host.cancelled() {
+                    return self.cancelled();
+                }
+                self.train(data, begun)?;
+                if self.step.is_multiple_of(c.checkpoint.every) || self.step == (round + 1) * c.steps {
+                    self.checkpoint()?;
+                }
+            }
+        }
+        match known {
+            Some(references) => Ok(references),
+            None => match self.references(data)? {
+                Some(references) => Ok(references),
+                None => self.cancelled(),
+            },
+        }
+    }
+
+    /// How the best network chooses contexts of the first held-out histories.
+    fn pictures(&mut self, data: &Data) -> Result<Vec<Picture>> {
+        const SHOWN: usize = 3;
+        let path = self.folder.path().join(NETWORK);
+        let best = LensNet::load(&path, lensnet_adapter::Expected::default()).map_err(model_error)?.network;
+        let mut pictures = Vec::new();
+        for history in data.held_out.iter().take(SHOWN) {
+            let mut random = Random::new(self.config.seed);
+            let chosen = self
+                .focus
+                .choose(Policy::Lens(&best), history, &mut random, &mut self.buffers)
+                .map_err(model_error)?;
+            pictures.push(Picture::of(&chosen, history.fact.clone()));
+        }
+        Ok(pictures)
+    }
+
+    fn finish(mut self, data: &Data, plan: &LensPlan, parameters: usize) -> Result<Value> {
+        let phase = json!({ "job": "train_lensnet", "groups": ["lensnet"], "steps": self.config.all_steps() });
+        if self.host.phase_entered(&phase) != Answer::Continue {
+            return Err(PluginError::cancelled(
+                "the host did not want the training to begin; go on with --resume",
+            ));
+        }
+        let references = self.rounds(data)?;
+        let Some(validation) = self.state.best.clone() else {
+            return Err(PluginError::internal("a run ended without a validation"));
+        };
+        let phase =
+            json!({ "job": "train_lensnet", "groups": ["lensnet"], "loss_at_h": validation.loss_at_h });
+        if self.host.phase_left(&phase) != Answer::Continue {
+            return Err(PluginError::cancelled(
+                "the host turned the result down; the network and the checkpoints are kept",
+            ));
+        }
+        let named = |of: &dyn Fn(&lensnet_adapter::validate::Outcome) -> Option<f64>| {
+            let all = references.outcomes.iter().map(|(reference, outcome)| (reference.name(), outcome));
+            let all = all.chain([("lensnet", &validation.outcome)]);
+            all.filter_map(|(name, outcome)| Some((name.to_string(), of(outcome)?))).collect()
+        };
+        let summary = LensSummary {
+            focus_loss: named(&|outcome| Some(outcome.loss())),
+            facts_shown: named(&|outcome| outcome.shows()),
+            validation,
+            budget: self.config.budget.unwrap_or(0),
+            history: self.config.history.unwrap_or(0),
+            horizon: self.config.horizon,
+            unit: self.scale().unit,
+            labels: self.labels.len(),
+            steps: self.step as u64,
+            best_step: self.state.best_step,
+            parameters,
+            gist_version: data.gist_version,
+            seed: self.config.seed,
+            threads: rayon::current_num_threads(),
+            seconds: self.before + since(self.started),
+            planned_bytes: plan.total,
+            peak_bytes: peak_bytes().unwrap_or(0),
+            base: self.config.base.display().to_string(),
+            base_fingerprint: self.state.inputs.base.clone(),
+            gistnet: self.config.gistnet.display().to_string(),
+            data: self.config.data.clone(),
+            histories: data.text.len(),
+            held_out_histories: data.held_out.len(),
+            network: self.folder.path().join(NETWORK).display().to_string(),
+        };
+        let pictures = self.pictures(data)?;
+        self.telemetry.sync()?;
+        let page = LensReport {
+            summary: &summary,
+            records: self.telemetry.records(),
+            pictures: &pictures,
+            config: &config_toml(self.config)?,
+        };
+        self.folder.write(crate::report::REPORT, render(&page).as_bytes())?;
+        self.folder.write_json(SUMMARY, &summary)?;
+        to_value(&summary)
+    }
+}

@@ -1,0 +1,117 @@
+//! Histories to learn from: passages of text as gist trees, with the tokens behind them, or documents with planted facts.
+//!
+//! Which passages are held out follows from the document, not from the passage: parts of one document are never on both sides.
+//!
+//! Units: tokens. Errors: no text, or too little for one history on either side; what trees are made from.
+
+use std::ops::Range;
+
+use gistnet_adapter::GistNet;
+use lensnet_adapter::focus::History;
+use megacontext_base::context::{BaseModel, GistTree, Hierarchy};
+use megacontext_base::decoder::Decoder;
+use megacontext_base::random::Random;
+
+use super::lensnet::{LensRunConfig, PLANTED};
+use super::planted::Facts;
+use crate::data::documents::tokenize;
+use crate::data::packing::split_holdout;
+use crate::error::{PluginError, Result};
+use crate::host::HostApi;
+use crate::jobs::extend::load_data;
+use crate::jobs::{ModelDir, model_error};
+
+/// Tokens of a history and of its future, before anything is made of them.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Passage {
+    /// The history, then the future.
+    pub tokens: Vec<u32>,
+    /// Where the future begins.
+    pub cursor: usize,
+    /// The tokens that the future cannot be predicted without, where that is known.
+    pub fact: Option<Range<u64>>,
+}
+
+impl Passage {
+    /// The history with its gists, and the future.
+    ///
+    /// # Errors
+    /// Those of the tree.
+    pub fn history(
+        &self,
+        decoder: &Decoder,
+        network: &GistNet,
+        levels: u8,
+        base: &BaseModel,
+    ) -> Result<History> {
+        let hierarchy = Hierarchy::new(network.config().block, levels).map_err(model_error)?;
+        let mut tree =
+            GistTree::new(hierarchy, network.config().width, base.clone()).map_err(model_error)?;
+        tree.append(&self.tokens[..self.cursor], decoder, network).map_err(model_error)?;
+        Ok(History { tree, future: self.tokens[self.cursor..].to_vec(), fact: self.fact.clone() })
+    }
+}
+
+/// Passages to learn from, and held-out ones: what a resolved run reads.
+///
+/// # Errors
+/// See the module.
+pub fn read(
+    config: &LensRunConfig,
+    model: &ModelDir,
+    block: usize,
+    host: &dyn HostApi,
+) -> Result<[Vec<Passage>; 2]> {
+    let history = config.history.unwrap_or(0);
+    let whole = history + config.horizon;
+    let encode = model.encoder();
+    let mut sides = [Vec::new(), Vec::new()];
+    let (planted, text): (Vec<&String>, Vec<&String>) =
+        config.data.iter().partition(|source| source.starts_with(PLANTED));
+    for source in planted {
+        let Some(count) = source[PLANTED.len()..].parse::<u64>().ok().filter(|count| *count >= 2) else {
+            return Err(PluginError::usage(format!(
+                "data: expected {PLANTED}N with N documents, at least 2, got \"{source}\""
+            )));
+        };
+        let facts = Facts::new(&model.tokenizer, block, history)?;
+        let held_out = ((config.holdout * count as f64).round() as u64).clamp(1, count - 1);
+        for number in 0..count {
+            let made = facts.document(config.seed, number, config.horizon)?;
+            let passage = Passage {
+                cursor: made.history.len(),
+                tokens: [made.history, made.future].concat(),
+                fact: Some(made.fact),
+            };
+            sides[usize::from(number < held_out)].push(passage);
+        }
+    }
+    if !text.is_empty() || config.data.is_empty() {
+        let text: Vec<String> = text.into_iter().cloned().collect();
+        let (train, held_out) = split_holdout(load_data(&text, host)?, config.holdout, config.seed);
+        for (side, documents) in sides.iter_mut().zip([train, held_out]) {
+            for document in tokenize(&documents, &encode)? {
+                side.extend(document.chunks_exact(whole).map(|part| Passage {
+                    tokens: part.to_vec(),
+                    cursor: history,
+                    fact: None,
+                }));
+            }
+        }
+    }
+    for (what, side) in ["to learn from", "held out"].into_iter().zip(&sides) {
+        if side.is_empty() {
+            return Err(PluginError::data(format!(
+                "data: expected a document {what} of at least {whole} tokens, a history of {history} and a horizon of {}, got \
+                 none; longer or more documents help, or a smaller --history",
+                config.horizon
+            )));
+        }
+    }
+    // Which histories are validated on follows from the seed, and is spread over all held-out text.
+    let [_, held_out] = &mut sides;
+    let mut random = Random::named(config.seed, "held-out histories");
+    gistnet_adapter::curriculum::shuffle(held_out, &mut random);
+    held_out.truncate(config.validation.histories);
+    Ok(sides)
+}
