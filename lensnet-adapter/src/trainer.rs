@@ -12,12 +12,12 @@ use megacontext_base::context::{GistTree, TokenEmbeddings, WorkingContext};
 use megacontext_base::error::{BaseError, Result};
 use megacontext_base::gradients::{AdamWConfig, Gradients, Optimizer};
 use megacontext_base::params::Group;
-use megacontext_base::rope::SigmaRule;
+use megacontext_base::rope::{RopeTables, SigmaRule};
 use megacontext_base::tower::Angles;
 
-use crate::config::NETWORK;
+use crate::config::{Kind, NETWORK};
 use crate::counterfactual::{self, CounterfactualConfig};
-use crate::legality;
+use crate::dual::{Tail, tail_gists};
 use crate::network::{Contexts, LensNet};
 use crate::preference::{self, PreferenceConfig, Variant};
 
@@ -30,6 +30,8 @@ pub struct Seen {
     pub lod: Vec<u8>,
     /// First token of each one's span.
     pub start: Vec<u64>,
+    /// Tail gists of the history, [G, E] row-major, which the dual form reads.
+    pub tail_ge: Vec<f32>,
 }
 
 impl Seen {
@@ -48,6 +50,7 @@ impl Seen {
             entries_we: input.embeddings_we,
             lod: context.entries().iter().map(|entry| entry.lod).collect(),
             start: context.entries().iter().map(|entry| entry.start).collect(),
+            tail_ge: tail_gists(tree),
         })
     }
 
@@ -110,48 +113,85 @@ pub struct StepReport {
     pub contexts: usize,
 }
 
+/// Contexts side by side, filled up to the longest.
+struct Batch {
+    entries_bwe: Tensor,
+    lod: Vec<u8>,
+    start: Vec<u64>,
+    lengths: Vec<usize>,
+    tail: Option<(Tensor, Vec<usize>)>,
+    angles: RopeTables,
+}
+
+impl Batch {
+    /// None of no contexts.
+    fn new(network: &LensNet, seen: &[&Seen], rule: &SigmaRule) -> Result<Option<Self>> {
+        let Some(w) = seen.iter().map(|one| one.len()).max() else { return Ok(None) };
+        let (b, e) = (seen.len(), network.config().width);
+        let mut entries = vec![0f32; b * w * e];
+        let (mut lod, mut start) = (vec![0u8; b * w], vec![0u64; b * w]);
+        for (row, one) in seen.iter().enumerate() {
+            entries[row * w * e..][..one.entries_we.len()].copy_from_slice(&one.entries_we);
+            lod[row * w..][..one.len()].copy_from_slice(&one.lod);
+            start[row * w..][..one.len()].copy_from_slice(&one.start);
+        }
+        let tail = match network.config().kind {
+            Kind::Transformer => None,
+            Kind::Dual => {
+                let lengths: Vec<usize> = seen.iter().map(|one| one.tail_ge.len() / e).collect();
+                let most = lengths.iter().copied().max().unwrap_or(0).max(1);
+                let mut gists = vec![0f32; b * most * e];
+                for (row, one) in seen.iter().enumerate() {
+                    gists[row * most * e..][..one.tail_ge.len()].copy_from_slice(&one.tail_ge);
+                }
+                Some((Tensor::from_vec(gists, (b, most, e), &Device::Cpu)?, lengths))
+            }
+        };
+        Ok(Some(Self {
+            entries_bwe: Tensor::from_vec(entries, (b, w, e), &Device::Cpu)?,
+            angles: network.angles(&lod, &start, rule)?,
+            lod,
+            start,
+            lengths: seen.iter().map(|one| one.len()).collect(),
+            tail,
+        }))
+    }
+
+    fn contexts(&self) -> Contexts<'_> {
+        Contexts {
+            entries_bwe: &self.entries_bwe,
+            lod: &self.lod,
+            start: &self.start,
+            lengths: Some(&self.lengths),
+            tail: self.tail.as_ref().map(|(gists_bge, lengths)| Tail { gists_bge, lengths: Some(lengths) }),
+        }
+    }
+
+    fn angles(&self) -> Angles<'_> {
+        Angles { cos: &self.angles.cos_nd, sin: &self.angles.sin_nd }
+    }
+}
+
 /// Scores of contexts [W each], with their graph: one call for all.
 ///
 /// # Errors
 /// As [`LensNet::forward`].
 pub fn score(network: &LensNet, seen: &[&Seen], rule: &SigmaRule) -> Result<Vec<Tensor>> {
-    let Some(w) = seen.iter().map(|one| one.len()).max() else { return Ok(Vec::new()) };
-    let (b, e) = (seen.len(), network.config().width);
-    let mut entries = vec![0f32; b * w * e];
-    let (mut lod, mut start) = (vec![0u8; b * w], vec![0u64; b * w]);
-    for (row, one) in seen.iter().enumerate() {
-        entries[row * w * e..][..one.entries_we.len()].copy_from_slice(&one.entries_we);
-        lod[row * w..][..one.len()].copy_from_slice(&one.lod);
-        start[row * w..][..one.len()].copy_from_slice(&one.start);
-    }
-    let lengths: Vec<usize> = seen.iter().map(|one| one.len()).collect();
-    let angles = network.angles(&lod, &start, rule)?;
-    let of = Contexts {
-        entries_bwe: &Tensor::from_vec(entries, (b, w, e), &Device::Cpu)?,
-        lod: &lod,
-        start: &start,
-        lengths: Some(&lengths),
-    };
-    let scores_bw = network.forward(&of, Angles { cos: &angles.cos_nd, sin: &angles.sin_nd })?;
+    let Some(batch) = Batch::new(network, seen, rule)? else { return Ok(Vec::new()) };
+    let scores_bw = network.forward(&batch.contexts(), batch.angles())?;
     let row = |(row, length): (usize, &usize)| Ok(scores_bw.get(row)?.narrow(0, 0, *length)?);
-    lengths.iter().enumerate().map(row).collect()
+    batch.lengths.iter().enumerate().map(row).collect()
 }
 
-/// Scores of one context as an allocator reads them, legal and finite ([`legality::mask`]).
+/// Scores of one context as an allocator reads them, legal and finite.
 ///
 /// # Errors
-/// As [`LensNet::forward`]; when a score is not finite.
+/// As [`LensNet::focus_scores`].
 pub fn focus(network: &LensNet, seen: &Seen, rule: &SigmaRule, max_lod: u8) -> Result<Vec<f32>> {
-    let mut scores: Vec<f32> = match score(network, &[seen], rule)?.first() {
-        Some(scores) => scores.to_vec1()?,
-        None => Vec::new(),
-    };
-    if let Some(at) = scores.iter().position(|score| !score.is_finite()) {
-        let what = format!("focus score of entry {at}");
-        return Err(BaseError::NonFinite { what, value: f64::from(scores[at]) });
+    match Batch::new(network, &[seen], rule)? {
+        Some(batch) => network.focus_scores(&batch.contexts(), batch.angles(), max_lod),
+        None => Ok(Vec::new()),
     }
-    legality::mask(&mut scores, &seen.lod, max_lod);
-    Ok(scores)
 }
 
 /// Trains a LensNet.

@@ -390,14 +390,15 @@ impl Run<'_> {
                 labels.len()
             )));
         }
-        let order = self.order(data.text.len(), round);
         let begun = (Instant::now(), labels.len());
-        for (at, number) in order.iter().enumerate().take(count).skip(labels.len()) {
+        for at in labels.len()..count {
             if self.host.cancelled() {
                 log.sync()?;
                 return self.cancelled();
             }
-            let label = self.label_of(data, *number, round, at)?;
+            // Every round has histories of its own, as far as there are such.
+            let number = (round * count + at) % data.text.len();
+            let label = self.label_of(data, number, round, at)?;
             log.append(&label)?;
             labels.push(label);
             let done = labels.len();
@@ -412,14 +413,6 @@ impl Run<'_> {
         }
         log.sync()?;
         Ok(labels)
-    }
-
-    /// The histories of a round, in its order.
-    fn order(&self, count: usize, round: usize) -> Vec<usize> {
-        let mut order: Vec<usize> = (0..count).collect();
-        let mut random = Random::named(self.config.seed, &format!("histories of round {round}"));
-        gistnet_adapter::curriculum::shuffle(&mut order, &mut random);
-        order
     }
 
     fn label_of(&mut self, data: &Data, number: usize, round: usize, at: usize) -> Result<Label> {

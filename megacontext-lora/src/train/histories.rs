@@ -52,7 +52,7 @@ impl Passage {
     }
 }
 
-/// Passages to learn from, and held-out ones: what a resolved run reads.
+/// Passages to learn from, and held-out ones: as many as a resolved run looks at, drawn by its seed.
 ///
 /// # Errors
 /// See the module.
@@ -108,10 +108,12 @@ pub fn read(
             )));
         }
     }
-    // Which histories are validated on follows from the seed, and is spread over all held-out text.
-    let [_, held_out] = &mut sides;
-    let mut random = Random::named(config.seed, "held-out histories");
-    gistnet_adapter::curriculum::shuffle(held_out, &mut random);
-    held_out.truncate(config.validation.histories);
+    // Which histories are looked at follows from the seed, and is spread over all text.
+    let wanted = [config.labels.rounds * config.labels.histories, config.validation.histories];
+    for ((what, side), wanted) in ["to learn from", "held out"].into_iter().zip(&mut sides).zip(wanted) {
+        let mut random = Random::named(config.seed, &format!("histories {what}"));
+        gistnet_adapter::curriculum::shuffle(side, &mut random);
+        side.truncate(wanted);
+    }
     Ok(sides)
 }

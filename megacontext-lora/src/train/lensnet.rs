@@ -11,7 +11,7 @@ use std::path::PathBuf;
 use lensnet_adapter::allocator::AllocatorConfig;
 use lensnet_adapter::counterfactual::CounterfactualConfig;
 use lensnet_adapter::preference::PreferenceConfig;
-use lensnet_adapter::{Features, Head, LensNetConfig};
+use lensnet_adapter::{Features, Head, Kind, LensNetConfig};
 use megacontext_base::buffers::{PassShape, evaluation_bytes};
 use megacontext_base::config::DecoderConfig;
 use megacontext_base::context::Limits;
@@ -34,7 +34,9 @@ pub const PLANTED: &str = "planted:";
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct LensSettings {
-    /// Blocks of the transformer.
+    /// `transformer`, or `dual`, whose entries and tail gists look at each other.
+    pub kind: Kind,
+    /// Blocks of the transformer, or stacks of the dual form.
     pub layers: usize,
     /// Heads; none means the base model's, where they divide its width evenly.
     pub heads: Option<usize>,
@@ -51,6 +53,7 @@ pub struct LensSettings {
 impl Default for LensSettings {
     fn default() -> Self {
         Self {
+            kind: Kind::default(),
             layers: 2,
             heads: None,
             head: Head::default(),
@@ -64,6 +67,9 @@ impl Default for LensSettings {
 impl LensSettings {
     /// The network for a base model and blocks of `block`.
     pub fn of(&self, model: &DecoderConfig, block: usize) -> LensNetConfig {
+        if self.kind == Kind::Dual {
+            return LensNetConfig { block, layers: self.layers, ..LensNetConfig::dual(model.hidden_size) };
+        }
         LensNetConfig {
             block,
             layers: self.layers,
