@@ -65,15 +65,8 @@ impl Label {
     ) -> Result<Self> {
         let (number, history) = history;
         let context = focus.choose(policy, history, random, buffers)?.context;
-        let utilities = utility::measure(
-            focus.loss,
-            &history.tree,
-            &context,
-            &history.future,
-            most,
-            random,
-            buffers,
-        )?;
+        let utilities =
+            utility::measure(focus.loss, &history.tree, &context, &history.future, most, random, buffers)?;
         Ok(Self::Utilities { history: number, entries: stored(&context), utilities })
     }
 

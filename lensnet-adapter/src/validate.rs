@@ -229,9 +229,8 @@ impl Validator<'_> {
         }
         let loss = outcome.loss();
         let of = |reference| references.outcomes.get(&reference);
-        let against = |reference: Reference| {
-            Some((reference, difference(&outcome.losses, &of(reference)?.losses)))
-        };
+        let against =
+            |reference: Reference| Some((reference, difference(&outcome.losses, &of(reference)?.losses)));
         let span = |to: &Outcome| Some(of(Reference::Recency)?.loss() - to.loss());
         let best = of(Reference::Oracle).and_then(span).filter(|best| *best > 0.0);
         Ok(Some(Validation {

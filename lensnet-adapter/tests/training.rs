@@ -67,9 +67,11 @@ struct World {
 
 impl World {
     fn new() -> Self {
-        let dir = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../integration-tests/fixtures/llama/tied_f32");
+        let dir =
+            PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../integration-tests/fixtures/llama/tied_f32");
         let config = DecoderConfig::from_dir(&dir).unwrap();
-        let decoder = Decoder::from_weights(config, &Weights::open(&dir).unwrap(), Precision::F32, &[]).unwrap();
+        let decoder =
+            Decoder::from_weights(config, &Weights::open(&dir).unwrap(), Precision::F32, &[]).unwrap();
         let (width, vocabulary) = (decoder.config().hidden_size, decoder.config().vocab_size as u64);
         let tokens: Vec<u32> = (0..(T + H) as u64).map(|i| (mix(i + 1) % vocabulary) as u32).collect();
         let base = BaseModel { name: "tiny".into(), fingerprint: "0123456789abcdef".into() };
@@ -101,10 +103,9 @@ fn every_legal_edit_is_measured_and_nothing_else() {
     let (loss, tree) = (world.loss(), &world.history.tree);
     let mut buffers = Buffers::default();
     let context = world.focus(&loss).begin(&world.history).unwrap();
-    let found = measure(
-        &loss, tree, &context, &world.history.future, None, &mut Random::new(0), &mut buffers,
-    )
-    .unwrap();
+    let found =
+        measure(&loss, tree, &context, &world.history.future, None, &mut Random::new(0), &mut buffers)
+            .unwrap();
     let one = |context: &WorkingContext| {
         loss.measure(tree, &[context], &world.history.future, &mut Buffers::default()).unwrap()[0]
     };
@@ -132,10 +133,9 @@ fn every_legal_edit_is_measured_and_nothing_else() {
     assert_eq!(all.len(), edits);
     assert!(all.iter().any(|trial| matches!(trial, Trial::Expand(_))), "{all:?}");
     assert!(all.iter().any(|trial| matches!(trial, Trial::Collapse(_))), "{all:?}");
-    let few = measure(
-        &loss, tree, &context, &world.history.future, Some(2), &mut Random::new(0), &mut buffers,
-    )
-    .unwrap();
+    let few =
+        measure(&loss, tree, &context, &world.history.future, Some(2), &mut Random::new(0), &mut buffers)
+            .unwrap();
     let tried = |measured: &[lensnet_adapter::counterfactual::Measured]| {
         measured.iter().filter(|one| **one != Default::default()).count()
     };
@@ -158,7 +158,13 @@ fn an_oracle_shows_what_its_scores_ask_for() {
     let oracle = choose(Policy::Oracle(scale), &mut buffers);
     let first = &oracle.steps[0];
     let found = measure(
-        &loss, &world.history.tree, &first.before, &world.history.future, None, &mut Random::new(0), &mut buffers,
+        &loss,
+        &world.history.tree,
+        &first.before,
+        &world.history.future,
+        None,
+        &mut Random::new(0),
+        &mut buffers,
     )
     .unwrap();
     let wanted = targets(found.now, &found.measured, scale).unwrap();
@@ -167,7 +173,8 @@ fn an_oracle_shows_what_its_scores_ask_for() {
     }
     assert!(first.refocus.edits().count() > 0);
     // The same seed chooses the same, another one need not.
-    let random = |seed| focus.choose(Policy::Random, &world.history, &mut Random::new(seed), &mut Buffers::default());
+    let random =
+        |seed| focus.choose(Policy::Random, &world.history, &mut Random::new(seed), &mut Buffers::default());
     assert_eq!(random(3).unwrap().context, random(3).unwrap().context);
     assert!(shows(&oracle.context, &(T as u64 - 6..T as u64)), "the protected tail");
 }
@@ -179,11 +186,18 @@ fn a_label_comes_back_from_its_line() {
     let focus = world.focus(&loss);
     let mut random = Random::new(2);
     let label = Label::of_edits(
-        &focus, Policy::Random, (7, &world.history), Some(3), &mut random, &mut Buffers::default(),
+        &focus,
+        Policy::Random,
+        (7, &world.history),
+        Some(3),
+        &mut random,
+        &mut Buffers::default(),
     )
     .unwrap();
     let other: Vec<WorkingContext> = [Policy::Recency, Policy::Random]
-        .map(|policy| focus.choose(policy, &world.history, &mut random, &mut Buffers::default()).unwrap().context)
+        .map(|policy| {
+            focus.choose(policy, &world.history, &mut random, &mut Buffers::default()).unwrap().context
+        })
         .to_vec();
     let variants = Label::of_variants(&focus, &other, (8, &world.history), &mut Buffers::default()).unwrap();
     for (label, number) in [(label, 7), (variants, 8)] {
@@ -223,9 +237,9 @@ fn a_step_over_lessons_of_both_kinds_follows_the_differences() {
     let lessons = lessons(&world);
     assert_ne!(lessons_len(&lessons[1]).iter().min(), lessons_len(&lessons[1]).iter().max());
     let adamw = AdamWConfig { clip: 0.0, ..AdamWConfig::default() };
-    let objective =
-        Objective { counterfactual: CounterfactualConfig::default(), ..Objective::default() };
-    let trainer = || LensTrainer::new(network(&world), world.rule, 2, objective.clone(), adamw.clone()).unwrap();
+    let objective = Objective { counterfactual: CounterfactualConfig::default(), ..Objective::default() };
+    let trainer =
+        || LensTrainer::new(network(&world), world.rule, 2, objective.clone(), adamw.clone()).unwrap();
     let mut first = trainer();
     let begun = first.step(&lessons, 0.0).unwrap();
     assert_eq!(begun.contexts, 5);
@@ -247,8 +261,7 @@ fn a_step_over_lessons_of_both_kinds_follows_the_differences() {
             let mut moved = trainer();
             let params = moved.network.params_mut();
             let shape = params.shape(name).unwrap().to_vec();
-            let values: Vec<f32> =
-                params.get(name).unwrap().flatten_all().unwrap().to_vec1::<f32>().unwrap();
+            let values: Vec<f32> = params.get(name).unwrap().flatten_all().unwrap().to_vec1::<f32>().unwrap();
             let values: Vec<f32> = values.iter().zip(&direction).map(|(v, d)| v + step * d).collect();
             params.set(name, &Tensor::from_vec(values, shape, &Device::Cpu).unwrap()).unwrap();
             moved.step(&lessons, 0.0).unwrap().loss
@@ -294,7 +307,8 @@ fn steps_bring_scores_to_their_targets() {
 fn a_step_without_lessons_is_refused() {
     let world = World::new();
     let mut trainer =
-        LensTrainer::new(network(&world), world.rule, 2, Objective::default(), AdamWConfig::default()).unwrap();
+        LensTrainer::new(network(&world), world.rule, 2, Objective::default(), AdamWConfig::default())
+            .unwrap();
     let error = trainer.step(&[], 1e-3).unwrap_err().to_string();
     assert!(error.contains("expected a step of at least one lesson"), "{error}");
 }
@@ -307,7 +321,8 @@ fn fewer_losses_than_contexts_are_refused() {
         losses.pop();
     }
     let mut trainer =
-        LensTrainer::new(network(&world), world.rule, 2, Objective::default(), AdamWConfig::default()).unwrap();
+        LensTrainer::new(network(&world), world.rule, 2, Objective::default(), AdamWConfig::default())
+            .unwrap();
     let error = trainer.step(&[lesson], 1e-3).unwrap_err().to_string();
     assert!(error.contains("preference: expected 4 losses, got 3"), "{error}");
 }

@@ -6,7 +6,7 @@ mod common;
 use std::fs;
 use std::path::Path;
 
-use common::{Fixture, Running, induction, metrics, mclora, read_json, with};
+use common::{Fixture, Running, induction, mclora, metrics, read_json, with};
 use gistnet_adapter::{GistNet, GistNetConfig};
 use megacontext_base::weights::Weights;
 use serde_json::{Value, json};
@@ -46,8 +46,14 @@ fn reached(run: &Path) -> (Vec<u8>, Value, Vec<Value>, Vec<String>) {
     for line in &mut metrics {
         line.as_object_mut().unwrap().retain(|key, _| !key.starts_with("wall_"));
     }
-    let labels = [1, 2].map(|round| fs::read_to_string(run.join(format!("labels/round-{round}.jsonl"))).unwrap());
-    (fs::read(run.join("lensnet.safetensors")).unwrap(), summary["validation"].clone(), metrics, labels.to_vec())
+    let labels =
+        [1, 2].map(|round| fs::read_to_string(run.join(format!("labels/round-{round}.jsonl"))).unwrap());
+    (
+        fs::read(run.join("lensnet.safetensors")).unwrap(),
+        summary["validation"].clone(),
+        metrics,
+        labels.to_vec(),
+    )
 }
 
 #[test]
@@ -58,8 +64,14 @@ fn a_run_leaves_a_network_labels_numbers_and_a_page() {
         let summary = mclora(&and(args, "--json")).success().json();
         let folder = fixture.path("lens");
         for file in [
-            "lensnet.safetensors", "config.toml", "metrics.jsonl", "summary.json", "report.html", "references.json",
-            "labels/round-1.jsonl", "labels/round-2.jsonl",
+            "lensnet.safetensors",
+            "config.toml",
+            "metrics.jsonl",
+            "summary.json",
+            "report.html",
+            "references.json",
+            "labels/round-1.jsonl",
+            "labels/round-2.jsonl",
         ] {
             assert!(folder.join(file).is_file(), "{file}");
         }
@@ -86,7 +98,8 @@ fn killed_at_many_moments_it_ends_with_the_same_bytes() {
     let lines =
         |kind: &str| metrics(&fixture.path("torn")).iter().filter(|line| line["kind"] == kind).count();
     let labels = |round: usize| {
-        fs::read_to_string(torn.join(format!("labels/round-{round}.jsonl"))).map_or(0, |text| text.lines().count())
+        fs::read_to_string(torn.join(format!("labels/round-{round}.jsonl")))
+            .map_or(0, |text| text.lines().count())
     };
     let mut killed = Vec::new();
     let moments: [(&str, &dyn Fn() -> bool); 6] = [
@@ -179,7 +192,8 @@ fn no_gistnet_is_refused() {
 fn a_gistnet_of_another_base_is_refused() {
     let fixture = micro();
     fixture.model("other", 2);
-    mclora(&with(run(&fixture, "out"), &[("--base", &fixture.at("other"))])).refused(1, &["gistnet.safetensors"]);
+    mclora(&with(run(&fixture, "out"), &[("--base", &fixture.at("other"))]))
+        .refused(1, &["gistnet.safetensors"]);
     assert!(!fixture.path("out").exists());
 }
 
@@ -213,5 +227,6 @@ fn labels_of_another_run_are_refused() {
     program.end();
     let stale = fs::read_to_string(fixture.path("first/labels/round-1.jsonl")).unwrap();
     fs::write(&labels, stale.replacen("\"gist_version\":0", "\"gist_version\":7", 1)).unwrap();
-    mclora(&and(args, "--resume")).refused(1, &["round-1.jsonl", "expected labels of this run", "gist_version"]);
+    mclora(&and(args, "--resume"))
+        .refused(1, &["round-1.jsonl", "expected labels of this run", "gist_version"]);
 }

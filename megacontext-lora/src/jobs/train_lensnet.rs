@@ -146,7 +146,9 @@ fn prepare(config: LensRunConfig, resume: bool, host: &dyn HostApi) -> Result<Va
     let model = ModelDir::open(&config.base)?;
     let fingerprint = model.weights.fingerprint();
     if config.gistnet.as_os_str().is_empty() {
-        return Err(PluginError::usage("gistnet: expected the file of a GistNet, gistnet.safetensors of a run, got none"));
+        return Err(PluginError::usage(
+            "gistnet: expected the file of a GistNet, gistnet.safetensors of a run, got none",
+        ));
     }
     let expected = gistnet_adapter::Expected {
         block: None,
@@ -163,8 +165,7 @@ fn prepare(config: LensRunConfig, resume: bool, host: &dyn HostApi) -> Result<Va
     let count = text.len() + held_out.len();
     let gist_values = gistnet.config().parameters();
     let plan = LensPlan::new(&config, &model.config, lora.as_ref(), gist_values, block, count)?;
-    let network =
-        LensNet::new(config.network.of(&model.config, block), config.seed).map_err(model_error)?;
+    let network = LensNet::new(config.network.of(&model.config, block), config.seed).map_err(model_error)?;
     let parameters = network.config().parameters();
     let mut told = to_value(plan)?;
     told["text"] = json!(plan.text(&config, parameters));
@@ -239,11 +240,14 @@ fn prepare(config: LensRunConfig, resume: bool, host: &dyn HostApi) -> Result<Va
     let trees = |passages: &[Passage], what: &str| {
         make_trees(passages, what, &decoder, &gistnet, config.levels, &base, host)
     };
-    let (text, held_out) = (trees(&text, "histories to learn from")?, trees(&held_out, "held-out histories")?);
+    let (text, held_out) =
+        (trees(&text, "histories to learn from")?, trees(&held_out, "held-out histories")?);
     let data = Data { text, held_out, gist_version: gistnet.gist_version() };
     let result = run.finish(&data, &plan, parameters)?;
     if hashes(decoder.params(), gistnet.params())? != frozen {
-        return Err(PluginError::internal("a frozen parameter of the base model or GistNet changed while training"));
+        return Err(PluginError::internal(
+            "a frozen parameter of the base model or GistNet changed while training",
+        ));
     }
     Ok(result)
 }
@@ -468,11 +472,15 @@ impl Run<'_> {
         if path.is_file() {
             let text = std::fs::read_to_string(&path)
                 .map_err(|e| PluginError::data(format!("{}: {e}", path.display())))?;
-            let found = serde_json::from_str(&text)
-                .map_err(|e| PluginError::data(format!("{}: expected what other policies came to: {e}", path.display())))?;
+            let found = serde_json::from_str(&text).map_err(|e| {
+                PluginError::data(format!("{}: expected what other policies came to: {e}", path.display()))
+            })?;
             return Ok(Some(found));
         }
-        self.say(&format!("measuring recency, random focus and the oracle on {} histories", data.held_out.len()));
+        self.say(&format!(
+            "measuring recency, random focus and the oracle on {} histories",
+            data.held_out.len()
+        ));
         let mut buffers = std::mem::take(&mut self.buffers);
         let host = self.host;
         let found = self.validator(data).references(&mut buffers, &mut || !host.cancelled());
@@ -487,12 +495,9 @@ impl Run<'_> {
         let begun = Instant::now();
         let mut buffers = std::mem::take(&mut self.buffers);
         let host = self.host;
-        let found = self.validator(data).measure(
-            &self.trainer.network,
-            references,
-            &mut buffers,
-            &mut || !host.cancelled(),
-        );
+        let found =
+            self.validator(data)
+                .measure(&self.trainer.network, references, &mut buffers, &mut || !host.cancelled());
         self.buffers = buffers;
         let Some(found) = found.map_err(model_error)? else { return Ok(false) };
         if !found.loss_at_h.is_finite() {
@@ -653,7 +658,8 @@ impl Run<'_> {
     }
 
     fn finish(mut self, data: &Data, plan: &LensPlan, parameters: usize) -> Result<Value> {
-        let phase = json!({ "job": "train_lensnet", "groups": ["lensnet"], "steps": self.config.all_steps() });
+        let phase =
+            json!({ "job": "train_lensnet", "groups": ["lensnet"], "steps": self.config.all_steps() });
         if self.host.phase_entered(&phase) != Answer::Continue {
             return Err(PluginError::cancelled(
                 "the host did not want the training to begin; go on with --resume",

@@ -64,7 +64,8 @@ impl Picture {
 
     /// The drawing; nothing where there is no entry.
     pub(super) fn draw(&self, size: Size) -> Option<String> {
-        let first = self.strips.iter().filter_map(|strip| strip.spans.first()).map(|span| span.start).min()?;
+        let first =
+            self.strips.iter().filter_map(|strip| strip.spans.first()).map(|span| span.start).min()?;
         let end = self.strips.iter().filter_map(|strip| strip.spans.last()).map(|span| span.end).max()?;
         let (left, right) = (4.0, size.width() - 4.0);
         let x = Scale::linear((first as f64, end as f64), (left, right));
@@ -104,7 +105,11 @@ impl Picture {
             }
             if let Some(fact) = &self.fact {
                 let under = base + 4.0;
-                drawing.line("line adapted", (x.at(fact.start as f64), under), (x.at(fact.end as f64), under));
+                drawing.line(
+                    "line adapted",
+                    (x.at(fact.start as f64), under),
+                    (x.at(fact.end as f64), under),
+                );
             }
         }
         let (ticks, _) = x.ticks(6);
@@ -124,8 +129,7 @@ impl Strip {
             match pieces.last_mut() {
                 Some(last) if last.lod == entry.lod && !wide(&last.tokens) => {
                     let n = last.entries as f32;
-                    last.score =
-                        last.score.zip(score).map(|(mean, score)| (mean * n + score) / (n + 1.0));
+                    last.score = last.score.zip(score).map(|(mean, score)| (mean * n + score) / (n + 1.0));
                     last.tokens.end = span.end;
                     last.entries += 1;
                 }
@@ -155,12 +159,16 @@ mod tests {
     #[test]
     fn every_level_and_score_is_drawn() {
         let picture = Picture {
-            strips: vec![strip(&[2, 1, 0, 0, 0, 0], &[0.5, -0.5, 0.0, 0.0, -1.0, 0.25]), strip(&[1, 1, 1, 1], &[])],
+            strips: vec![
+                strip(&[2, 1, 0, 0, 0, 0], &[0.5, -0.5, 0.0, 0.0, -1.0, 0.25]),
+                strip(&[1, 1, 1, 1], &[]),
+            ],
             fact: Some(4..8),
         };
         for size in Size::BOTH {
             let drawn = picture.draw(size).unwrap();
-            for (class, times) in [("lod2", 1), ("lod1", 5), ("lod0", 4), ("closer", 2), ("line adapted", 2)] {
+            for (class, times) in [("lod2", 1), ("lod1", 5), ("lod0", 4), ("closer", 2), ("line adapted", 2)]
+            {
                 assert_eq!(drawn.matches(&format!("class=\"{class}\"")).count(), times, "{class}: {drawn}");
             }
             for text in ["at first: 6 entries", "after a refocus: 4 entries"] {

@@ -202,7 +202,11 @@ fn metrics(v: &Validation) -> String {
     let number = |value: Option<f64>| value.map_or("\u{2013}".to_string(), |value| format!("{value:.3}"));
     let share = |value: Option<f64>| value.map_or("\u{2013}".to_string(), percent);
     let rows = [
-        ("loss@H", format!("{:.4}", v.loss_at_h), "mean NLL of the next H tokens behind LensNet's contexts, nats"),
+        (
+            "loss@H",
+            format!("{:.4}", v.loss_at_h),
+            "mean NLL of the next H tokens behind LensNet's contexts, nats",
+        ),
         (
             "of the oracle",
             share(v.of_oracle),
@@ -220,7 +224,11 @@ fn metrics(v: &Validation) -> String {
             "|P \u{2212} N|/(P + N) of entries that scores ask for and give back; 0 is balanced",
         ),
         ("legality", share(v.legality_rate), "part of the scores that ask for nothing impossible"),
-        ("swap rate", format!("{:.3}", v.swap_rate), "edits of a refocus over entries; at most 0.25 is wanted"),
+        (
+            "swap rate",
+            format!("{:.3}", v.swap_rate),
+            "edits of a refocus over entries; at most 0.25 is wanted",
+        ),
         ("residency", format!("{:.2}", v.residency_mean), "mean refocuses since an entry last changed"),
         ("utilization", percent(v.utilization), "entries over the budget; 80 to 100 % is wanted"),
     ];

@@ -41,7 +41,8 @@ impl LabelLog {
                 .map_err(|e| PluginError::data(format!("{}, line 1: {e}", path.display())))?;
             if found != *stated {
                 let keys = stated.as_object().into_iter().flatten();
-                let other = keys.filter(|(key, value)| found[key.as_str()] != **value).map(|(key, _)| key.as_str());
+                let other =
+                    keys.filter(|(key, value)| found[key.as_str()] != **value).map(|(key, _)| key.as_str());
                 return Err(PluginError::data(format!(
                     "{}: expected labels of this run, got some of another {}; labels hold for what they were measured with: \
                      begin a new run in another folder",

@@ -45,8 +45,7 @@ impl Passage {
         base: &BaseModel,
     ) -> Result<History> {
         let hierarchy = Hierarchy::new(network.config().block, levels).map_err(model_error)?;
-        let mut tree =
-            GistTree::new(hierarchy, network.config().width, base.clone()).map_err(model_error)?;
+        let mut tree = GistTree::new(hierarchy, network.config().width, base.clone()).map_err(model_error)?;
         tree.append(&self.tokens[..self.cursor], decoder, network).map_err(model_error)?;
         Ok(History { tree, future: self.tokens[self.cursor..].to_vec(), fact: self.fact.clone() })
     }

@@ -290,7 +290,10 @@ impl LensRunConfig {
             return usage(format!("holdout: expected a share between 0 and 1, got {}", self.holdout));
         }
         if !(0.0..=1.0).contains(&self.labels.explore) {
-            return usage(format!("labels.explore: expected a share from 0 to 1, got {}", self.labels.explore));
+            return usage(format!(
+                "labels.explore: expected a share from 0 to 1, got {}",
+                self.labels.explore
+            ));
         }
         if self.counterfactual.unit.is_some_and(|unit| !(unit.is_finite() && unit > 0.0)) {
             let got = self.counterfactual.unit.unwrap_or_default();
@@ -383,8 +386,7 @@ impl LensPlan {
             passes,
             total: 0,
         };
-        let total =
-            plan.program + plan.weights + plan.network + plan.graph + plan.histories + plan.passes;
+        let total = plan.program + plan.weights + plan.network + plan.graph + plan.histories + plan.passes;
         let plan = Self { total, ..plan };
         let free = available_bytes().map(|free| free + plan.program);
         let allowed = config.memory_budget_bytes.or(free).unwrap_or(u64::MAX);

@@ -22,7 +22,8 @@ use crate::jobs::model_error;
 
 /// Names that numbers are stated of.
 const NAMES: [&str; 12] = [
-    "amber", "birch", "cedar", "dahlia", "ember", "fennel", "garnet", "hazel", "ivory", "juniper", "kelp", "laurel",
+    "amber", "birch", "cedar", "dahlia", "ember", "fennel", "garnet", "hazel", "ivory", "juniper", "kelp",
+    "laurel",
 ];
 /// Lines of a document, the one that is asked for among them.
 const LINES: usize = 6;
@@ -101,7 +102,8 @@ impl<'a> Facts<'a> {
         let mut random = Random::named(seed, &format!("planted document {number}"));
         let encode = |text: &str| self.tokenizer.encode(text).map_err(model_error);
         let names = draw(NAMES.len(), LINES, &mut random);
-        let numbers: Vec<String> = names.iter().map(|_| (10_000 + random.below(90_000)).to_string()).collect();
+        let numbers: Vec<String> =
+            names.iter().map(|_| (10_000 + random.below(90_000)).to_string()).collect();
         let question = encode(&question(NAMES[names[0]]))?;
         let mut history = self.tokenizer.opening().to_vec();
         let end = self.history - question.len();

@@ -156,7 +156,8 @@ pub fn write(dir: &Path, other: Value) {
 /// Writes a GistNet for that model beside it, `gistnet.safetensors`: a gist is the mean of its block's embeddings, and so the
 /// mean of its tokens' codes. Nothing is learnt.
 pub fn write_gistnet(dir: &Path, block: usize) {
-    let config = GistNetConfig { block, mode: Mode::Mean, head: Head::Linear, ..GistNetConfig::new(E, HEADS) };
+    let config =
+        GistNetConfig { block, mode: Mode::Mean, head: Head::Linear, ..GistNetConfig::new(E, HEADS) };
     let mut network = GistNet::new(config, 0).unwrap();
     let params = network.params_mut();
     params.set("head.proj.weight", &Tensor::eye(E, DType::F32, &Device::Cpu).unwrap()).unwrap();

@@ -83,7 +83,8 @@ impl Case {
         let rope = c.rope(&c.rope_scaling).place(&input.places(None)).unwrap();
         let x = Tensor::from_vec(input.embeddings_we, (1, n, c.hidden_size), &Device::Cpu).unwrap();
         let with = Forward { pattern, rope: &rope, rows: &Rows::default(), dropout_seed: None };
-        let logits: Vec<Vec<f32>> = self.decoder.logits(&x, &with).unwrap().squeeze(0).unwrap().to_vec2().unwrap();
+        let logits: Vec<Vec<f32>> =
+            self.decoder.logits(&x, &with).unwrap().squeeze(0).unwrap().to_vec2().unwrap();
         let nll = |(j, token): (usize, &u32)| {
             let row = &logits[context.cost() - 1 + j];
             let sum: f64 = row.iter().map(|z| f64::from(*z).exp()).sum();
@@ -95,12 +96,15 @@ impl Case {
 
 #[test]
 fn shared_beginnings_change_no_loss() {
-    for name in ["llama/tied_f32", "families/mistral_window_bf16", "families/gemma3_bf16", "families/nanochat_bf16"] {
+    for name in
+        ["llama/tied_f32", "families/mistral_window_bf16", "families/gemma3_bf16", "families/nanochat_bf16"]
+    {
         let case = Case::new(name);
         let contexts = case.contexts();
         let all: Vec<&WorkingContext> = contexts.iter().collect();
         for pattern in [Pattern::Dense, Pattern::ShiftedSparse { group: 8 }] {
-            let got = case.loss(pattern).measure(&case.tree, &all, &case.future, &mut Buffers::default()).unwrap();
+            let got =
+                case.loss(pattern).measure(&case.tree, &all, &case.future, &mut Buffers::default()).unwrap();
             assert_eq!(got[0], got[1], "the same context");
             let mut most = 0f64;
             for (number, context) in contexts.iter().enumerate() {
