@@ -266,7 +266,7 @@ fn a_step_over_lessons_of_both_kinds_follows_the_differences() {
             params.set(name, &Tensor::from_vec(values, shape, &Device::Cpu).unwrap()).unwrap();
             moved.step(&lessons, 0.0).unwrap().loss
         };
-        let h = 2e-3;
+        let h = 4e-4;
         let measured = (at(h) - at(-h)) / f64::from(2.0 * h);
         let off = (along - measured).abs();
         assert!(off < 2e-3 + 0.03 * measured.abs(), "{name}: {along}, measured {measured}");
@@ -286,7 +286,11 @@ fn steps_bring_scores_to_their_targets() {
     let lesson = lessons(&world).remove(0);
     let Lesson::Utilities { seen, targets } = &lesson else { panic!("a lesson of utilities") };
     let adamw = AdamWConfig::default();
-    let mut trainer = LensTrainer::new(network(&world), world.rule, 2, Objective::default(), adamw).unwrap();
+    // Regression alone: the other terms ask for something else than these targets.
+    let alone =
+        CounterfactualConfig { rank_weight: 0.0, budget_weight: 0.0, illegal_weight: 0.0, ..Default::default() };
+    let objective = Objective { counterfactual: alone, ..Objective::default() };
+    let mut trainer = LensTrainer::new(network(&world), world.rule, 2, objective, adamw).unwrap();
     let error = |network: &LensNet| {
         let scores: Vec<f32> = score(network, &[seen], &world.rule).unwrap()[0].to_vec1().unwrap();
         let known = scores.iter().zip(targets).filter_map(|(u, y)| Some((f64::from(*u) - (*y)?).powi(2)));

@@ -6,7 +6,7 @@ mod common;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use common::{Fixture, Running, mclora, metrics, read_json};
+use common::{Fixture, Running, mclora, metrics, read_json, with};
 use serde_json::Value;
 
 fn fixture() -> Fixture {
@@ -23,17 +23,6 @@ fn run(fixture: &Fixture, out: &str) -> Vec<String> {
         "--validation-passages", "6", "--checkpoint-every", "3", "--threads", "2", "--seed", "7",
     ];
     args.map(str::to_owned).to_vec()
-}
-
-/// The command with other values of some of its flags, or with more of them.
-fn with(mut args: Vec<String>, flags: &[(&str, &str)]) -> Vec<String> {
-    for (key, value) in flags {
-        match args.iter().position(|arg| arg == key) {
-            Some(at) => args[at + 1] = value.to_string(),
-            None => args.extend([key.to_string(), value.to_string()]),
-        }
-    }
-    args
 }
 
 /// What a run reached, without what depends on the clock or the machine.

@@ -136,10 +136,15 @@ fn last_wins(args: Vec<String>) -> Vec<String> {
     std::iter::once(command.clone()).chain(values.into_iter().flat_map(|(k, v)| [k, v])).collect()
 }
 
-/// Flags of `extend` with some of them set otherwise.
-pub fn with(args: Vec<String>, flags: &[(&str, &str)]) -> Vec<String> {
-    let more = flags.iter().flat_map(|(key, value)| [key.to_string(), value.to_string()]);
-    last_wins(args.into_iter().chain(more).collect())
+/// A command with other values of some of its flags, or with more of them.
+pub fn with(mut args: Vec<String>, flags: &[(&str, &str)]) -> Vec<String> {
+    for (key, value) in flags {
+        match args.iter().position(|arg| arg == key) {
+            Some(at) => args[at + 1] = value.to_string(),
+            None => args.extend([key.to_string(), value.to_string()]),
+        }
+    }
+    args
 }
 
 /// About 1500 tokens of prose in which names, announced at the start, come back again and again.
