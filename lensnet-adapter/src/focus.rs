@@ -6,11 +6,8 @@
 //!
 //! Units: entries, tokens, nats. Errors: those of scoring, measuring and allocating; the context is then what it was.
 
-use megacontext_base::buffers::Buffers;
-use megacontext_base::context::{GistTree, HorizonLoss, Limits, WorkingContext};
-use megacontext_base::error::Result;
-use megacontext_base::random::Random;
 use std::ops::Range;
+use std::time::Instant;
 
 use crate::allocator::{AllocatorConfig, Refocus, refocus};
 use crate::counterfactual::{Scale, targets};
@@ -18,6 +15,10 @@ use crate::legality;
 use crate::network::LensNet;
 use crate::trainer::{Seen, focus};
 use crate::utility;
+use megacontext_base::buffers::Buffers;
+use megacontext_base::context::{GistTree, HorizonLoss, Limits, WorkingContext};
+use megacontext_base::error::Result;
+use megacontext_base::random::Random;
 
 /// A history, and what comes after it.
 #[derive(Clone, Debug)]
@@ -73,6 +74,8 @@ pub struct Step {
     pub scores: Vec<f32>,
     /// What the allocator did.
     pub refocus: Refocus,
+    /// Seconds that scoring and editing took.
+    pub seconds: f64,
 }
 
 impl Focus<'_> {
@@ -149,6 +152,7 @@ impl Focus<'_> {
         }
         let mut drawn = Random::new(random.next_u64());
         for _ in 0..self.refocuses {
+            let begun = Instant::now();
             let before = context.clone();
             let mut first: Option<Vec<f32>> = None;
             let mut score = |context: &WorkingContext| {
@@ -158,7 +162,8 @@ impl Focus<'_> {
             };
             let refocus = refocus(self.allocator, &mut context, &mut score, &mut drawn)?;
             let done = refocus.edits().next().is_none();
-            steps.push(Step { before, scores: first.unwrap_or_default(), refocus });
+            let seconds = begun.elapsed().as_secs_f64();
+            steps.push(Step { before, scores: first.unwrap_or_default(), refocus, seconds });
             if done {
                 break;
             }

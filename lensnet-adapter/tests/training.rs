@@ -287,8 +287,12 @@ fn steps_bring_scores_to_their_targets() {
     let Lesson::Utilities { seen, targets } = &lesson else { panic!("a lesson of utilities") };
     let adamw = AdamWConfig::default();
     // Regression alone: the other terms ask for something else than these targets.
-    let alone =
-        CounterfactualConfig { rank_weight: 0.0, budget_weight: 0.0, illegal_weight: 0.0, ..Default::default() };
+    let alone = CounterfactualConfig {
+        rank_weight: 0.0,
+        budget_weight: 0.0,
+        illegal_weight: 0.0,
+        ..Default::default()
+    };
     let objective = Objective { counterfactual: alone, ..Objective::default() };
     let mut trainer = LensTrainer::new(network(&world), world.rule, 2, objective, adamw).unwrap();
     let error = |network: &LensNet| {

@@ -5,17 +5,19 @@
 //! policy as it is, LensNet learns from all labels so far, and is validated. The best network so far, by loss@H of the
 //! contexts that it chooses on held-out histories, stands in `lensnet.safetensors` at any time.
 //!
-//! Labels are written as they are made (`labels/round-N.jsonl`), each one following from the seed, the round and the network
+//! Labels are written as they are made (`labels/round-N.jsonl`; whole rounds as tables, `labels/round-N.parquet`), each one following from the seed, the round and the network
 //! with which the round began; a run that is taken up goes on where it stopped and ends with the same network.
 //!
 //! Units: nats, tokens, entries, seconds, bytes. Errors: before the run folder exists, anything about settings, model, data,
 //! memory.
 
 use std::collections::BTreeMap;
+use std::path::Path;
 use std::time::Instant;
 
 use lensnet_adapter::LensNet;
-use lensnet_adapter::counterfactual::{Scale, unit};
+use lensnet_adapter::allocator::Action;
+use lensnet_adapter::counterfactual::{Measured, Scale, targets, unit};
 use lensnet_adapter::focus::{Focus, History, Policy};
 use lensnet_adapter::labels::Label;
 use lensnet_adapter::trainer::{LensTrainer, Lesson, Objective};
@@ -38,10 +40,12 @@ use crate::jobs::{ModelDir, model_error, parse, to_value, with_threads};
 use crate::report::lensnet::{LensReport, Picture, render};
 use crate::run::Telemetry;
 use crate::run::checkpoint::{self, Loaded, load_latest};
-use crate::run::folder::{CONFIG, RunFolder, config_toml, expect_run};
+use crate::run::folder::{CONFIG, RunFolder, config_hash, config_toml, expect_run};
 use crate::run::label_log::LabelLog;
+use crate::run::labels::{self, LabelStamp};
 use crate::run::metrics::{LensStepRecord, LensValidationRecord, Record, wall_time};
 use crate::run::summary::SUMMARY;
+use crate::run::traces::{Trace, TraceLog};
 use crate::train::histories::{self, Passage};
 use crate::train::lensnet::{LabelKind, LensPlan, LensRunConfig};
 use crate::train::plan::{peak_bytes, since};
@@ -50,6 +54,8 @@ use crate::train::plan::{peak_bytes, since};
 pub const NETWORK: &str = "lensnet.safetensors";
 /// What other policies came to, in a run folder.
 const REFERENCES: &str = "references.json";
+/// Refocuses of the contexts in the report, in a run folder.
+const TRACES: &str = "traces.jsonl";
 
 #[derive(Deserialize)]
 struct Params {
@@ -416,7 +422,53 @@ impl Run<'_> {
             );
         }
         log.sync()?;
+        let path = log.path().with_extension("parquet");
+        if !path.is_file() {
+            self.write_table(&path, data, &labels)?;
+        }
         Ok(labels)
+    }
+
+    /// A round's labels as a table: a row for every edit that was measured.
+    fn write_table(&self, path: &Path, data: &Data, round: &[Label]) -> Result<()> {
+        let adapter = self.config.adapter.as_ref().map(|_| config_hash(&self.state.frozen)).transpose()?;
+        let stamp = LabelStamp {
+            base: self.state.inputs.base.clone(),
+            adapter,
+            gist_version: data.gist_version,
+            horizon: self.config.horizon,
+            block: self.focus.loss.rule().block,
+        };
+        let timestamp_ms = (wall_time() * 1e3) as i64;
+        let mut rows = Vec::new();
+        for (context, label) in (0..).zip(round) {
+            let Label::Utilities { history, entries, utilities } = label else { continue };
+            let hierarchy = data.text[*history].tree.hierarchy();
+            let wanted = targets(utilities.now, &utilities.measured, self.scale()).map_err(model_error)?;
+            for (at, (start, lod)) in entries.iter().enumerate() {
+                let Measured { expanded, collapsed } = utilities.measured[at];
+                let first = start.is_multiple_of(hierarchy.span(lod + 1));
+                let edits = [
+                    (Action::Expand, expanded, *lod),
+                    (Action::Collapse, collapsed.filter(|_| first), lod + 1),
+                ];
+                rows.extend(edits.into_iter().filter_map(|(action, nll, node)| {
+                    Some(labels::Label {
+                        block: hierarchy.node_at(node, *start),
+                        action,
+                        delta_nll: nll? - utilities.now,
+                        timestamp_ms,
+                        document: *history as u64,
+                        context,
+                        entry_start: *start,
+                        lod: *lod,
+                        nll_now: utilities.now,
+                        target: wanted[at].unwrap_or(0.0),
+                    })
+                }));
+            }
+        }
+        labels::write(path, &stamp, &rows)
     }
 
     fn label_of(&mut self, data: &Data, number: usize, round: usize, at: usize) -> Result<Label> {
@@ -640,20 +692,28 @@ impl Run<'_> {
         }
     }
 
-    /// How the best network chooses contexts of the first held-out histories.
+    /// How the best network chooses contexts of the first held-out histories: pictures, and traces in `traces.jsonl`.
     fn pictures(&mut self, data: &Data) -> Result<Vec<Picture>> {
         const SHOWN: usize = 3;
         let path = self.folder.path().join(NETWORK);
         let best = LensNet::load(&path, lensnet_adapter::Expected::default()).map_err(model_error)?.network;
         let mut pictures = Vec::new();
+        let mut traces = TraceLog::open(self.folder.path().join(TRACES), 0)?;
+        let mut refocused = 0;
         for history in data.held_out.iter().take(SHOWN) {
             let mut random = Random::new(self.config.seed);
             let chosen = self
                 .focus
                 .choose(Policy::Lens(&best), history, &mut random, &mut self.buffers)
                 .map_err(model_error)?;
+            let after = chosen.steps.iter().skip(1).map(|step| &step.before).chain([&chosen.context]);
+            for (step, after) in chosen.steps.iter().zip(after) {
+                traces.append(&Trace::of(refocused, &step.refocus, after, 1e3 * step.seconds))?;
+                refocused += 1;
+            }
             pictures.push(Picture::of(&chosen, history.fact.clone()));
         }
+        traces.sync()?;
         Ok(pictures)
     }
 

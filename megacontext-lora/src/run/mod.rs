@@ -9,8 +9,8 @@
 pub mod cells;
 pub mod checkpoint;
 pub mod folder;
-pub mod labels;
 pub mod label_log;
+pub mod labels;
 pub mod metrics;
 pub mod summary;
 mod telemetry;

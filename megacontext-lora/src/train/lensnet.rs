@@ -44,7 +44,7 @@ pub struct LensSettings {
     pub head: Head,
     /// Do entries attend to earlier ones alone?
     pub causal: bool,
-    /// Shifted sparse attention in groups of so many entries, which asks for `causal`; none means dense.
+    /// Shifted sparse attention in groups of so many entries; none means dense.
     pub group: Option<usize>,
     /// `scaled` or `original`.
     pub features: Features,

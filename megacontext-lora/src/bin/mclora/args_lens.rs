@@ -61,7 +61,10 @@ pub struct TrainLensnet {
     /// What an entry passes last: mlp or linear [default: mlp]
     #[arg(long, value_name = "NAME", help_heading = "Network")]
     pub head: Option<String>,
-    /// Shifted sparse attention in groups of so many entries (LensNet is causal then)
+    /// transformer, or dual, whose entries and newest gists look at each other [default: transformer]
+    #[arg(long, value_name = "NAME", help_heading = "Network")]
+    pub kind: Option<String>,
+    /// Shifted sparse attention in groups of so many entries
     #[arg(long, value_name = "G", help_heading = "Network")]
     pub group: Option<u64>,
     /// counterfactual (every edit of a context) or preference (several contexts) [default: counterfactual]

@@ -47,7 +47,7 @@ fn parameters(args: &TrainLensnet, global: &Global) -> Result<(Value, PathBuf)> 
     params.set_some("network.layers", args.layers);
     params.set_some("network.head", args.head.as_deref());
     params.set_some("network.group", args.group);
-    params.set_some("network.causal", args.group.map(|_| true));
+    params.set_some("network.kind", args.kind.as_deref());
     params.set_some("labels.kind", args.labels.as_deref());
     params.set_some("labels.rounds", args.rounds);
     params.set_some("labels.histories", args.label_histories);
