@@ -1,9 +1,10 @@
 //! GistNet's file: `gistnet.safetensors`.
 //!
 //! Tensors under the original's names, in f32; the metadata says what they are: `network` (`gistnet`), `format_version`,
-//! `config` (the settings as JSON), `block` and `width` (K and E, for readers that look no further), `base_fingerprint` (of
-//! the weights whose embeddings the gists live among) and `gist_version`. It is written whole or not at all, and the same
-//! network gives the same bytes.
+//! `config` (the settings as JSON), `block` and `width` (K and E, for readers that look no further), and what it belongs to
+//! ([`Identity`]): `base_fingerprint` (of the weights whose embeddings the gists live among), `gist_version`, and, but in
+//! older files, `adapter_fingerprint` and `place_rule`. It is written whole or not at all, and the same network gives the
+//! same bytes.
 //!
 //! Read strictly: see [`GistNet::load`]. A bare state dict of the original, saved as safetensors, has no metadata;
 //! [`GistNet::load_weights`] reads it under settings that the caller states.
@@ -16,22 +17,13 @@ use megacontext_base::error::Result;
 use megacontext_base::network_file::{self, NetworkFile, Stated};
 use megacontext_base::params::Group;
 
-pub use megacontext_base::network_file::Expected;
+pub use megacontext_base::network_file::{Expected, Identity};
 
 use crate::config::{GistNetConfig, NETWORK};
 use crate::network::GistNet;
 
 /// Version of the file's format.
 pub const FORMAT_VERSION: u32 = 1;
-
-/// Whose gists a network makes, and which.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Identity {
-    /// Fingerprint of the base model's weights.
-    pub base_fingerprint: String,
-    /// Version of the gists.
-    pub gist_version: u16,
-}
 
 /// A network from a file.
 pub struct Loaded {
@@ -42,41 +34,38 @@ pub struct Loaded {
 }
 
 impl GistNet {
-    /// Writes the network, as one for the base model of this fingerprint.
+    /// Writes the network, as one that belongs to `identity`; the gist version is the network's own.
     ///
     /// # Errors
     /// When a parameter is not finite, or the system refuses; then whatever was there is still there.
-    pub fn save(&self, path: &Path, base_fingerprint: &str) -> Result<()> {
+    pub fn save(&self, path: &Path, identity: &Identity) -> Result<()> {
+        let identity = Identity { gist_version: Some(self.gist_version()), ..identity.clone() };
         let stated = Stated {
             network: NETWORK,
             format_version: FORMAT_VERSION,
             block: self.config().block,
             width: self.config().width,
-            base_fingerprint,
+            identity: &identity,
         };
-        let mut metadata = stated.metadata(self.config())?;
-        metadata.insert("gist_version".to_string(), self.gist_version().to_string());
-        network_file::write(path, self.params(), &metadata)
+        network_file::write(path, self.params(), &stated.metadata(self.config())?)
     }
 
     /// Reads a file that [`GistNet::save`] wrote.
     ///
     /// # Errors
-    /// When it is cut short, of another network or format, says nothing of its base, has other K, E or another base than
-    /// expected, or its tensors are not exactly those of its settings, each of its shape and finite.
+    /// When it is cut short, of another network or format, says nothing of its base or its version, has other K, E, another
+    /// base, adapter or version than expected, or its tensors are not exactly those of its settings, each of its shape and
+    /// finite.
     pub fn load(path: &Path, expected: Expected) -> Result<Loaded> {
         let file = NetworkFile::open(path)?;
         file.check_format(NETWORK, FORMAT_VERSION)?;
         let config: GistNetConfig = file.config("GistNet")?;
-        let gist_version = file.stated("gist_version")?;
-        let gist_version: u16 = gist_version.parse().map_err(|_| {
-            file.refuse(format!("metadata: gist_version: expected 0 to 65535, got {gist_version}"))
-        })?;
+        file.stated("gist_version")?;
         let why = ": its gists live among the embeddings of that model";
-        let base_fingerprint = file.check_expected(expected, [config.block, config.width], "GistNet", why)?;
+        let identity = file.identity(expected, [config.block, config.width], "GistNet", why)?;
         let mut network = Self::read(&file, config)?;
-        network.set_gist_version(gist_version);
-        Ok(Loaded { network, identity: Identity { base_fingerprint, gist_version } })
+        network.set_gist_version(identity.gist_version.unwrap_or_default());
+        Ok(Loaded { network, identity })
     }
 
     /// Reads tensors alone, of a file whose metadata does not matter: a state dict of the original.

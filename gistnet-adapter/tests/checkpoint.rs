@@ -11,18 +11,28 @@ use std::path::Path;
 use anyhow::Result;
 use candle_core::{Device, Tensor};
 use common::{Case, close, golden, random, small};
-use gistnet_adapter::{Expected, GistNet, GistNetConfig, Head, Pooling};
+use gistnet_adapter::{Expected, GistNet, GistNetConfig, Head, Identity, Pooling};
 use megacontext_base::params::Group;
+use megacontext_base::rope::{SigmaPreset, SigmaRule};
 use tempfile::TempDir;
 
 const BASE: &str = "0123abcd";
+const ADAPTER: &str = "89abcdef01234567";
+
+fn identity() -> Identity {
+    Identity {
+        adapter_fingerprint: Some(ADAPTER.to_string()),
+        place_rule: Some(SigmaRule { preset: SigmaPreset::Original, block: 8, uniform: false }),
+        ..Identity::of_base(BASE)
+    }
+}
 
 /// A saved network, and where.
 fn saved() -> Result<(GistNet, TempDir)> {
     let dir = tempfile::tempdir()?;
     let mut net = GistNet::new(small(8), 3)?;
     net.set_gist_version(4);
-    net.save(&dir.path().join("gistnet.safetensors"), BASE)?;
+    net.save(&dir.path().join("gistnet.safetensors"), &identity())?;
     Ok((net, dir))
 }
 
@@ -54,10 +64,16 @@ fn replace(bytes: &mut [u8], from: &str, to: &str) {
 fn what_is_saved_comes_back() -> Result<()> {
     let (net, dir) = saved()?;
     let path = dir.path().join("gistnet.safetensors");
-    let expected = Expected { block: Some(8), width: Some(16), base_fingerprint: Some(BASE) };
+    let expected = Expected {
+        block: Some(8),
+        width: Some(16),
+        base_fingerprint: Some(BASE),
+        adapter_fingerprint: Some(ADAPTER),
+        gist_version: Some(4),
+    };
     let loaded = GistNet::load(&path, expected)?;
     assert_eq!(loaded.network.config(), net.config());
-    assert_eq!((loaded.identity.base_fingerprint.as_str(), loaded.identity.gist_version), (BASE, 4));
+    assert_eq!(loaded.identity, Identity { gist_version: Some(4), ..identity() });
     assert_eq!(loaded.network.gist_version(), 4);
     let hash = |net: &GistNet| net.params().group_hash(Group::Gistnet);
     assert_eq!(hash(&loaded.network)?, hash(&net)?);
@@ -70,7 +86,7 @@ fn what_is_saved_comes_back() -> Result<()> {
 fn the_same_network_gives_the_same_bytes() -> Result<()> {
     let (net, dir) = saved()?;
     let again = dir.path().join("again.safetensors");
-    net.save(&again, BASE)?;
+    net.save(&again, &identity())?;
     assert_eq!(std::fs::read(dir.path().join("gistnet.safetensors"))?, std::fs::read(again)?);
     Ok(())
 }
@@ -101,7 +117,7 @@ fn an_interrupted_save_leaves_the_old_file() -> Result<()> {
     let before = std::fs::read(&path)?;
     let broken = Tensor::full(f32::NAN, 16, &Device::Cpu)?;
     net.params_mut().set("head.mlp.2.bias", &broken)?;
-    let error = net.save(&path, BASE).unwrap_err().to_string();
+    let error = net.save(&path, &identity()).unwrap_err().to_string();
     assert!(
         error.contains("head.mlp.2.bias") && error.contains("expected finite values, got NaN"),
         "{error}"
@@ -137,6 +153,52 @@ fn another_base_model_is_refused() -> Result<()> {
         "expected a GistNet of the base model ffff, got one of 0123abcd",
     );
     Ok(())
+}
+
+#[test]
+fn another_adapter_is_refused() -> Result<()> {
+    let (_, dir) = saved()?;
+    let path = dir.path().join("gistnet.safetensors");
+    let of = |adapter| Expected { adapter_fingerprint: Some(adapter), ..Expected::default() };
+    let trained =
+        "got one that was trained beside the adapter 89abcdef0123…: put on the base model what it was";
+    refused(
+        &path,
+        of("none"),
+        &format!("expected a GistNet that was trained beside the base model alone, {trained}"),
+    );
+    refused(&path, of("ff"), &format!("beside the adapter ff…, {trained}"));
+    Ok(())
+}
+
+#[test]
+fn another_gist_version_is_refused() -> Result<()> {
+    let (_, dir) = saved()?;
+    let expected = Expected { gist_version: Some(5), ..Expected::default() };
+    let says = "expected a GistNet of gist version 5, got one of 4";
+    refused(&dir.path().join("gistnet.safetensors"), expected, says);
+    Ok(())
+}
+
+#[test]
+fn an_older_file_says_nothing_of_adapter_and_places_and_is_read() -> Result<()> {
+    let (net, dir) = saved()?;
+    let path = dir.path().join("older.safetensors");
+    net.save(&path, &Identity::of_base(BASE))?;
+    let header = String::from_utf8_lossy(&std::fs::read(&path)?).into_owned();
+    assert!(!header.contains("adapter_fingerprint") && !header.contains("place_rule"));
+    let expected = Expected { adapter_fingerprint: Some("ff"), ..Expected::default() };
+    let identity = GistNet::load(&path, expected)?.identity;
+    assert_eq!(identity, Identity { gist_version: Some(4), ..Identity::of_base(BASE) });
+    Ok(())
+}
+
+#[test]
+fn places_that_there_are_not_are_refused() -> Result<()> {
+    damaged(
+        |bytes| replace(bytes, "original", "anywhere"),
+        "place_rule: expected preset, block and uniform, got",
+    )
 }
 
 #[test]

@@ -1,8 +1,9 @@
 //! LensNet's file: `lensnet.safetensors`.
 //!
 //! Tensors under the original's names, in f32; the metadata says what they are: `network` (`lensnet`), `format_version`,
-//! `config` (the settings as JSON), `block` and `width` (K and E), and `base_fingerprint` (of the weights among whose
-//! embeddings its entries lie). Written whole or not at all, read strictly; the same network gives the same bytes.
+//! `config` (the settings as JSON), `block` and `width` (K and E), and what it belongs to ([`Identity`]): `base_fingerprint`
+//! (of the weights among whose embeddings its entries lie), and where they are known `adapter_fingerprint`, `place_rule` and
+//! the `gist_version` it learned from. Written whole or not at all, read strictly; the same network gives the same bytes.
 //!
 //! Errors: `BaseError::Weights`, naming the file, what was expected and what it holds.
 
@@ -12,7 +13,7 @@ use megacontext_base::error::Result;
 use megacontext_base::network_file::{self, NetworkFile, Stated};
 use megacontext_base::params::Group;
 
-pub use megacontext_base::network_file::Expected;
+pub use megacontext_base::network_file::{Expected, Identity};
 
 use crate::config::{LensNetConfig, NETWORK};
 use crate::network::LensNet;
@@ -24,22 +25,22 @@ pub const FORMAT_VERSION: u32 = 1;
 pub struct Loaded {
     /// The network, frozen.
     pub network: LensNet,
-    /// Fingerprint of the base model's weights.
-    pub base_fingerprint: String,
+    /// What it belongs to.
+    pub identity: Identity,
 }
 
 impl LensNet {
-    /// Writes the network, as one for the base model of this fingerprint.
+    /// Writes the network, as one that belongs to `identity`.
     ///
     /// # Errors
     /// When a parameter is not finite, or the system refuses; then whatever was there is still there.
-    pub fn save(&self, path: &Path, base_fingerprint: &str) -> Result<()> {
+    pub fn save(&self, path: &Path, identity: &Identity) -> Result<()> {
         let stated = Stated {
             network: NETWORK,
             format_version: FORMAT_VERSION,
             block: self.config().block,
             width: self.config().width,
-            base_fingerprint,
+            identity,
         };
         let metadata = stated.metadata(self.config())?;
         network_file::write(path, self.params(), &metadata)
@@ -48,14 +49,14 @@ impl LensNet {
     /// Reads a file that [`LensNet::save`] wrote.
     ///
     /// # Errors
-    /// When it is cut short, of another network or format, says nothing of its base, has other K, E or another base than
-    /// expected, or its tensors are not exactly those of its settings, each of its shape and finite.
+    /// When it is cut short, of another network or format, says nothing of its base, has other K, E, another base,
+    /// adapter or gist version than expected, or its tensors are not exactly those of its settings, each of its shape and finite.
     pub fn load(path: &Path, expected: Expected) -> Result<Loaded> {
         let file = NetworkFile::open(path)?;
         file.check_format(NETWORK, FORMAT_VERSION)?;
         let config: LensNetConfig = file.config("LensNet")?;
-        let base_fingerprint = file.check_expected(expected, [config.block, config.width], "LensNet", "")?;
-        Ok(Loaded { network: Self::read(&file, config)?, base_fingerprint })
+        let identity = file.identity(expected, [config.block, config.width], "LensNet", "")?;
+        Ok(Loaded { network: Self::read(&file, config)?, identity })
     }
 
     /// Reads tensors alone, of a file whose metadata does not matter: a state dict of the original.

@@ -43,7 +43,7 @@ pub mod utility;
 pub mod validate;
 pub mod variants;
 
-pub use checkpoint::{Expected, FORMAT_VERSION, Loaded};
+pub use checkpoint::{Expected, FORMAT_VERSION, Identity, Loaded};
 pub use config::{Features, Head, Kind, LEVELS, LensNetConfig};
 pub use dual::Tail;
 pub use network::{Contexts, LensNet};

@@ -11,7 +11,7 @@ use anyhow::Result;
 use candle_core::{Device, Tensor};
 use common::{close, gradients_hold, random};
 use lensnet_adapter::dual::tail_gists;
-use lensnet_adapter::{Contexts, Expected, Kind, LensNet, LensNetConfig, Tail};
+use lensnet_adapter::{Contexts, Expected, Identity, Kind, LensNet, LensNetConfig, Tail};
 use megacontext_base::context::{BaseModel, GistSource, GistTree, Hierarchy, TokenEmbeddings};
 use megacontext_base::params::Group;
 use megacontext_base::rope::{RopeTables, SigmaRule};
@@ -265,7 +265,7 @@ fn what_is_saved_comes_back() -> Result<()> {
     let dir = tempfile::tempdir()?;
     let path = dir.path().join("lensnet.safetensors");
     let net = LensNet::new(config(2, 4), 3)?;
-    net.save(&path, "0123")?;
+    net.save(&path, &Identity::of_base("0123"))?;
     let loaded = LensNet::load(&path, Expected::default())?.network;
     assert_eq!((loaded.config(), loaded.config().kind), (net.config(), Kind::Dual));
     let hash = |net: &LensNet| net.params().group_hash(Group::Lensnet);

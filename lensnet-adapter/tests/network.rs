@@ -8,7 +8,7 @@ mod common;
 use anyhow::{Context, Result};
 use candle_core::Tensor;
 use common::{close, gradients_hold, random, small};
-use lensnet_adapter::{Contexts, Expected, Features, Head, LensNet, LensNetConfig};
+use lensnet_adapter::{Contexts, Expected, Features, Head, Identity, LensNet, LensNetConfig};
 use megacontext_base::gradients::Gradients;
 use megacontext_base::params::Group;
 use megacontext_base::rope::{RopeTables, SigmaRule};
@@ -272,7 +272,12 @@ fn a_frozen_network_has_no_way_back() -> Result<()> {
 fn saved() -> Result<(LensNet, tempfile::TempDir)> {
     let dir = tempfile::tempdir()?;
     let net = LensNet::new(LensNetConfig { causal: true, group: Some(8), ..small(4) }, 3)?;
-    net.save(&dir.path().join("lensnet.safetensors"), "0123")?;
+    let identity = Identity {
+        adapter_fingerprint: Some("none".to_string()),
+        gist_version: Some(4),
+        ..Identity::of_base("0123")
+    };
+    net.save(&dir.path().join("lensnet.safetensors"), &identity)?;
     Ok((net, dir))
 }
 
@@ -298,9 +303,16 @@ fn replace(bytes: &mut [u8], from: &str, to: &str) {
 fn what_is_saved_comes_back() -> Result<()> {
     let (net, dir) = saved()?;
     let path = dir.path().join("lensnet.safetensors");
-    let expected = Expected { block: Some(4), width: Some(16), base_fingerprint: Some("0123") };
+    let expected = Expected {
+        block: Some(4),
+        width: Some(16),
+        base_fingerprint: Some("0123"),
+        adapter_fingerprint: Some("none"),
+        gist_version: Some(4),
+    };
     let loaded = LensNet::load(&path, expected)?;
-    assert_eq!((loaded.network.config(), loaded.base_fingerprint.as_str()), (net.config(), "0123"));
+    assert_eq!((loaded.network.config(), loaded.identity.base_fingerprint.as_str()), (net.config(), "0123"));
+    assert_eq!((loaded.identity.gist_version, loaded.identity.place_rule), (Some(4), None));
     let hash = |net: &LensNet| net.params().group_hash(Group::Lensnet);
     assert_eq!(hash(&loaded.network)?, hash(&net)?);
     assert_eq!(hash(&LensNet::load_weights(&path, net.config().clone())?)?, hash(&net)?);
@@ -323,6 +335,20 @@ fn a_file_of_another_width_is_refused() -> Result<()> {
 fn a_file_of_another_base_model_is_refused() -> Result<()> {
     let expected = Expected { base_fingerprint: Some("ff"), ..Expected::default() };
     unread(expected, |_| (), "expected a LensNet of the base model ff, got one of 0123")
+}
+
+#[test]
+fn a_file_of_another_adapter_is_refused() -> Result<()> {
+    let expected = Expected { adapter_fingerprint: Some("0123456789abcdef"), ..Expected::default() };
+    let says =
+        "trained beside the adapter 0123456789ab…, got one that was trained beside the base model alone";
+    unread(expected, |_| (), says)
+}
+
+#[test]
+fn a_file_of_another_gist_version_is_refused() -> Result<()> {
+    let expected = Expected { gist_version: Some(5), ..Expected::default() };
+    unread(expected, |_| (), "expected a LensNet of gist version 5, got one of 4")
 }
 
 #[test]

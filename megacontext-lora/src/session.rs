@@ -544,6 +544,15 @@ impl Loaded {
         })
     }
 
+    /// The fingerprint of what is on the base now.
+    fn adapter_fingerprint(&self) -> Result<String> {
+        let model = &self.model;
+        let replaced = self.changed.iter().map(String::as_str);
+        self.decoder
+            .adapter_fingerprint(&model.config, &model.weights, &self.scaling, replaced)
+            .map_err(model_error)
+    }
+
     /// A parameter as this session reads it from the base folder.
     fn base_values(&self, name: &str) -> Result<Vec<f32>> {
         let shape = self.decoder.params().shape(name).unwrap_or(&[]);

@@ -231,6 +231,41 @@ fn a_network_of_another_base_is_refused() {
 }
 
 #[test]
+fn a_network_trained_beside_an_adapter_is_one_for_that_adapter() {
+    let fixture = fixture();
+    let adapter = fixture.adapter("adapted");
+    let beside = ("--adapter", adapter.as_str());
+    mclora(&with(run(&fixture, "gist"), &[beside, ("--stages", "4:2")])).success();
+    let alone = evaluation(&fixture, "gist");
+    let says = [
+        "expected a GistNet that was trained beside the base model alone, got one that was trained beside the adapter ",
+        "--other-adapter",
+    ];
+    mclora(&alone).refused(1, &says);
+    for dtype in ["f32", "bf16"] {
+        mclora(&with(alone.clone(), &[beside, ("--dtype", dtype)])).success();
+    }
+    let mut wanted = alone.clone();
+    wanted.push("--other-adapter".to_string());
+    mclora(&wanted).success();
+    mclora(&with(run(&fixture, "plain"), &[("--stages", "4:2")])).success();
+    mclora(&with(evaluation(&fixture, "plain"), &[beside]))
+        .refused(1, &["got one that was trained beside the base model alone"]);
+}
+
+#[test]
+fn a_network_is_measured_with_the_places_it_was_trained_with() {
+    let fixture = fixture();
+    fs::write(fixture.path("places.toml"), "[places]\npreset = \"original\"\n").unwrap();
+    let config = fixture.at("places.toml");
+    mclora(&with(run(&fixture, "gist"), &[("--config", &config), ("--stages", "4:2")])).success();
+    let mut args = evaluation(&fixture, "gist");
+    args.push("--json".to_string());
+    let result = mclora(&args).success().json();
+    assert_eq!(result["places"], serde_json::json!({ "preset": "original", "uniform": false }));
+}
+
+#[test]
 fn a_file_that_is_no_network_is_refused() {
     let fixture = fixture();
     fs::create_dir(fixture.path("none")).unwrap();

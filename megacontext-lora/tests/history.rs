@@ -10,9 +10,12 @@ use std::path::Path;
 use std::sync::Arc;
 
 use common::Fixture;
-use gistnet_adapter::{GistNet, GistNetConfig};
+use gistnet_adapter::{GistNet, GistNetConfig, Identity};
+use megacontext_base::rope::{SigmaPreset, SigmaRule};
+use megacontext_kernels::precision::Precision;
 use megacontext_lora::error::{Kind, Result};
 use megacontext_lora::host::HostApi;
+use megacontext_lora::jobs::ModelDir;
 use megacontext_lora::session::Session;
 use serde_json::{Value, json};
 
@@ -43,7 +46,7 @@ fn network(seed: u64, version: u16) -> GistNet {
 /// The network of this seed and version as a file for the fixture's base.
 fn saved(fixture: &Fixture, session: &Session, name: &str, seed: u64, version: u16) -> String {
     let fingerprint = session.describe().unwrap()["fingerprint"].as_str().unwrap().to_string();
-    network(seed, version).save(&fixture.path(name), &fingerprint).unwrap();
+    network(seed, version).save(&fixture.path(name), &Identity::of_base(&fingerprint)).unwrap();
     fixture.at(name)
 }
 
@@ -184,6 +187,104 @@ fn embeddings_that_learned_are_noticed() {
     assert_ne!(gists(&session, 1, 10), before);
 }
 
+/// The fingerprint of an adapter on the fixture's base, as a job would have it in this class.
+fn fingerprint(fixture: &Fixture, adapter: Option<&str>, precision: Precision) -> String {
+    let model = ModelDir::open(&fixture.path("base")).unwrap();
+    let (decoder, scaling, adapter) = model.decoder_with(adapter.map(Path::new), precision).unwrap();
+    let names = adapter.iter().flat_map(|adapter| adapter.parameters(decoder.config()).map(|(name, _)| name));
+    decoder.adapter_fingerprint(&model.config, &model.weights, &scaling, names).unwrap()
+}
+
+/// A network that was trained beside what has this fingerprint, at these places.
+fn trained(fixture: &Fixture, session: &Session, adapter: &str, places: SigmaRule) -> String {
+    let base = session.describe().unwrap()["fingerprint"].as_str().unwrap().to_string();
+    let identity = Identity {
+        adapter_fingerprint: Some(adapter.to_string()),
+        place_rule: Some(places),
+        ..Identity::of_base(&base)
+    };
+    network(3, 0).save(&fixture.path("trained.safetensors"), &identity).unwrap();
+    fixture.at("trained.safetensors")
+}
+
+#[test]
+fn a_network_trained_beside_another_adapter_is_refused_unless_it_is_wanted() {
+    let fixture = Fixture::new();
+    let dir = fixture.adapter("run");
+    let own = fingerprint(&fixture, Some(&dir), Precision::F32);
+    assert_eq!(own, fingerprint(&fixture, Some(&dir), Precision::Bf16));
+    assert_eq!(fingerprint(&fixture, None, Precision::Bf16), "none");
+    let called = format!("the adapter {}…", &own[..12]);
+    let beside = |session: &Session, adapter: &str| json!({ "network": trained(&fixture, session, adapter, SigmaRule::default()) });
+    let alone = open(&fixture);
+    refused(
+        alone.open_tree(beside(&alone, &own)),
+        Kind::Model,
+        &[
+            "expected a GistNet that was trained beside the base model alone",
+            &format!("got one that was trained beside {called}"),
+            "other_adapter",
+        ],
+    );
+    alone.open_tree(beside(&alone, "none")).unwrap();
+    let mut wanted = beside(&alone, &own);
+    wanted["other_adapter"] = json!(true);
+    alone.open_tree(wanted).unwrap();
+    // With the adapter it is the other way round, in another class and after switching too.
+    let config = json!({ "base": fixture.path("base"), "adapter": dir, "dtype": "bf16" });
+    let adapted = Session::open(config, Arc::new(Silent)).unwrap();
+    adapted.open_tree(beside(&adapted, &own)).unwrap();
+    refused(
+        adapted.open_tree(beside(&adapted, "none")),
+        Kind::Model,
+        &[&format!("trained beside {called}, got one that was trained beside the base model alone")],
+    );
+    adapted.set_adapter(json!({ "name": null })).unwrap();
+    adapted.open_tree(beside(&adapted, "none")).unwrap();
+    adapted.set_adapter(json!({ "name": "default" })).unwrap();
+    adapted.open_tree(beside(&adapted, &own)).unwrap();
+    adapted.merge_adapter().unwrap();
+    adapted.open_tree(beside(&adapted, &own)).unwrap();
+    adapted.unmerge_adapter().unwrap();
+    // Trained on, it is another.
+    adapted.enter_phase(json!({ "groups": ["lora"] })).unwrap();
+    adapted.step(json!({ "tokens": [ids(41)], "lr": 0.05 })).unwrap();
+    adapted.leave_phase().unwrap();
+    refused(adapted.open_tree(beside(&adapted, &own)), Kind::Model, &[&format!("beside {called}: put on")]);
+}
+
+#[test]
+fn lora_that_has_not_learned_is_no_adapter() {
+    let fixture = Fixture::new();
+    let session = open(&fixture);
+    let file = trained(&fixture, &session, "none", SigmaRule::default());
+    session.enter_phase(json!({ "groups": ["lora", "norms", "embeddings"] })).unwrap();
+    session.leave_phase().unwrap();
+    session.open_tree(json!({ "network": file })).unwrap();
+    for groups in [["norms"], ["lora"]] {
+        session.enter_phase(json!({ "groups": groups })).unwrap();
+        session.step(json!({ "tokens": [ids(41)], "lr": 0.05 })).unwrap();
+        session.leave_phase().unwrap();
+        refused(session.open_tree(json!({ "network": file })), Kind::Model, &["beside the adapter "]);
+    }
+}
+
+#[test]
+fn a_network_trained_with_other_places_is_refused() {
+    let fixture = Fixture::new();
+    let session = open(&fixture);
+    let original = SigmaRule { preset: SigmaPreset::Original, block: BLOCK, uniform: false };
+    let file = trained(&fixture, &session, "none", original);
+    refused(
+        session.open_tree(json!({ "network": file })),
+        Kind::Usage,
+        &["places of the session's positions (document), got one trained with original"],
+    );
+    let config = json!({ "base": fixture.path("base"), "positions": { "sigma": { "preset": "original" } } });
+    let session = Session::open(config, Arc::new(Silent)).unwrap();
+    session.open_tree(json!({ "network": file })).unwrap();
+}
+
 #[test]
 fn calls_without_a_history_are_refused() {
     let fixture = Fixture::new();
@@ -265,10 +366,13 @@ fn blocks_that_are_not_whole_are_refused() {
 fn a_network_of_another_base_or_width_is_refused() {
     unchanged(|fixture, s| {
         let path = fixture.path("other.safetensors");
-        network(3, 0).save(&path, "another").unwrap();
+        network(3, 0).save(&path, &Identity::of_base("another")).unwrap();
         let open = || s.open_tree(json!({ "network": path }));
         refused(open(), Kind::Model, &["other.safetensors", "another"]);
-        GistNet::new(GistNetConfig::new(16, 4), 1).unwrap().save(&path, "another").unwrap();
+        GistNet::new(GistNetConfig::new(16, 4), 1)
+            .unwrap()
+            .save(&path, &Identity::of_base("another"))
+            .unwrap();
         refused(open(), Kind::Model, &["width: expected 32, got a network of 16"]);
         std::fs::remove_file(&path).unwrap();
         assert!(open().is_err());
@@ -299,7 +403,7 @@ fn a_stored_history_of_another_base_block_or_depth_is_refused() {
         let fingerprint = s.describe().unwrap()["fingerprint"].as_str().unwrap().to_string();
         let wide = fixture.path("wide.safetensors");
         let config = GistNetConfig { block: 8, ..GistNetConfig::new(WIDTH, 4) };
-        GistNet::new(config, 1).unwrap().save(&wide, &fingerprint).unwrap();
+        GistNet::new(config, 1).unwrap().save(&wide, &Identity::of_base(&fingerprint)).unwrap();
         let other =
             |refresh: bool| s.open_tree(json!({ "network": wide, "stored": dir, "refresh": refresh }));
         refused(

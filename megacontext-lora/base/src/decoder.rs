@@ -38,6 +38,7 @@ use crate::weights::Weights;
 
 mod adapted;
 mod continuation;
+mod fingerprint;
 mod merged;
 mod step;
 

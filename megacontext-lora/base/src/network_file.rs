@@ -2,6 +2,10 @@
 //!
 //! Written whole or not at all ([`crate::atomic`]), tensors and metadata in order of name, so that the same network gives the
 //! same bytes. Read strictly: every tensor that the network has, of its shape and finite, and no other.
+//!
+//! What a network belongs to ([`Identity`]) stands in the metadata: `base_fingerprint`; `adapter_fingerprint` of what was on
+//! the base ([`crate::decoder::Decoder::adapter_fingerprint`], or `none`); `place_rule`, where entries stood; `gist_version`.
+//! A file without the latter three is read as one that does not say: older ones do not.
 //! Source: the safetensors format; values of its `__metadata__` are strings.
 //! Errors: `BaseError::Weights`, naming file and tensor.
 
@@ -16,17 +20,64 @@ use serde_json::{Map, Value, json};
 use crate::atomic;
 use crate::error::{BaseError, Result};
 use crate::params::{Group, ParamStore};
+use crate::rope::SigmaRule;
 use crate::weights::MappedFile;
 
-/// What a caller asks of a file; what is none is not asked for.
+/// The fingerprint of an adapter where there is none.
+pub const NO_ADAPTER: &str = "none";
+
+/// What a network belongs to: what it learned beside.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Identity {
+    /// Fingerprint of the base model's weights.
+    pub base_fingerprint: String,
+    /// Fingerprint of the adapter that was on them, or [`NO_ADAPTER`]; none where it is not stated.
+    pub adapter_fingerprint: Option<String>,
+    /// Where entries stood, and how vaguely; none where it is not stated.
+    pub place_rule: Option<SigmaRule>,
+    /// Version of the gists that it makes, or that it learned from; none where it is not stated.
+    pub gist_version: Option<u16>,
+}
+
+impl Identity {
+    /// Of a network for the base model of this fingerprint, which states nothing else.
+    pub fn of_base(fingerprint: &str) -> Self {
+        Self { base_fingerprint: fingerprint.to_string(), ..Self::default() }
+    }
+
+    /// Refuses the network `what` of the file at `path` where it states another adapter than the one of this fingerprint.
+    ///
+    /// # Errors
+    /// As said.
+    pub fn check_adapter(&self, wanted: &str, what: &str, path: &Path) -> Result<()> {
+        match &self.adapter_fingerprint {
+            Some(found) if found != wanted => {
+                let message = format!(
+                    "expected a {what} that was trained beside {}, got one that was trained beside {}: put on the base model \
+                     what it was trained beside, or train another {what}",
+                    adapter_called(wanted),
+                    adapter_called(found)
+                );
+                Err(BaseError::weights(path, message))
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
+/// What a caller asks of a file; what is none is not asked for, and a file that does not state it is not refused.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Expected<'a> {
     /// K.
     pub block: Option<usize>,
     /// E: the base model's width.
     pub width: Option<usize>,
-    /// Fingerprint of the base model's weights.
+    /// Fingerprint of the base model's weights, which every file states.
     pub base_fingerprint: Option<&'a str>,
+    /// Fingerprint of the adapter on them, or [`NO_ADAPTER`].
+    pub adapter_fingerprint: Option<&'a str>,
+    /// Version of the gists.
+    pub gist_version: Option<u16>,
 }
 
 /// What a file says of its network, whichever it is.
@@ -40,8 +91,8 @@ pub struct Stated<'a> {
     pub block: usize,
     /// E.
     pub width: usize,
-    /// Fingerprint of the base model's weights.
-    pub base_fingerprint: &'a str,
+    /// What it belongs to.
+    pub identity: &'a Identity,
 }
 
 impl Stated<'_> {
@@ -52,16 +103,20 @@ impl Stated<'_> {
     pub fn metadata(&self, config: &impl Serialize) -> Result<BTreeMap<String, String>> {
         let config = serde_json::to_string(config)
             .map_err(|e| BaseError::network(self.network, format!("settings: {e}")))?;
-        let metadata = [
+        let identity = self.identity;
+        let mut metadata = vec![
             ("format", "pt".to_string()),
             ("network", self.network.to_string()),
             ("format_version", self.format_version.to_string()),
             ("config", config),
             ("block", self.block.to_string()),
             ("width", self.width.to_string()),
-            ("base_fingerprint", self.base_fingerprint.to_string()),
+            ("base_fingerprint", identity.base_fingerprint.clone()),
         ];
-        Ok(metadata.map(|(key, value)| (key.to_string(), value)).into())
+        metadata.extend(identity.adapter_fingerprint.clone().map(|adapter| ("adapter_fingerprint", adapter)));
+        metadata.extend(identity.place_rule.map(|rule| ("place_rule", json!(rule).to_string())));
+        metadata.extend(identity.gist_version.map(|version| ("gist_version", version.to_string())));
+        Ok(metadata.into_iter().map(|(key, value)| (key.to_string(), value)).collect())
     }
 }
 
@@ -121,29 +176,56 @@ impl NetworkFile {
         serde_json::from_str(self.stated("config")?).map_err(refuse)
     }
 
-    /// Refuses K, E or a base model other than expected; `what` is the network, `why` ends the message about the base. Gives
-    /// the base model's fingerprint.
+    /// What the network belongs to, refused where it is not what was expected, K and E among it. `what` is the network, `why`
+    /// ends the message about the base.
     ///
     /// # Errors
-    /// As said, and when the file says nothing of its base.
-    pub fn check_expected(
+    /// As said; when the file says nothing of its base, or something that no network of ours says.
+    pub fn identity(
         &self,
         expected: Expected,
         [block, width]: [usize; 2],
         what: &str,
         why: &str,
-    ) -> Result<String> {
+    ) -> Result<Identity> {
         for (key, wanted, found) in [("block", expected.block, block), ("width", expected.width, width)] {
             if let Some(wanted) = wanted.filter(|wanted| *wanted != found) {
                 return Err(self.refuse(format!("{key}: expected {wanted}, got a network of {found}")));
             }
         }
-        let found = self.stated("base_fingerprint")?;
-        if let Some(wanted) = expected.base_fingerprint.filter(|wanted| *wanted != found) {
-            let message = format!("expected a {what} of the base model {wanted}, got one of {found}{why}");
+        let base = self.stated("base_fingerprint")?;
+        if let Some(wanted) = expected.base_fingerprint.filter(|wanted| *wanted != base) {
+            let message = format!("expected a {what} of the base model {wanted}, got one of {base}{why}");
             return Err(self.refuse(message));
         }
-        Ok(found.to_string())
+        let gist_version = self.metadata("gist_version").map(|stated| {
+            let refuse =
+                |_| self.refuse(format!("metadata: gist_version: expected 0 to {}, got {stated}", u16::MAX));
+            stated.parse().map_err(refuse)
+        });
+        let gist_version: Option<u16> = gist_version.transpose()?;
+        if let Some((wanted, found)) = expected.gist_version.zip(gist_version).filter(|(a, b)| a != b) {
+            return Err(
+                self.refuse(format!("expected a {what} of gist version {wanted}, got one of {found}"))
+            );
+        }
+        let place_rule = self.metadata("place_rule").map(|stated| {
+            serde_json::from_str(stated).map_err(|e| {
+                self.refuse(format!(
+                    "metadata: place_rule: expected preset, block and uniform, got {stated}: {e}"
+                ))
+            })
+        });
+        let identity = Identity {
+            base_fingerprint: base.to_string(),
+            adapter_fingerprint: self.metadata("adapter_fingerprint").map(str::to_string),
+            place_rule: place_rule.transpose()?,
+            gist_version,
+        };
+        match expected.adapter_fingerprint {
+            None => Ok(identity),
+            Some(wanted) => identity.check_adapter(wanted, what, self.path()).map(|()| identity),
+        }
     }
 
     /// The given tensors as parameters of a group.
@@ -187,6 +269,14 @@ impl NetworkFile {
             Some(_) => self.file.read::<f32>(name),
         };
         expected.iter().map(values).collect()
+    }
+}
+
+/// An adapter by its fingerprint, in words.
+pub fn adapter_called(fingerprint: &str) -> String {
+    match fingerprint {
+        NO_ADAPTER => "the base model alone".to_string(),
+        other => format!("the adapter {}…", other.chars().take(12).collect::<String>()),
     }
 }
 

@@ -4,8 +4,8 @@
 //! Measured like the validations of a run that trains one ([`gistnet_adapter::validate`]), on passages drawn from all of the text
 //! by the seed. Nothing is written.
 //!
-//! Units: nats, tokens. Errors: a network of another base model or width, or for other blocks than asked for; text too short;
-//! a group too small for the horizon. An evaluation that the host stops leaves nothing to go on with.
+//! Units: nats, tokens. Errors: a network of another base model, adapter or width, or for other blocks or places than asked
+//! for; text too short; a group too small for the horizon. An evaluation that the host stops leaves nothing to go on with.
 
 use std::path::PathBuf;
 
@@ -13,7 +13,6 @@ use gistnet_adapter::trainer::Setting;
 use gistnet_adapter::validate::{Baseline, Validator};
 use gistnet_adapter::{Expected, GistNet};
 use megacontext_base::buffers::Buffers;
-use megacontext_base::rope::SigmaRule;
 use megacontext_kernels::attention::Pattern;
 use megacontext_kernels::precision::Precision;
 use serde::{Deserialize, Serialize};
@@ -52,8 +51,10 @@ pub struct EvalGist {
     pub blocks: usize,
     /// Measure shifted sparse attention of this group as well.
     pub sparse_group: Option<GroupSize>,
-    /// Where entries stand.
-    pub places: PlaceSettings,
+    /// Where entries stand, to be refused if the network was trained with others; none means what it was trained with.
+    pub places: Option<PlaceSettings>,
+    /// Measure a network that was trained beside another adapter.
+    pub other_adapter: bool,
     /// Seed of which passages are measured.
     pub seed: u64,
     /// Precision class.
@@ -75,7 +76,8 @@ impl Default for EvalGist {
             passages: 32,
             blocks: 16,
             sparse_group: None,
-            places: PlaceSettings::default(),
+            places: None,
+            other_adapter: false,
             seed: 0,
             dtype: Precision::F32,
             threads: None,
@@ -102,9 +104,26 @@ fn evaluate(job: &EvalGist, host: &dyn HostApi) -> Result<Value> {
         block: job.block,
         width: Some(model.config.hidden_size),
         base_fingerprint: Some(&fingerprint),
+        ..Expected::default()
     };
     let loaded = GistNet::load(&job.network, expected).map_err(model_error)?;
+    let trained_with = loaded.identity.place_rule.map(PlaceSettings::from);
+    if let Some((asked, trained)) = job.places.zip(trained_with).filter(|(a, b)| !a.same_as(*b)) {
+        return usage(format!(
+            "places: expected those that the network was trained with, {trained}, got {asked}; left out, they are"
+        ));
+    }
+    let places = job.places.or(trained_with).unwrap_or_default();
     let (decoder, scaling, adapter) = model.decoder_with(job.adapter.as_deref(), job.dtype)?;
+    let on_base = model.adapter_fingerprint(&decoder, &scaling, adapter.as_ref())?;
+    if !job.other_adapter {
+        loaded.identity.check_adapter(&on_base, "GistNet", &job.network).map_err(|error| {
+            let error = model_error(error);
+            let message =
+                format!("{}; other_adapter (--other-adapter) measures it all the same", error.message);
+            PluginError { message, ..error }
+        })?;
+    }
     let trained = adapter.as_ref().and_then(|adapter| adapter.config.megacontext.as_ref());
     let context = job.context.unwrap_or(trained.map_or(model.config.context(), |own| own.context_length));
     let block = loaded.network.config().block;
@@ -130,7 +149,7 @@ fn evaluate(job: &EvalGist, host: &dyn HostApi) -> Result<Value> {
     check_forward("the evaluation", decoder.config(), job.dtype, context, 0)?;
     let documents = passages.drawn(job.passages, job.seed);
 
-    let rule = SigmaRule { preset: job.places.preset, block, uniform: job.places.uniform };
+    let rule = places.rule(block);
     let setting = |pattern: Pattern| Setting { scaling: scaling.clone(), rule, pattern };
     let dense = setting(Pattern::Dense);
     let validator = Validator {
@@ -158,6 +177,8 @@ fn evaluate(job: &EvalGist, host: &dyn HostApi) -> Result<Value> {
         "base": job.base,
         "adapter": job.adapter,
         "base_fingerprint": fingerprint,
+        "adapter_fingerprint": on_base,
+        "places": places,
         "context": context,
         "block": block,
         "passages": documents.len(),

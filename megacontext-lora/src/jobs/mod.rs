@@ -189,6 +189,18 @@ impl ModelDir {
         Ok((decoder, scaling, Some(adapter)))
     }
 
+    /// The fingerprint of what [`ModelDir::decoder_with`] put on the model, for files of networks that learn beside it.
+    pub(crate) fn adapter_fingerprint(
+        &self,
+        decoder: &Decoder,
+        scaling: &RopeScaling,
+        adapter: Option<&Adapter>,
+    ) -> Result<String> {
+        let replaced = adapter.iter().flat_map(|adapter| adapter.parameters(decoder.config()));
+        let replaced = replaced.map(|(name, _)| name);
+        decoder.adapter_fingerprint(&self.config, &self.weights, scaling, replaced).map_err(model_error)
+    }
+
     /// What the LoRA of an adapter comes to on this model, for planning before anything of it is in memory.
     pub(crate) fn lora_of(&self, adapter: Option<&Path>) -> Result<Option<LoraModules>> {
         let Some(dir) = adapter else { return Ok(None) };

@@ -18,7 +18,7 @@ use std::time::Instant;
 use gistnet_adapter::curriculum::Stage;
 use gistnet_adapter::trainer::{GistTrainer, Lesson, Setting};
 use gistnet_adapter::validate::{Baseline, Validation, Validator};
-use gistnet_adapter::{Expected, GistNet};
+use gistnet_adapter::{Expected, GistNet, Identity};
 use megacontext_base::decoder::Decoder;
 use megacontext_base::params::{Group, ParamStore};
 use megacontext_base::random::Random;
@@ -170,6 +170,11 @@ fn prepare(config: GistRunConfig, resume: bool, host: &dyn HostApi) -> Result<Va
     let trained = adapter.as_ref().and_then(|adapter| adapter.config.megacontext.as_ref());
     let trained = trained.map_or(model.config.context(), |own| own.context_length);
     let config = config.resolve(decoder.config(), trained)?;
+    let identity = Identity {
+        adapter_fingerprint: Some(model.adapter_fingerprint(&decoder, &scaling, adapter.as_ref())?),
+        place_rule: Some(config.rule()),
+        ..Identity::of_base(&model.weights.fingerprint())
+    };
     let [text, held_out] = read_text(&config, &model, host)?;
     let weights: usize = decoder.params().count_by_group().values().sum();
     let plan = GistPlan::new(&config, decoder.config(), 4 * weights as u64, text.tokens.len())?;
@@ -236,6 +241,7 @@ fn prepare(config: GistRunConfig, resume: bool, host: &dyn HostApi) -> Result<Va
         held_out: &held_out.tokens,
         dense: &dense,
         sparse,
+        identity: &identity,
         folder,
         telemetry,
         state,
@@ -269,6 +275,8 @@ struct Run<'a> {
     held_out: &'a [Vec<u32>],
     dense: &'a Setting,
     sparse: Option<Setting>,
+    /// What the network belongs to.
+    identity: &'a Identity,
     folder: RunFolder,
     telemetry: Telemetry,
     state: State,
@@ -329,10 +337,15 @@ impl Run<'_> {
     fn anchor(&mut self) -> Result<()> {
         let path = self.folder.path().join(anchor_name(self.state.stage));
         if self.state.stage_step == 0 {
-            self.trainer.network.save(&path, &self.state.inputs.base).map_err(model_error)?;
+            self.trainer.network.save(&path, self.identity).map_err(model_error)?;
         }
         if self.state.stage_step == 0 || !self.trainer.is_anchored() {
-            let anchor = GistNet::load(&path, Expected::default()).map_err(model_error)?;
+            let expected = Expected {
+                base_fingerprint: Some(&self.identity.base_fingerprint),
+                adapter_fingerprint: self.identity.adapter_fingerprint.as_deref(),
+                ..Expected::default()
+            };
+            let anchor = GistNet::load(&path, expected).map_err(model_error)?;
             self.trainer.anchor(anchor.network).map_err(model_error)?;
         }
         Ok(())
@@ -417,7 +430,7 @@ impl Run<'_> {
         self.state.last = Some(found.delta_nll);
         if better {
             let path = self.folder.path().join(NETWORK);
-            self.trainer.network.save(&path, &self.state.inputs.base).map_err(model_error)?;
+            self.trainer.network.save(&path, self.identity).map_err(model_error)?;
             self.state.best = Some(found);
             self.state.best_step = self.step as u64;
         }

@@ -8,6 +8,10 @@
 //! them, another adapter is in use), the newest whole block shows it: its gist is made again before every append, and a
 //! history whose tokens it no longer stands for has to be begun anew.
 //!
+//! A network states what it learned beside: an adapter, and where entries stood. Another adapter than what is in use now is
+//! refused unless the host says that it wants the network all the same, and so are other places than those of the
+//! session's positions.
+//!
 //! Shapes: N blocks or nodes, K entries of a block, E model width. Units: tokens.
 //! Errors: `Usage` for what does not fit, with what was expected, and where no history is open; `Model` for files. The
 //! history is then what it was.
@@ -21,25 +25,27 @@ use gistnet_adapter::{Expected, GistNet};
 use megacontext_base::context::{
     BaseModel, GistDtype, GistTree, Hierarchy, Node, StoreOptions, TreeFolder, write_tree,
 };
+use megacontext_base::rope::SigmaRule;
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
 
 use super::{Loaded, Session, size};
 use crate::error::{PluginError, Result};
 use crate::jobs::{model_error, parse};
+use crate::train::gistnet::PlaceSettings;
 
-/// How far the gist of the newest block may be from what it was, relative where it is above 1. The same embeddings give the
-/// same bytes; LoRA merged into them rounds them.
+/// How far the gist of the newest block may be from what it was, relative to its own size ([`GistTree::verify`]). The same
+/// embeddings give the same bytes; LoRA merged into them rounds them.
 const SAME: f32 = 1e-3;
-/// The same for gists that were stored in 16 bits.
-const SAME_STORED: f32 = 2e-2;
+/// The same where 16 bits round: gists that were stored in them, embeddings that LoRA was merged into in class bf16.
+const SAME_ROUNDED: f32 = 2e-2;
 
 /// The history of a session.
 pub(super) struct History {
     network: GistNet,
     network_path: PathBuf,
     tree: GistTree,
-    /// [`SAME`] or [`SAME_STORED`].
+    /// [`SAME`] or [`SAME_ROUNDED`].
     tolerance: f32,
 }
 
@@ -57,6 +63,9 @@ struct OpenTree {
     /// Whether gists of earlier versions are made anew; else they are refused.
     #[serde(default)]
     refresh: bool,
+    /// Take a network that was trained beside another adapter than what is on the base now.
+    #[serde(default)]
+    other_adapter: bool,
 }
 
 #[derive(Deserialize)]
@@ -68,6 +77,19 @@ struct SaveTree {
     /// Nothing is going to be appended.
     #[serde(default)]
     complete: bool,
+}
+
+/// Refuses a network whose entries stood otherwise than those of the session do.
+fn check_places(stated: Option<SigmaRule>, own: SigmaRule) -> Result<()> {
+    let Some(stated) = stated else { return Ok(()) };
+    let (trained, now) = (PlaceSettings::from(stated), PlaceSettings::from(own));
+    if trained.same_as(now) {
+        return Ok(());
+    }
+    Err(PluginError::usage(format!(
+        "open_tree: expected a network trained with the places of the session's positions ({now}), got one trained with \
+         {trained}: open the session with such positions.sigma, or train another network"
+    )))
 }
 
 fn none_open(call: &str) -> PluginError {
@@ -123,28 +145,42 @@ impl Session {
         Ok((tree.hierarchy().block(), tree.width()))
     }
 
-    /// Begins a history: `{network, levels, name, stored, refresh}`, all but `network` optional. The network has to be one
-    /// of this base. Returns its description: `tokens`, `block`, `width`, `levels`, `nodes` by level, `gist_version`,
+    /// Begins a history: `{network, levels, name, stored, refresh, other_adapter}`, all but `network` optional. The network has
+    /// to be one of this base, trained beside what is on it now (unless `other_adapter` is true) and with the places of the
+    /// session's positions. Returns its description: `tokens`, `block`, `width`, `levels`, `nodes` by level, `gist_version`,
     /// `stale` nodes, `base`, `network`.
     pub fn open_tree(&self, params: Value) -> Result<Value> {
-        let OpenTree { network: path, levels, name, stored, refresh } = parse(params)?;
+        let OpenTree { network: path, levels, name, stored, refresh, other_adapter } = parse(params)?;
         let l = self.read()?;
         let fingerprint = l.model.weights.fingerprint();
         let expected = Expected {
             block: None,
             width: Some(l.decoder.config().hidden_size),
             base_fingerprint: Some(&fingerprint),
+            ..Expected::default()
         };
-        let network = GistNet::load(&path, expected).map_err(model_error)?.network;
+        let loaded = GistNet::load(&path, expected).map_err(model_error)?;
+        if !other_adapter && loaded.identity.adapter_fingerprint.is_some() {
+            let checked = loaded.identity.check_adapter(&l.adapter_fingerprint()?, "GistNet", &path);
+            checked.map_err(|error| {
+                let error = model_error(error);
+                let message = format!("{}; other_adapter = true takes it all the same", error.message);
+                PluginError { message, ..error }
+            })?;
+        }
+        check_places(loaded.identity.place_rule, l.model.config.positions.sigma)?;
+        let network = loaded.network;
         let folder = || Some(l.dir.canonicalize().ok()?.file_name()?.to_string_lossy().into_owned());
         let name = name.or_else(folder).unwrap_or_else(|| "base".to_string());
         let base = BaseModel { name, fingerprint: fingerprint.clone() };
+        let rounds = l.decoder.precision().stores_bf16();
+        let same = |stored_narrow: bool| if stored_narrow || rounds { SAME_ROUNDED } else { SAME };
         let mut history = match stored {
             None => {
                 let hierarchy =
                     Hierarchy::new(network.config().block, levels.unwrap_or(2)).map_err(model_error)?;
                 let tree = GistTree::new(hierarchy, network.config().width, base).map_err(model_error)?;
-                History { network, network_path: path, tree, tolerance: SAME }
+                History { network, network_path: path, tree, tolerance: same(false) }
             }
             Some(dir) => {
                 let folder = TreeFolder::open(&dir).map_err(model_error)?;
@@ -159,8 +195,7 @@ impl Session {
                 }
                 let tree = folder.load(&base).map_err(model_error)?;
                 let narrow = folder.file(1).is_some_and(|file| file.header().dtype != Some(GistDtype::F32));
-                let tolerance = if narrow { SAME_STORED } else { SAME };
-                History { network, network_path: path, tree, tolerance }
+                History { network, network_path: path, tree, tolerance: same(narrow) }
             }
         };
         if refresh {

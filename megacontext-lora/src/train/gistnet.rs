@@ -86,6 +86,36 @@ pub struct PlaceSettings {
     pub uniform: bool,
 }
 
+impl From<SigmaRule> for PlaceSettings {
+    fn from(rule: SigmaRule) -> Self {
+        Self { preset: rule.preset, uniform: rule.uniform }
+    }
+}
+
+impl PlaceSettings {
+    /// With blocks of K.
+    pub fn rule(self, block: usize) -> SigmaRule {
+        SigmaRule { preset: self.preset, block, uniform: self.uniform }
+    }
+
+    /// Do entries stand at the same places?
+    pub fn same_as(self, other: Self) -> bool {
+        // The spread of `original` is the span in any case.
+        let spread = |places: Self| places.preset == SigmaPreset::Document && places.uniform;
+        (self.preset, spread(self)) == (other.preset, spread(other))
+    }
+}
+
+impl std::fmt::Display for PlaceSettings {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match (self.preset, self.uniform) {
+            (SigmaPreset::Document, false) => "document",
+            (SigmaPreset::Document, true) => "document, uniform",
+            (SigmaPreset::Original, _) => "original",
+        })
+    }
+}
+
 /// Validation while training.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
@@ -209,7 +239,7 @@ impl GistRunConfig {
 
     /// Where entries stand, K among it.
     pub fn rule(&self) -> SigmaRule {
-        SigmaRule { preset: self.places.preset, block: self.network.block, uniform: self.places.uniform }
+        self.places.rule(self.network.block)
     }
 
     /// Steps of all stages where none advances early.

@@ -368,8 +368,9 @@ impl GistTree {
     }
 
     /// Holds the nodes over a range of tokens against the source: each of its version has to be the gist of its children.
-    /// `tolerance` is how far a value may be from it, relative where it is above 1: 0 for a tree that was made here, more
-    /// for one that was stored in 16 bits. Returns how many nodes were held; those of other versions cannot be.
+    /// `tolerance` is how far a value may be from it, relative to the value or, where that is more, to the gist's root mean
+    /// square: 0 for a tree that was made here, more for one that was stored in 16 bits. Returns how many nodes were held;
+    /// those of other versions cannot be.
     ///
     /// # Errors
     /// The first node that is not its children's gist, or not of their version.
@@ -403,7 +404,9 @@ impl GistTree {
                     if level.versions[node] != source.version() {
                         continue;
                     }
-                    let far = |(e, g): (&f32, &f32)| (e - g).abs() > tolerance * e.abs().max(1.0);
+                    // Embeddings may be of any size, and gists are of theirs.
+                    let scale = root_mean_square(expected);
+                    let far = |(e, g): (&f32, &f32)| (e - g).abs() > tolerance * e.abs().max(scale);
                     if let Some(at) = expected.iter().zip(got).position(far) {
                         let node = Node { lod, index: node as u64 };
                         return fail(format!(
@@ -453,6 +456,11 @@ impl GistTree {
         let span = self.hierarchy.span(lod);
         range.start.div_ceil(span) as usize..(range.end / span).max(range.start.div_ceil(span)) as usize
     }
+}
+
+fn root_mean_square(values: &[f32]) -> f32 {
+    let sum: f64 = values.iter().map(|value| f64::from(*value).powi(2)).sum();
+    (sum / values.len().max(1) as f64).sqrt() as f32
 }
 
 /// Nodes in runs whose children have about [`CALL`] values.

@@ -22,7 +22,7 @@ use crate::params::{Group, Parameter};
 
 /// What is set aside while LoRA is merged.
 pub(super) struct Merged {
-    lora: Attached,
+    pub(super) lora: Attached,
     weights: Vec<(String, Parameter)>,
 }
 

@@ -112,6 +112,9 @@ pub struct EvalGist {
     /// The network: gistnet.safetensors of a run
     #[arg(long, value_name = "FILE")]
     pub network: PathBuf,
+    /// Measure the network although it was trained beside another adapter, or beside none
+    #[arg(long)]
+    pub other_adapter: bool,
     /// Text: files, folders, globs, or corpus:held-out
     #[arg(long, value_name = "PATH", num_args = 1..)]
     pub data: Vec<String>,

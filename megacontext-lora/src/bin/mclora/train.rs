@@ -30,6 +30,7 @@ pub fn eval_gist(args: &EvalGist, global: &Global) -> Result<Value> {
     params.set_path("base", Some(&args.base))?;
     params.set_path("adapter", args.adapter.as_ref())?;
     params.set_path("network", Some(&args.network))?;
+    params.set_some("other_adapter", args.other_adapter.then_some(true));
     params.set_list("data", &args.data);
     params.set_some("context", args.context);
     params.set_some("horizon", args.horizon);

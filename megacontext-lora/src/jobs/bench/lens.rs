@@ -12,7 +12,7 @@ use std::path::{Path, PathBuf};
 
 use candle_core::{Device, Tensor};
 use lensnet_adapter::metrics::pearson;
-use lensnet_adapter::{Contexts, Expected, Head, LensNet, LensNetConfig};
+use lensnet_adapter::{Contexts, Expected, Head, Identity, LensNet, LensNetConfig};
 use megacontext_base::random::Random;
 use megacontext_base::rope::{RopeTables, SigmaRule};
 use megacontext_base::tower::Angles;
@@ -162,7 +162,7 @@ impl Made {
     /// What the peer reads.
     fn write(&self, folder: &Path, net: &LensNet, scores: &[f32]) -> Result<()> {
         std::fs::create_dir_all(folder).map_err(|e| PluginError::io(folder, e))?;
-        net.save(&folder.join("lensnet.safetensors"), NO_BASE).map_err(model_error)?;
+        net.save(&folder.join("lensnet.safetensors"), &Identity::of_base(NO_BASE)).map_err(model_error)?;
         let n = scores.len();
         let start: Vec<i64> = self.start.iter().map(|start| *start as i64).collect();
         let tensors: HashMap<&str, Tensor> = HashMap::from([
