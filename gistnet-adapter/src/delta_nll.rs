@@ -137,7 +137,7 @@ pub struct RowLoss {
     pub replaced: Vec<f32>,
     /// NLL of the future in the document as it is.
     pub full: Vec<f32>,
-    /// KL(full ‖ replaced), where the document keeps what it takes.
+    /// KL(full ‖ replaced), where the document keeps what it takes and no objective says that it counts nothing.
     pub kl: Option<Vec<f32>>,
 }
 
@@ -417,6 +417,8 @@ impl<'a> DeltaNll<'a> {
             weights = Some(all);
         }
         let share = 1.0 / (n * self.horizon) as f64;
+        // A document may keep what a divergence reads although nothing asks for one any more.
+        let diverges = passage.document.keeps_hidden() && objective.is_none_or(|of| of.kl != 0.0);
         let (mut nll, mut d) = (Vec::with_capacity(n * rows.longest), Vec::new());
         let mut kl = Vec::new();
         // So many rows at a time that what is kept for their way back stays small beside the document.
@@ -434,7 +436,7 @@ impl<'a> DeltaNll<'a> {
                 x_nre: &x_nre,
                 rope: &self.tables(mu, sigma, &rows.lod[entries.clone()], length)?,
                 targets: &rows.targets[entries.clone()],
-                teacher: passage.document.keeps_hidden().then_some(&rows.teacher[entries.clone()]),
+                teacher: diverges.then_some(&rows.teacher[entries.clone()]),
             };
             let with = objective.map(|objective| Objective {
                 nll: (objective.nll * share) as f32,

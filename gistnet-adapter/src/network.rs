@@ -29,7 +29,7 @@ pub(crate) const CLS_TOKEN: &str = "cls_token";
 /// What the original adds to the scores of padded keys.
 const PADDED: f32 = -1e4;
 /// Entries that [`GistNet::gists`] passes at a time, about.
-const CHUNK_ENTRIES: usize = 1024;
+pub const CHUNK_ENTRIES: usize = 1024;
 /// Products of at most so many results are summed in another order by the matrix library.
 const SMALL_PRODUCT: usize = 256;
 

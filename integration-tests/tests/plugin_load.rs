@@ -459,7 +459,7 @@ fn a_hosts_history_becomes_gists() {
     let path = folder.path().join("gistnet.safetensors");
     let config = gistnet_adapter::GistNetConfig { block, ..gistnet_adapter::GistNetConfig::new(width, 4) };
     let network = gistnet_adapter::GistNet::new(config, 1).unwrap();
-    network.save(&path, told["fingerprint"].as_str().unwrap()).unwrap();
+    network.save(&path, &gistnet_adapter::Identity::of_base(told["fingerprint"].as_str().unwrap())).unwrap();
 
     let ids: Vec<u32> = (0..22).map(|i| i * 5 % 64).collect();
     let error = session.tree_append(TensorView::of(&ids)).unwrap_err();

@@ -1,7 +1,9 @@
-//! The memory plan against the peak of the real program, at three sizes in the three precision classes.
+//! The memory plans of `extend` and of `train gistnet` against the peak of the real program, in the precision classes.
 //!
-//! What is large differs from case to case: activations of all blocks; an evaluation beside a large vocabulary that
-//! learns; frozen weights. The peak is the system's VmHWM at the end of the run, as the summary has it.
+//! What is large differs from case to case. Of `extend`: activations of all blocks; an evaluation beside a large vocabulary that
+//! learns; frozen weights. Of `train gistnet`: GistNet's graph; passages that are kept; the base model, with an adapter whose
+//! trained tensors are larger than the base's; both sides of the plan are held. The peak is the system's VmHWM at the end of
+//! the run, as the summary has it.
 
 // A test stops at the first thing that is not as it should be.
 #![allow(clippy::unwrap_used)]
@@ -83,6 +85,79 @@ fn frozen_weights_in_bf16() {
             ("--eval-tokens", "1024"),
             ("--tokens-per-step", "1024"),
             ("--activation-checkpointing", "on"),
+            ("--dtype", "bf16"),
+        ],
+    ));
+}
+
+/// The plan's total and the peak of `train gistnet` over a model, bytes; `adapter` puts a trained one on it.
+fn gistnet(name: &str, model: Value, adapter: bool, flags: &[(&str, &str)]) -> (f64, f64) {
+    let fixture = Fixture::new();
+    fixture.model_of("model", 1, model);
+    let (base, data, out) = (fixture.at("model"), fixture.at("data"), fixture.at("gist"));
+    #[rustfmt::skip]
+    let args = [
+        "--base", &base, "--data", &data, "--out", &out, "--block", "16", "--stages", "16:2", "--validate-every", "2",
+        "--validation-passages", "4", "--threads", "2",
+    ];
+    let mut args: Vec<String> = args.map(str::to_owned).to_vec();
+    if adapter {
+        let flags =
+            [("--base", base.as_str()), ("--stages", "128:1"), ("--eval-tokens", "256"), ("--lr", "1e-4")];
+        mclora(&with(fixture.extend("adapted"), &flags)).success();
+        args.extend(["--adapter".to_owned(), fixture.at("adapted/adapter")]);
+    }
+    args.insert(0, "gistnet".to_owned());
+    let mut args = with(args, flags);
+    args.insert(0, "train".to_owned());
+    args.push("--json".to_owned());
+    let summary = mclora(&args).success().json();
+    let of = |key: &str| summary[key].as_f64().unwrap();
+    println!(
+        "{name}: planned {:.0} MB, measured {:.0} MB",
+        of("planned_bytes") / 1e6,
+        of("peak_bytes") / 1e6
+    );
+    (of("planned_bytes"), of("peak_bytes"))
+}
+
+#[test]
+fn gistnets_graph_in_f32() {
+    within_a_tenth(gistnet(
+        "graph",
+        json!({ "vocab_size": 2048, "hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 3 }),
+        false,
+        &[("--context", "320"), ("--passages-per-step", "12"), ("--spans-per-passage", "18")],
+    ));
+}
+
+#[test]
+fn passages_that_are_kept_in_mixed() {
+    within_a_tenth(gistnet(
+        "passages",
+        json!({ "vocab_size": 2048, "hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 12,
+            "num_key_value_heads": 4 }),
+        false,
+        &[
+            ("--context", "512"),
+            ("--stages", "16:6"),
+            ("--passages-per-step", "6"),
+            ("--spans-per-passage", "4"),
+            ("--dtype", "mixed"),
+        ],
+    ));
+}
+
+#[test]
+fn a_base_with_an_adapter_in_bf16() {
+    within_a_tenth(gistnet(
+        "adapted",
+        json!({ "vocab_size": 16_384, "hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 8 }),
+        true,
+        &[
+            ("--context", "128"),
+            ("--passages-per-step", "2"),
+            ("--spans-per-passage", "4"),
             ("--dtype", "bf16"),
         ],
     ));

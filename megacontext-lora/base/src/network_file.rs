@@ -201,7 +201,7 @@ impl NetworkFile {
         let gist_version = self.metadata("gist_version").map(|stated| {
             let refuse =
                 |_| self.refuse(format!("metadata: gist_version: expected 0 to {}, got {stated}", u16::MAX));
-            stated.parse().map_err(refuse)
+            stated.parse::<u16>().map_err(refuse)
         });
         let gist_version: Option<u16> = gist_version.transpose()?;
         if let Some((wanted, found)) = expected.gist_version.zip(gist_version).filter(|(a, b)| a != b) {

@@ -24,7 +24,7 @@ use std::path::Path;
 
 use megacontext_base::adapter::{Adapter, read_adapter};
 use megacontext_base::config::DecoderConfig;
-use megacontext_base::decoder::Decoder;
+use megacontext_base::decoder::{Decoder, stored_narrow};
 use megacontext_base::error::BaseError;
 use megacontext_base::lora::LoraModules;
 use megacontext_base::params::Group;
@@ -201,6 +201,32 @@ impl ModelDir {
         decoder.adapter_fingerprint(&self.config, &self.weights, scaling, replaced).map_err(model_error)
     }
 
+    /// What a model with an adapter on it will hold, for planning before anything of it is in memory.
+    pub(crate) fn adapted(&self, adapter: Option<&Path>, precision: Precision) -> Result<Adapted> {
+        let mut adapted = Adapted {
+            config: self.config.clone(),
+            lora: None,
+            context: self.config.context(),
+            beyond: 0,
+            read: 0,
+        };
+        let Some(dir) = adapter else { return Ok(adapted) };
+        let adapter = read_adapter(dir).map_err(model_error)?;
+        if adapter.unties(&self.config).map_err(model_error)? {
+            adapted.config = self.config.untied();
+        }
+        adapted.lora = Some(adapter.lora().resolve(&adapted.config).map_err(model_error)?);
+        if let Some(own) = &adapter.config.megacontext {
+            adapted.context = own.context_length;
+        }
+        let bytes = |tensor: &candle_core::Tensor| 4 * tensor.elem_count() as u64;
+        adapted.read = adapter.tensors.values().map(bytes).sum();
+        let widened = adapter.parameters(&adapted.config);
+        let widened = widened.filter(|(name, _)| stored_narrow(adapted.config.group_of(name), precision));
+        adapted.beyond = widened.map(|(_, tensor)| bytes(tensor) / 2).sum();
+        Ok(adapted)
+    }
+
     /// What the LoRA of an adapter comes to on this model, for planning before anything of it is in memory.
     pub(crate) fn lora_of(&self, adapter: Option<&Path>) -> Result<Option<LoraModules>> {
         let Some(dir) = adapter else { return Ok(None) };
@@ -230,6 +256,20 @@ impl ModelDir {
             )
         })
     }
+}
+
+/// A model with an adapter on it, before it is in memory.
+pub(crate) struct Adapted {
+    /// The model's, with a head of its own where the adapter gives it one.
+    pub config: DecoderConfig,
+    /// What LoRA comes to.
+    pub lora: Option<LoraModules>,
+    /// Tokens that it was trained for.
+    pub context: usize,
+    /// Bytes that trained tensors take more than the base's in their place: they are f32 in every class.
+    pub beyond: u64,
+    /// Bytes of the adapter's tensors, which are there twice while they are read.
+    pub read: u64,
 }
 
 /// More threads than any machine has cores; asking for more is a slip of the pen.

@@ -2,13 +2,15 @@
 //!
 //! Order: everything is read, checked and planned; then the run folder is made; what else could stand for a block is measured;
 //! the stages train, with validations between; the best network so far stands in `gistnet.safetensors` at any time. A stage
-//! ends after its steps, or when it stops improving; a run ends with its last stage, or when its validations have got worse
-//! a number of times in a row.
+//! ends after its steps, when its loss stops improving, or when its validations have got worse a number of times in a row; a
+//! run ends with its last stage.
 //!
 //! The best network is that of the lowest ΔNLL@H on held-out text, compared within a stage: another horizon is another
-//! measure. A new stage begins with its own best, and starts from the weights that the last one ended with.
+//! measure. A new stage begins with its own best, and starts from the weights that the last one ended with, whichever way it
+//! ended.
 //!
-//! Interrupted and taken up again, a run ends with the same network.
+//! Interrupted and taken up again, a run ends with the same network. Before a validation that is due there is a checkpoint
+//! that says so, whatever `checkpoint.every` is: a run that is stopped while it measures takes up the measuring.
 //!
 //! Units: nats, tokens, seconds, bytes. Errors: before the run folder exists, anything about settings, model, data, memory.
 
@@ -102,6 +104,7 @@ pub struct GistSummary {
 
 /// What a checkpoint knows besides tensors.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
+#[serde(default)]
 struct State {
     config_hash: String,
     seed: u64,
@@ -117,9 +120,40 @@ struct State {
     best_step: u64,
     last: Option<f64>,
     rises: usize,
+    /// The network as it is has yet to be measured.
+    validation_due: bool,
+    /// The gap between sparse and dense attention was told.
+    warned: bool,
     ended: Option<String>,
     metric_lines: u64,
     seconds: f64,
+}
+
+impl State {
+    /// Takes up a validation of the stage; true if it is the best so far.
+    ///
+    /// # Errors
+    /// When it is not finite: everything would be better than it, or nothing.
+    fn judge(&mut self, delta_nll: f64) -> Result<bool> {
+        if !delta_nll.is_finite() {
+            return Err(PluginError::model(format!(
+                "validation: expected a finite ΔNLL@H, got {delta_nll}; dtype f32, or a lower optimizer.lr from the checkpoint \
+                 before, may help"
+            )));
+        }
+        let rose = self.last.is_some_and(|last| delta_nll > last);
+        self.rises = if rose { self.rises + 1 } else { 0 };
+        self.last = Some(delta_nll);
+        Ok(self.best.as_ref().is_none_or(|best| delta_nll < best.delta_nll))
+    }
+}
+
+/// Why a stage ends.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum End {
+    Steps,
+    Improvement,
+    Rises(usize),
 }
 
 /// Runs the job.
@@ -166,24 +200,25 @@ fn read_text(config: &GistRunConfig, model: &ModelDir, host: &dyn HostApi) -> Re
 fn prepare(config: GistRunConfig, resume: bool, host: &dyn HostApi) -> Result<Value> {
     let started = Instant::now();
     let model = ModelDir::open(&config.base)?;
+    let adapted = model.adapted(config.adapter.as_deref(), config.dtype)?;
+    let config = config.resolve(&adapted.config, adapted.context)?;
+    let [text, held_out] = read_text(&config, &model, host)?;
+    let scarce = config.check_level2(&text)?;
+    let plan = GistPlan::new(&config, &adapted, &text, &held_out)?;
+    let mut told = to_value(plan)?;
+    let parameters = config.network.of(&adapted.config).parameters();
+    told["text"] = json!(plan.text(config.steps(), parameters));
+    host.event("plan", &told);
+
     let (decoder, scaling, adapter) = model.decoder_with(config.adapter.as_deref(), config.dtype)?;
-    let trained = adapter.as_ref().and_then(|adapter| adapter.config.megacontext.as_ref());
-    let trained = trained.map_or(model.config.context(), |own| own.context_length);
-    let config = config.resolve(decoder.config(), trained)?;
     let identity = Identity {
         adapter_fingerprint: Some(model.adapter_fingerprint(&decoder, &scaling, adapter.as_ref())?),
         place_rule: Some(config.rule()),
         ..Identity::of_base(&model.weights.fingerprint())
     };
-    let [text, held_out] = read_text(&config, &model, host)?;
-    let weights: usize = decoder.params().count_by_group().values().sum();
-    let plan = GistPlan::new(&config, decoder.config(), 4 * weights as u64, text.tokens.len())?;
+    // Its tensors were copied into the model.
+    drop(adapter);
     let network = GistNet::new(config.network.of(decoder.config()), config.seed).map_err(model_error)?;
-    let parameters = network.config().parameters();
-    let mut told = to_value(plan)?;
-    told["text"] = json!(plan.text(config.steps(), parameters));
-    host.event("plan", &told);
-
     let setting = |pattern: Pattern| Setting { scaling: scaling.clone(), rule: config.rule(), pattern };
     let trainer = GistTrainer::new(
         &decoder,
@@ -229,6 +264,9 @@ fn prepare(config: GistRunConfig, resume: bool, host: &dyn HostApi) -> Result<Va
     for warning in warnings {
         host.event("log", &json!({ "message": warning }));
     }
+    for remark in config.no_sparse().into_iter().chain(scarce) {
+        host.event("log", &json!({ "message": format!("warning: {remark}") }));
+    }
     let sparse = config.sparse()?.map(&setting);
     let dense = setting(Pattern::Dense);
     let mut run = Run {
@@ -247,7 +285,6 @@ fn prepare(config: GistRunConfig, resume: bool, host: &dyn HostApi) -> Result<Va
         state,
         started,
         step: 0,
-        warned: false,
     };
     if let Some(loaded) = loaded {
         run.restore(loaded)?;
@@ -284,8 +321,6 @@ struct Run<'a> {
     /// Seconds of the parts before this one.
     before: f64,
     step: usize,
-    /// The gap between sparse and dense attention was told.
-    warned: bool,
 }
 
 impl Run<'_> {
@@ -392,6 +427,10 @@ impl Run<'_> {
             self.validator(horizon).measure(&self.trainer.network, &mut buffers, &mut || !host.cancelled());
         *self.trainer.buffers() = buffers;
         let Some(found) = found.map_err(model_error)? else { return Ok(false) };
+        let better = self
+            .state
+            .judge(found.delta_nll)
+            .map_err(|e| PluginError { message: format!("after step {}: {}", self.step, e.message), ..e })?;
         let deleted = self.state.baselines.get(&horizon).and_then(|all| all.get(&Baseline::Deleted)).copied();
         self.telemetry.record(Record::GistValidation(Box::new(GistValidationRecord {
             step: self.step as u64,
@@ -415,19 +454,15 @@ impl Run<'_> {
         event["text"] = json!(text);
         self.host.event("validation", &event);
         let most = self.config.validation.most_gap;
-        let gap = found.sparse_dense_gap().filter(|gap| gap.abs() > most && !self.warned);
+        let gap = found.sparse_dense_gap().filter(|gap| gap.abs() > most && !self.state.warned);
         if let Some(gap) = gap {
-            self.warned = true;
+            self.state.warned = true;
             self.say(&format!(
                 "warning: ΔNLL@{horizon} under sparse attention is {gap:+.3} nats from that under dense attention, beyond the \
                  stated {}: a larger group, or training with the attention that will be used, helps",
                 most
             ));
         }
-        let better = self.state.best.as_ref().is_none_or(|best| found.delta_nll < best.delta_nll);
-        self.state.rises =
-            if self.state.last.is_some_and(|last| found.delta_nll > last) { self.state.rises + 1 } else { 0 };
-        self.state.last = Some(found.delta_nll);
         if better {
             let path = self.folder.path().join(NETWORK);
             self.trainer.network.save(&path, self.identity).map_err(model_error)?;
@@ -498,48 +533,58 @@ impl Run<'_> {
             if stage.loss.stability != 0.0 {
                 self.anchor()?;
             }
-            if self.host.cancelled() {
-                return self.cancelled();
+            if !self.state.validation_due {
+                if self.host.cancelled() {
+                    return self.cancelled();
+                }
+                self.train(stage, begun)?;
+                let every = self.state.stage_step.is_multiple_of(c.validation.every);
+                self.state.validation_due = every || self.end(stage).is_some();
+                if self.state.validation_due || self.step.is_multiple_of(c.checkpoint.every) {
+                    self.checkpoint()?;
+                }
             }
-            self.train(stage, begun)?;
-            let advances = stage.advances(&self.state.losses);
-            let last = self.state.stage_step == stage.steps || advances;
-            if last || self.state.stage_step.is_multiple_of(c.validation.every) {
-                // What is measured next is part of this step: a host that stops it finds the checkpoint before.
+            if self.state.validation_due {
                 if !self.validate(stage.horizon)? {
-                    return Err(PluginError::cancelled(format!(
-                        "stopped while measuring after step {}; go on with --resume and the same settings",
-                        self.step
-                    )));
+                    return self.cancelled();
                 }
-                let patience = c.validation.stop_after_rises;
-                if patience > 0 && self.state.rises >= patience {
-                    self.state.ended = Some(format!("ΔNLL@H rose {patience} times in a row"));
+                self.state.validation_due = false;
+                if let Some(end) = self.end(stage) {
+                    self.leave_stage(end);
+                    self.checkpoint()?;
                 }
-            }
-            if last && self.state.ended.is_none() {
-                self.leave_stage(advances);
-            }
-            let every = self.step.is_multiple_of(c.checkpoint.every);
-            if every || last || self.state.ended.is_some() {
-                self.checkpoint()?;
             }
         }
         Ok(())
     }
 
-    fn leave_stage(&mut self, early: bool) {
-        if early {
-            self.say(&format!(
-                "stage {} improves no more: going on after {} steps",
-                self.state.stage + 1,
-                self.state.stage_step
-            ));
+    /// Why the stage ends here, if it does; it follows from the state alone.
+    fn end(&self, stage: &Stage) -> Option<End> {
+        let patience = self.config.validation.stop_after_rises;
+        match &self.state {
+            state if state.stage_step >= stage.steps => Some(End::Steps),
+            state if patience > 0 && state.rises >= patience => Some(End::Rises(state.rises)),
+            state if stage.advances(&state.losses) => Some(End::Improvement),
+            _ => None,
+        }
+    }
+
+    fn leave_stage(&mut self, end: End) {
+        let steps = self.state.stage_step;
+        let why = match end {
+            End::Steps => None,
+            End::Improvement => Some(format!("its loss improved no more after {steps} steps")),
+            End::Rises(times) => Some(format!("its ΔNLL@H rose {times} times in a row, up to step {steps}")),
+        };
+        if let Some(why) = &why {
+            self.say(&format!("stage {} ends: {why}", self.state.stage + 1));
         }
         self.state.stage += 1;
         self.state.losses.clear();
         if self.state.stage == self.config.stages.len() {
-            self.state.ended = Some("all stages are done".to_string());
+            self.state.ended = Some(
+                why.map_or("all stages are done".to_string(), |why| format!("the last stage ended: {why}")),
+            );
             return;
         }
         self.state.stage_step = 0;
@@ -599,5 +644,33 @@ impl Run<'_> {
         self.folder.write(crate::report::REPORT, render(&page).as_bytes())?;
         self.folder.write_json(SUMMARY, &summary)?;
         to_value(&summary)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rises_are_counted_in_a_row() {
+        let mut state = State::default();
+        let rises: Vec<usize> = [0.9, 0.8, 0.85, 0.86, 0.5, 0.5]
+            .into_iter()
+            .map(|delta| {
+                state.judge(delta).unwrap();
+                state.rises
+            })
+            .collect();
+        assert_eq!(rises, [0, 0, 1, 2, 0, 0]);
+    }
+
+    #[test]
+    fn a_validation_that_is_no_number_is_refused_and_never_the_best() {
+        for bad in [f64::NAN, f64::INFINITY, f64::NEG_INFINITY] {
+            let mut state = State::default();
+            let error = state.judge(bad).unwrap_err().message;
+            assert!(error.contains("expected a finite ΔNLL@H, got "), "{error}");
+            assert!(state.judge(0.7).unwrap() && state.rises == 0);
+        }
     }
 }

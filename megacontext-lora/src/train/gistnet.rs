@@ -1,5 +1,5 @@
-//! Settings of a run that trains GistNet, as they stand in `config.toml` and in the parameters of the job `train_gistnet`, the
-//! text it learns from, and what it will cost.
+//! Settings of a run that trains GistNet, as they stand in `config.toml` and in the parameters of the job `train_gistnet`,
+//! and the text it learns from. What it will cost is in the module `plan`.
 //!
 //! A document is cut into passages of `context` tokens; what is left at its end is a passage too if a block and its horizon fit
 //! in. Which passage comes when follows from the seed and the step alone, so a run that goes on stores no place in the data.
@@ -8,23 +8,24 @@
 
 use std::path::PathBuf;
 
-use gistnet_adapter::curriculum::{Stage, shuffle};
-use gistnet_adapter::delta_nll::ENTRIES_AT_ONCE;
-use gistnet_adapter::validate::Baseline;
+use gistnet_adapter::curriculum::{Stage, places, shuffle};
+use gistnet_adapter::delta_nll::check_group;
 use gistnet_adapter::{GistNetConfig, Head, Mode, Pooling};
-use megacontext_base::buffers::{PassShape, evaluation_bytes, training_bytes};
 use megacontext_base::config::DecoderConfig;
-use megacontext_base::decoder::DocumentShape;
 use megacontext_base::random::Random;
 use megacontext_base::rope::{SigmaPreset, SigmaRule};
 use megacontext_kernels::attention::Pattern;
 use megacontext_kernels::precision::Precision;
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
+use serde_json::Value;
 
 use super::config::{Attention, CheckpointConfig, GroupSize, OptimizerConfig, Schedule, pattern};
-use super::plan::{available_bytes, bytes, resident_bytes};
 use crate::error::{PluginError, Result};
 use crate::run::folder::config_hash;
+
+mod plan;
+
+pub use plan::GistPlan;
 
 /// The network, but for what the base model decides.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -116,6 +117,44 @@ impl std::fmt::Display for PlaceSettings {
     }
 }
 
+/// Groups of the sparse attention that a validation measures: in files `"auto"`, `"off"`, a part of the context, or tokens.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub enum SparseGroup {
+    /// Half the context; nothing where that is too small for the longest horizon.
+    #[default]
+    Auto,
+    /// Nothing is measured.
+    Off,
+    /// Of this size; refused where that is too small for the longest horizon.
+    Of(GroupSize),
+}
+
+impl Serialize for SparseGroup {
+    fn serialize<S: Serializer>(&self, to: S) -> std::result::Result<S::Ok, S::Error> {
+        match self {
+            Self::Auto => to.serialize_str("auto"),
+            Self::Off => to.serialize_str("off"),
+            Self::Of(group) => group.serialize(to),
+        }
+    }
+}
+
+impl<'de> Deserialize<'de> for SparseGroup {
+    fn deserialize<D: Deserializer<'de>>(from: D) -> std::result::Result<Self, D::Error> {
+        let value = Value::deserialize(from)?;
+        match value.as_str() {
+            Some("auto") => return Ok(Self::Auto),
+            Some("off") => return Ok(Self::Off),
+            _ if value.is_null() => return Ok(Self::Off),
+            _ => {}
+        }
+        serde_json::from_value(value.clone()).map(Self::Of).map_err(|_| {
+            let message = "expected \"auto\", \"off\", a part of the context or a number of tokens";
+            serde::de::Error::custom(format!("{message}, got {value}"))
+        })
+    }
+}
+
 /// Validation while training.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
@@ -126,11 +165,11 @@ pub struct ValidationSettings {
     pub passages: usize,
     /// Most blocks of a passage.
     pub blocks: usize,
-    /// Ends a run whose ΔNLL@H rose so many times in a row; 0 never does.
+    /// Ends a stage whose ΔNLL@H rose so many times in a row; 0 never does. The next stage goes on from there, as it does
+    /// from a stage that has done its steps.
     pub stop_after_rises: usize,
-    /// Measure shifted sparse attention as well, with groups of this size (a part of the context, or tokens); none leaves it
-    /// out.
-    pub sparse_group: Option<GroupSize>,
+    /// Measure shifted sparse attention as well.
+    pub sparse_group: SparseGroup,
     /// Warns when ΔNLL@H under sparse and dense attention differ by more nats than this.
     pub most_gap: f64,
 }
@@ -142,7 +181,7 @@ impl Default for ValidationSettings {
             passages: 32,
             blocks: 16,
             stop_after_rises: 3,
-            sparse_group: Some(GroupSize::Part(0.5)),
+            sparse_group: SparseGroup::Auto,
             most_gap: 0.1,
         }
     }
@@ -293,7 +332,7 @@ impl GistRunConfig {
         let patterns = [("group", Some(self.pattern()?)), ("validation.sparse_group", self.sparse()?)];
         for (key, pattern) in patterns {
             let Some(pattern) = pattern else { continue };
-            gistnet_adapter::delta_nll::check_group(pattern, self.longest_horizon())
+            check_group(pattern, self.longest_horizon())
                 .map_err(|e| PluginError::usage(format!("{key}: {e}")))?;
         }
         Ok(self)
@@ -312,8 +351,68 @@ impl GistRunConfig {
     /// # Errors
     /// A group that is none.
     pub fn sparse(&self) -> Result<Option<Pattern>> {
-        let group = self.validation.sparse_group;
-        group.map(|group| pattern(Attention::S2, group, self.context.unwrap_or(0))).transpose()
+        let of = |group| pattern(Attention::S2, group, self.context.unwrap_or(0)).map(Some);
+        match self.validation.sparse_group {
+            SparseGroup::Off => Ok(None),
+            SparseGroup::Of(group) => of(group),
+            SparseGroup::Auto => {
+                let fits = |pattern: &Pattern| check_group(*pattern, self.longest_horizon()).is_ok();
+                Ok(of(GroupSize::Part(0.5))?.filter(fits))
+            }
+        }
+    }
+
+    /// What a run says before it begins where it cannot measure sparse attention, though nobody asked it not to.
+    pub fn no_sparse(&self) -> Option<String> {
+        let left_out = self.validation.sparse_group == SparseGroup::Auto && self.sparse().ok()?.is_none();
+        left_out.then(|| {
+            let (context, horizon) = (self.context.unwrap_or(0), self.longest_horizon());
+            format!(
+                "sparse attention is not measured: half of a passage of {context} tokens is less than the 2·(H + 1) = {} that \
+                 a group needs for H = {horizon}; a longer context, or validation.sparse_group, helps",
+                2 * (horizon + 1)
+            )
+        })
+    }
+
+    /// What a run says before it begins where a stage wants spans of the second level that some passages have no room for.
+    ///
+    /// # Errors
+    /// When none has.
+    pub fn check_level2(&self, passages: &Passages) -> Result<Vec<String>> {
+        let mut warnings = Vec::new();
+        for (number, stage) in (1..).zip(&self.stages).filter(|(_, stage)| stage.level2 > 0.0) {
+            let drawn = |source: usize| stage.mix.get(source).is_none_or(|weight| *weight > 0.0);
+            let lengths: Vec<usize> = passages
+                .tokens
+                .iter()
+                .zip(&passages.sources)
+                .filter(|(_, source)| drawn(**source))
+                .map(|(tokens, _)| tokens.len())
+                .collect();
+            let block = self.network.block;
+            let room = |length: &&usize| !places(**length, block, 2, stage.horizon).is_empty();
+            let with = lengths.iter().filter(room).count();
+            let least = 2 * block * block + stage.horizon;
+            if with == 0 {
+                return Err(PluginError::usage(format!(
+                    "stages, number {number}: level2: expected passages of at least {least} tokens, for an entry of the second \
+                     level before the replaced one ({} tokens each) and a horizon of {}, got at most {}: a longer context and \
+                     longer documents, or level2 = 0, help",
+                    block * block,
+                    stage.horizon,
+                    lengths.iter().max().unwrap_or(&0)
+                )));
+            }
+            if with < lengths.len() {
+                warnings.push(format!(
+                    "stage {number}: {with} of {} passages have the {least} tokens that a span of the second level takes; the \
+                     others replace spans of the first alone, whatever level2 says",
+                    lengths.len()
+                ));
+            }
+        }
+        Ok(warnings)
     }
 
     /// Hash of what the result depends on.
@@ -328,108 +427,6 @@ impl GistRunConfig {
             map.retain(|key, _| !beside.contains(&key.as_str()));
         }
         config_hash(&value)
-    }
-}
-
-/// Bytes that a run takes, by kind.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
-pub struct GistPlan {
-    /// What the process held when it planned.
-    pub program: u64,
-    /// The base model.
-    pub weights: u64,
-    /// GistNet, its gradients and its optimiser's moments.
-    pub network: u64,
-    /// What GistNet's graph keeps.
-    pub graph: u64,
-    /// Passages: those that are kept, and those of a step.
-    pub passages: u64,
-    /// Buffers of passes over rows, with gradients, or over a passage.
-    pub passes: u64,
-    /// Of all kinds.
-    pub total: u64,
-}
-
-/// Values of an entry that GistNet's graph keeps, in widths of the model and per block: q, k, v and their forms after
-/// rotation and norm, mixed values, norms, residual sums, the MLP's two widths of 4; and as many gradients.
-const GRAPH_WIDTHS: u64 = 40;
-
-impl GistPlan {
-    /// Plans a resolved run over `passages` passages; what it would hold must fit.
-    ///
-    /// # Errors
-    /// When it does not, with the numbers and what would help.
-    pub fn new(config: &GistRunConfig, model: &DecoderConfig, weights: u64, passages: usize) -> Result<Self> {
-        let (k, e) = (config.network.block, model.hidden_size as u64);
-        let context = config.context.unwrap_or(0);
-        let wide = config.stages.iter().any(|stage| stage.level2 > 0.0);
-        let run = config.stages.iter().map(|stage| stage.run).max().unwrap_or(1);
-        let rows = config.spans_per_passage.max(config.validation.blocks);
-        // A row: its stand-ins, at most one a block, and the horizon.
-        let row = config.longest_horizon() + run.max(Baseline::MOST_TOKENS);
-        let entries = (rows * row).min(ENTRIES_AT_ONCE.max(row));
-        let pass = |entries| PassShape { entries, precision: config.dtype, lora: None };
-        let step = training_bytes(model, pass(entries), model.num_hidden_layers, true).total();
-        let passes = step.max(evaluation_bytes(model, pass(context)).total());
-        let spans = (config.passages_per_step * config.spans_per_passage * run) as u64;
-        let seen = spans * k as u64 * if wide { k as u64 } else { 1 };
-        let network = config.network.of(model);
-        let layers = if network.mode == Mode::Mean { 1 } else { network.layers as u64 };
-        let graph = 4 * seen * e * GRAPH_WIDTHS * layers;
-        let hidden = config.stages.iter().any(|stage| stage.kl != 0.0);
-        let shape = DocumentShape { entries: context, precision: config.dtype, hidden };
-        let passage = shape.bytes(model) + 4 * context as u64 * e;
-        let kept = (passages as u64 * passage).min(config.passage_bytes);
-        let in_step = config.passages_per_step as u64 * passage;
-        let program = resident_bytes().unwrap_or(0);
-        let plan = Self {
-            program,
-            weights,
-            network: 16 * network.parameters() as u64,
-            graph,
-            passages: kept + in_step,
-            passes,
-            total: 0,
-        };
-        let total = plan.program + plan.weights + plan.network + plan.graph + plan.passages + plan.passes;
-        let plan = Self { total, ..plan };
-        let free = available_bytes().map(|free| free + program);
-        let budget = config.memory_budget_bytes.or(free).unwrap_or(u64::MAX);
-        if total > budget {
-            let mut help = vec!["fewer passages_per_step", "fewer spans_per_passage", "a smaller context"];
-            help.extend((kept > 0).then_some("fewer passage_bytes"));
-            help.extend((!config.dtype.stores_bf16()).then_some("--dtype bf16"));
-            return Err(PluginError::memory(format!(
-                "the run needs about {}, but may use {}: {}. What would help: {}",
-                bytes(total),
-                bytes(budget),
-                plan.kinds(),
-                help.join(", ")
-            )));
-        }
-        Ok(plan)
-    }
-
-    fn kinds(&self) -> String {
-        format!(
-            "program {}, weights {}, GistNet {}, its graph {}, passages {}, passes {}",
-            bytes(self.program),
-            bytes(self.weights),
-            bytes(self.network),
-            bytes(self.graph),
-            bytes(self.passages),
-            bytes(self.passes)
-        )
-    }
-
-    /// The plan in a sentence.
-    pub fn text(&self, steps: usize, parameters: usize) -> String {
-        format!(
-            "plan: at most about {} of memory ({}); {steps} steps; {} parameters of GistNet learn",
-            bytes(self.total),
-            self.kinds(),
-            super::plan::count(parameters as u64)
-        )
     }
 }
 

@@ -25,7 +25,7 @@ use crate::train::config::{EmbeddingPolicy, ExtendConfig, Recompute};
 use crate::train::eval::batch_rows;
 use crate::train::work;
 
-const F32: u64 = 4;
+pub(crate) const F32: u64 = 4;
 
 /// Bytes by kind, of the most expensive stage.
 #[derive(Clone, Debug, PartialEq, Serialize)]
