@@ -23,7 +23,7 @@ use crate::trainer::{Setting, gists_of};
 /// ΔNLL@H of a block whose loss is below this counts as substituted.
 pub const SUBSTITUTED: f64 = 1.0;
 /// Blocks whose attention is looked at.
-const LOOKED_AT: usize = 64;
+pub const LOOKED_AT: usize = 64;
 
 /// What else can stand for a block.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]

@@ -16,7 +16,7 @@ use gistnet_adapter::curriculum::{Stage, places};
 use gistnet_adapter::delta_nll::ENTRIES_AT_ONCE;
 use gistnet_adapter::{CHUNK_ENTRIES, Mode};
 
-use gistnet_adapter::validate::Baseline;
+use gistnet_adapter::validate::{Baseline, LOOKED_AT};
 use megacontext_base::buffers::{PassShape, evaluation_bytes, training_bytes};
 use megacontext_base::decoder::DocumentShape;
 use serde::Serialize;
@@ -59,6 +59,10 @@ const KEPT_WIDTHS: u64 = 22;
 /// the MLP's two widths of 4 and the streams beside them.
 const ONCE_WIDTHS: u64 = 2 + 10;
 
+/// The same while the entropy of attention is looked at, beside one block's graph: queries, keys and values once more, and
+/// those that are read in f64.
+const ENTROPY_WIDTHS: u64 = 8 + 6;
+
 impl GistPlan {
     /// Plans a resolved run over the text to learn from and the held-out text; what it would hold must fit.
     ///
@@ -72,7 +76,7 @@ impl GistPlan {
     ) -> Result<Self> {
         let tokens: usize = text.tokens.iter().chain(&held_out.tokens).map(Vec::len).sum();
         let program = resident_bytes().unwrap_or(0).saturating_sub(F32 * tokens as u64);
-        let plan = Self::beside(config, adapted, text, tokens, program);
+        let plan = Self::beside(config, adapted, [text, held_out], tokens, program);
         // What the process holds is no longer free, and is part of the plan.
         let free = available_bytes().map(|free| free + resident_bytes().unwrap_or(0));
         let budget = config.memory_budget_bytes.or(free).unwrap_or(u64::MAX);
@@ -95,7 +99,7 @@ impl GistPlan {
     fn beside(
         config: &GistRunConfig,
         adapted: &Adapted,
-        text: &Passages,
+        [text, held_out]: [&Passages; 2],
         tokens: usize,
         program: u64,
     ) -> Self {
@@ -128,8 +132,11 @@ impl GistPlan {
             shape.bytes(model) + F32 * entries as u64 * e
         };
         let (mut kept, mut fresh) = (0, 0);
-        for tokens in &text.tokens {
-            let bytes = passage(tokens.len(), hidden);
+        // No more than the steps come by, the longest where they are not all.
+        let mut lengths: Vec<usize> = text.tokens.iter().map(Vec::len).collect();
+        lengths.sort_unstable_by_key(|length| std::cmp::Reverse(*length));
+        for length in lengths.into_iter().take(config.steps() * config.passages_per_step) {
+            let bytes = passage(length, hidden);
             if kept + bytes <= config.passage_bytes {
                 kept += bytes;
             } else {
@@ -148,8 +155,13 @@ impl GistPlan {
             longest: longest - 1 + Baseline::MOST_TOKENS,
         };
         let patterns = 1 + u64::from(!matches!(config.sparse(), Ok(None)));
-        let chunk = (CHUNK_ENTRIES + network.block) as u64;
-        let validation = patterns * passage(context, false) + graph(chunk) + validated.bytes(e);
+        // Blocks of a passage pass GistNet at most so many at a time; then the attention of some of all is looked at.
+        let blocks = validated.count.max(network.block * places(context, network.block, 2, longest).len());
+        let chunk = (blocks * network.block).min(CHUNK_ENTRIES) as u64;
+        let looked_at = (held_out.tokens.len() * validated.count).min(LOOKED_AT) * (network.block + 1);
+        let looked_at = F32 * e * looked_at as u64 * (KEPT_WIDTHS + ENTROPY_WIDTHS);
+        let validation =
+            (patterns * passage(context, false) + validated.bytes(e) + graph(chunk)).max(looked_at);
 
         let pass =
             |entries: usize| PassShape { entries, precision: config.dtype, lora: adapted.lora.as_ref() };
