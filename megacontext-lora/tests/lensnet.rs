@@ -7,7 +7,7 @@ use std::fs;
 use std::path::Path;
 
 use common::{Fixture, Running, induction, mclora, metrics, read_json, with};
-use gistnet_adapter::{GistNet, GistNetConfig};
+use gistnet_adapter::{GistNet, GistNetConfig, Identity};
 use megacontext_base::weights::Weights;
 use serde_json::{Value, json};
 
@@ -16,7 +16,10 @@ fn micro() -> Fixture {
     let fixture = Fixture::new();
     let config = GistNetConfig { block: 4, ..GistNetConfig::new(32, 4) };
     let fingerprint = Weights::open(&fixture.path("base")).unwrap().fingerprint();
-    GistNet::new(config, 3).unwrap().save(&fixture.path("gistnet.safetensors"), &fingerprint).unwrap();
+    GistNet::new(config, 3)
+        .unwrap()
+        .save(&fixture.path("gistnet.safetensors"), &Identity::of_base(&fingerprint))
+        .unwrap();
     fixture
 }
 

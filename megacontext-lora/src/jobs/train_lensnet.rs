@@ -15,7 +15,6 @@ use std::collections::BTreeMap;
 use std::path::Path;
 use std::time::Instant;
 
-use lensnet_adapter::LensNet;
 use lensnet_adapter::allocator::Action;
 use lensnet_adapter::counterfactual::{Measured, Scale, targets, unit};
 use lensnet_adapter::focus::{Focus, History, Policy};
@@ -24,6 +23,7 @@ use lensnet_adapter::trainer::{LensTrainer, Lesson, Objective};
 use lensnet_adapter::utility::{Utilities, measure};
 use lensnet_adapter::validate::{Reference, References, Validation, Validator};
 use lensnet_adapter::variants::{VariantConfig, variants};
+use lensnet_adapter::{Identity, LensNet};
 use megacontext_base::buffers::Buffers;
 use megacontext_base::context::{BaseModel, HorizonLoss, Limits, WorkingContext};
 use megacontext_base::decoder::Decoder;
@@ -160,8 +160,10 @@ fn prepare(config: LensRunConfig, resume: bool, host: &dyn HostApi) -> Result<Va
         block: None,
         width: Some(model.config.hidden_size),
         base_fingerprint: Some(&fingerprint),
+        ..gistnet_adapter::Expected::default()
     };
-    let gistnet = gistnet_adapter::GistNet::load(&config.gistnet, expected).map_err(model_error)?.network;
+    let opened = gistnet_adapter::GistNet::load(&config.gistnet, expected).map_err(model_error)?;
+    let (gistnet, made_beside) = (opened.network, opened.identity);
     let block = gistnet.config().block;
     let lora = model.lora_of(config.adapter.as_deref())?;
     let trained = model.trained_context(config.adapter.as_deref())?;
@@ -177,7 +179,9 @@ fn prepare(config: LensRunConfig, resume: bool, host: &dyn HostApi) -> Result<Va
     told["text"] = json!(plan.text(&config, parameters));
     host.event("plan", &told);
 
-    let (decoder, scaling, _) = model.decoder_with(config.adapter.as_deref(), config.dtype)?;
+    let (decoder, scaling, adapter) = model.decoder_with(config.adapter.as_deref(), config.dtype)?;
+    let on_base = model.adapter_fingerprint(&decoder, &scaling, adapter.as_ref())?;
+    drop(adapter);
     let objective =
         Objective { counterfactual: config.counterfactual.clone(), preference: config.preference.clone() };
     let rule = config.rule(block);
@@ -186,6 +190,12 @@ fn prepare(config: LensRunConfig, resume: bool, host: &dyn HostApi) -> Result<Va
     let loss = HorizonLoss::new(&decoder, &scaling, rule, Pattern::Dense).map_err(model_error)?;
     let focus =
         Focus { loss: &loss, allocator: &config.allocator, limits, refocuses: config.validation.refocuses };
+    let identity = Identity {
+        adapter_fingerprint: Some(on_base.clone()),
+        place_rule: Some(rule),
+        gist_version: Some(gistnet.gist_version()),
+        ..Identity::of_base(&fingerprint)
+    };
     let frozen = hashes(decoder.params(), gistnet.params())?;
     let toml = config_toml(&config)?;
     let folder = RunFolder::open(&config.out, resume)?;
@@ -199,6 +209,9 @@ fn prepare(config: LensRunConfig, resume: bool, host: &dyn HostApi) -> Result<Va
         ..State::default()
     };
     let mut warnings = Vec::new();
+    if let Err(error) = made_beside.check_adapter(&on_base, "GistNet", &config.gistnet) {
+        warnings.push(format!("warning: {error}"));
+    }
     let loaded =
         if resume { load_latest(folder.path(), &config_hash, &mut |w| warnings.push(w))? } else { None };
     let (telemetry, state, loaded) = match loaded {
@@ -230,6 +243,7 @@ fn prepare(config: LensRunConfig, resume: bool, host: &dyn HostApi) -> Result<Va
         before: state.seconds,
         config: &config,
         focus: &focus,
+        identity,
         trainer,
         folder,
         telemetry,
@@ -296,6 +310,8 @@ struct Run<'a> {
     host: &'a dyn HostApi,
     config: &'a LensRunConfig,
     focus: &'a Focus<'a>,
+    /// What the network belongs to.
+    identity: Identity,
     trainer: LensTrainer,
     folder: RunFolder,
     telemetry: Telemetry,
@@ -570,7 +586,7 @@ impl Run<'_> {
         self.host.event("validation", &event);
         if self.state.best.as_ref().is_none_or(|best| found.loss_at_h < best.loss_at_h) {
             let path = self.folder.path().join(NETWORK);
-            self.trainer.network.save(&path, &self.state.inputs.base).map_err(model_error)?;
+            self.trainer.network.save(&path, &self.identity).map_err(model_error)?;
             self.state.best = Some(found);
             self.state.best_step = self.step as u64;
         }

@@ -13,7 +13,7 @@ use std::fs;
 use std::path::Path;
 
 use candle_core::{DType, Device, Tensor};
-use gistnet_adapter::{GistNet, GistNetConfig, Head, Mode};
+use gistnet_adapter::{GistNet, GistNetConfig, Head, Identity, Mode};
 use megacontext_base::random::Random;
 use megacontext_base::weights::Weights;
 use megacontext_lora::train::{passkey, planted};
@@ -163,5 +163,5 @@ pub fn write_gistnet(dir: &Path, block: usize) {
     params.set("head.proj.weight", &Tensor::eye(E, DType::F32, &Device::Cpu).unwrap()).unwrap();
     params.set("head.proj.bias", &Tensor::zeros(E, DType::F32, &Device::Cpu).unwrap()).unwrap();
     let fingerprint = Weights::open(dir).unwrap().fingerprint();
-    network.save(&dir.join("gistnet.safetensors"), &fingerprint).unwrap();
+    network.save(&dir.join("gistnet.safetensors"), &Identity::of_base(&fingerprint)).unwrap();
 }
