@@ -8,7 +8,7 @@
 //! | train it | [`trainer`], [`curriculum`], [`losses`], [`GistNet::backward`] |
 //! | save and load it | [`GistNet::save`], [`GistNet::load`], [`GistNet::load_weights`] |
 //! | ask what gists cost the base model | [`delta_nll`] |
-//! | judge gists | [`validate`], [`metrics`], [`GistNet::attention_entropy`] |
+//! | judge gists | [`validate`], [`costs`], [`metrics`], [`GistNet::attention_entropy`] |
 //! | build a tree of gists | `megacontext_base::context`, which [`GistNet`] is a source for |
 //!
 //! Should I use this? If some of the context may be vague: a gist takes the place of K tokens, and of K gists in turn. What it
@@ -20,12 +20,14 @@
 
 mod checkpoint;
 mod config;
+pub mod costs;
 pub mod curriculum;
 pub mod delta_nll;
 mod head;
 pub mod losses;
 pub mod metrics;
 mod network;
+pub mod passages;
 mod source;
 pub mod trainer;
 mod valid;

@@ -4,14 +4,10 @@
 //! frozen base model, and its adapter where it has one, into the gists, and through GistNet (both levels of it, where a span is
 //! of the second level) into its weights.
 //!
-//! A document's own pass is the same whenever it comes up again, because the base model does not learn: passages are kept as
-//! far as a number of bytes allows. The first ones stay; with documents taken in turn, throwing out the oldest would keep
-//! none of them long enough.
+//! Passages are kept as far as a number of bytes allows ([`crate::passages`]).
 //!
 //! Shapes: S slots, K block, E model width. Units: nats. Errors: no document with room for a span; a loss or gradient that is
 //! not finite, after which weights are as before.
-
-use std::collections::HashMap;
 
 use candle_core::{Device, Tensor};
 use megacontext_base::buffers::Buffers;
@@ -28,6 +24,7 @@ use crate::curriculum::Stage;
 use crate::delta_nll::{DeltaNll, Passage, Rows, Slot, StandIn, Substitution};
 use crate::losses::OnGists;
 use crate::network::GistNet;
+use crate::passages::Passages;
 
 /// How contexts are computed.
 #[derive(Clone, Debug)]
@@ -47,43 +44,6 @@ impl Setting {
     /// As [`DeltaNll::new`].
     pub fn delta_nll<'a>(&self, decoder: &'a Decoder, horizon: usize) -> Result<DeltaNll<'a>> {
         DeltaNll::new(decoder, &self.scaling, self.rule, self.pattern, horizon)
-    }
-}
-
-/// Passages that are kept, by the number of their document.
-pub struct Passages {
-    kept: HashMap<usize, Passage>,
-    bytes: u64,
-    budget: u64,
-}
-
-impl Passages {
-    /// None yet; at most so many bytes.
-    pub fn new(budget: u64) -> Self {
-        Self { kept: HashMap::new(), bytes: 0, budget }
-    }
-
-    /// Runs a document unless it is kept, and keeps it if there is room: then nothing is given back.
-    fn run(
-        &mut self,
-        number: usize,
-        tokens: &[u32],
-        delta: &DeltaNll,
-        divergence: bool,
-        buffers: &mut Buffers,
-    ) -> Result<Option<Passage>> {
-        if self.kept.get(&number).is_some_and(|kept| kept.document.keeps_hidden() || !divergence) {
-            return Ok(None);
-        }
-        let passage = delta.run(tokens, divergence, buffers)?;
-        let old = self.kept.remove(&number).map_or(0, |old| old.bytes());
-        self.bytes -= old;
-        if self.bytes + passage.bytes() > self.budget {
-            return Ok(Some(passage));
-        }
-        self.bytes += passage.bytes();
-        self.kept.insert(number, passage);
-        Ok(None)
     }
 }
 
@@ -216,6 +176,16 @@ impl<'a> GistTrainer<'a> {
         &mut self.buffers
     }
 
+    /// The network, and the memory of passes, for its evaluation between steps.
+    pub fn network_and_buffers(&mut self) -> (&GistNet, &mut Buffers) {
+        (&self.network, &mut self.buffers)
+    }
+
+    /// Gradients of the last step, before clipping.
+    pub fn gradients(&self) -> &Gradients {
+        &self.gradients
+    }
+
     /// One step over some documents, up to `rows` spans of each.
     ///
     /// # Errors
@@ -238,7 +208,7 @@ impl<'a> GistTrainer<'a> {
         let passages: Vec<&Passage> = lessons
             .iter()
             .zip(&fresh)
-            .filter_map(|(lesson, fresh)| fresh.as_ref().or_else(|| self.passages.kept.get(&lesson.number)))
+            .map(|(lesson, fresh)| self.passages.of(lesson.number, fresh))
             .collect();
         let mut all: Vec<(&Passage, Rows)> = Vec::new();
         for passage in passages {

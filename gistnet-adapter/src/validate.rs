@@ -1,7 +1,13 @@
 //! What gists cost on held-out text, beside everything else that could stand in their place.
 //!
 //! Source: MegaContext's list of metrics; definitions are those of [`Validation`]'s fields. Every stand-in is measured on the
-//! same blocks: all aligned blocks of the same documents.
+//! same blocks, and its ΔNLL@H is kept block by block, so that a difference of two comes with its error ([`crate::costs`]).
+//!
+//! Which blocks: all aligned ones of a document that have an entry before them and a horizon behind them. Where there are more
+//! than asked for, pairs of neighbours spread evenly: how far neighbours are from one another is one of the metrics.
+//!
+//! Each of the three ways to measure gists has its own deletion beside it, since what deleting costs differs: blocks under dense
+//! attention, the same blocks under sparse attention, spans of the second level under dense attention.
 //!
 //! Units: nats per token where nothing else is said. Errors: no block with a horizon behind it; the base model's.
 
@@ -14,10 +20,12 @@ use megacontext_base::error::{BaseError, Result};
 use serde::{Deserialize, Serialize};
 
 use crate::config::{Mode, NETWORK};
+use crate::costs::{Costs, Mean, recovered};
 use crate::curriculum::places;
 use crate::delta_nll::{DeltaNll, Passage, RowLoss, Span, StandIn};
 use crate::metrics::{contrast_gap, diversity};
 use crate::network::GistNet;
+use crate::passages::Passages;
 use crate::trainer::{Setting, gists_of};
 
 /// ΔNLL@H of a block whose loss is below this counts as substituted.
@@ -72,6 +80,25 @@ impl Baseline {
     }
 }
 
+/// What needs no network: the costs of all else that could stand for the blocks.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Baselines {
+    /// Of blocks under dense attention.
+    pub blocks: BTreeMap<Baseline, Costs>,
+    /// Of deleting the same blocks under sparse attention, where it was asked for.
+    pub sparse_deleted: Option<Costs>,
+    /// Of deleting spans of the second level; none where no document has room for one.
+    pub level2_deleted: Option<Costs>,
+}
+
+impl Baselines {
+    /// Mean ΔNLL@H of each.
+    pub fn means(&self) -> BTreeMap<Baseline, f64> {
+        let of = |(baseline, costs): (&Baseline, &Costs)| Some((*baseline, costs.mean()?.mean));
+        self.blocks.iter().filter_map(of).collect()
+    }
+}
+
 /// What a network was measured to cost.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Validation {
@@ -81,8 +108,13 @@ pub struct Validation {
     pub blocks: usize,
     /// Mean ΔNLL@H of gists.
     pub delta_nll: f64,
-    /// Standard error of that mean, blocks taken as independent.
-    pub delta_nll_error: f64,
+    /// Standard error of that mean over passages; none for fewer than two.
+    pub delta_nll_error: Option<f64>,
+    /// 1 − ΔNLL@H of gists / ΔNLL@H of deletion; none where deletion costs nothing.
+    pub recovered: Option<f64>,
+    /// ΔNLL@H of gists less that of each baseline, on the same blocks: below 0 the gist is better.
+    #[serde(default)]
+    pub against: BTreeMap<Baseline, Mean>,
     /// Share of blocks whose ΔNLL@H is below [`SUBSTITUTED`].
     pub substitutability: f64,
     /// exp(mean NLL with gists) / exp(mean NLL without).
@@ -97,16 +129,46 @@ pub struct Validation {
     pub attention_entropy: Option<f64>,
     /// Mean ΔNLL@H with spans of the second level replaced; none where no document has room for one.
     pub level2_delta_nll: Option<f64>,
+    /// The same with those spans deleted.
+    pub level2_deleted: Option<f64>,
+    /// What gists of the second level recover of it.
+    pub level2_recovered: Option<f64>,
     /// The same as `delta_nll`, documents and rows computed with shifted sparse attention; none where it was not asked for.
     pub sparse_delta_nll: Option<f64>,
+    /// The same with the blocks deleted.
+    pub sparse_deleted: Option<f64>,
+    /// What gists recover of it.
+    pub sparse_recovered: Option<f64>,
     /// NLL of the horizon in documents as they are.
     pub full_nll: f64,
+    /// ΔNLL@H of every block; not written with the rest.
+    #[serde(skip)]
+    pub costs: Costs,
 }
 
 impl Validation {
     /// ΔNLL@H of sparse attention less that of dense.
     pub fn sparse_dense_gap(&self) -> Option<f64> {
         self.sparse_delta_nll.map(|sparse| sparse - self.delta_nll)
+    }
+}
+
+/// Passages of held-out documents that need not be run again, under dense and under sparse attention.
+pub struct Kept {
+    dense: Passages,
+    sparse: Passages,
+}
+
+impl Kept {
+    /// None yet; at most so many bytes, of both together where sparse attention is measured.
+    pub fn new(budget: u64, sparse: bool) -> Self {
+        let of_sparse = if sparse { budget / 2 } else { 0 };
+        Self { dense: Passages::new(budget - of_sparse), sparse: Passages::new(of_sparse) }
+    }
+
+    /// Number of passages that are held.
+    pub fn count(&self) -> usize {
+        self.dense.count() + self.sparse.count()
     }
 }
 
@@ -126,46 +188,34 @@ pub struct Validator<'a> {
     pub most_blocks: usize,
 }
 
-/// Means over blocks as they come in.
+/// Costs and losses over blocks as they come in.
 #[derive(Default)]
 struct Sums {
-    deltas: Vec<f64>,
+    costs: Costs,
     replaced: f64,
     full: f64,
 }
 
 impl Sums {
     fn add(&mut self, rows: &[RowLoss]) {
+        let mean = |values: &[f32]| values.iter().map(|v| f64::from(*v)).sum::<f64>() / values.len() as f64;
         for row in rows {
-            let mean =
-                |values: &[f32]| values.iter().map(|v| f64::from(*v)).sum::<f64>() / values.len() as f64;
-            self.deltas.push(row.delta());
             self.replaced += mean(&row.replaced);
             self.full += mean(&row.full);
         }
-    }
-
-    fn count(&self) -> f64 {
-        self.deltas.len().max(1) as f64
+        self.costs.add(rows);
     }
 
     fn mean(&self) -> Option<f64> {
-        (!self.deltas.is_empty()).then(|| self.deltas.iter().sum::<f64>() / self.count())
-    }
-
-    fn error(&self, mean: f64) -> f64 {
-        let variance =
-            self.deltas.iter().map(|d| (d - mean).powi(2)).sum::<f64>() / (self.count() - 1.0).max(1.0);
-        (variance / self.count()).sqrt()
+        self.costs.mean().map(|found| found.mean)
     }
 }
 
 impl Validator<'_> {
-    /// Blocks of a document that are measured: spread evenly where there are more than asked for.
+    /// Spans of a document that are measured.
     fn spans(&self, length: usize, lod: u32) -> Vec<Vec<Span>> {
         let all = places(length, self.setting.rule.block, lod, self.horizon);
-        let count = all.len().min(self.most_blocks);
-        (0..count).map(|n| vec![all[n * all.len() / count.max(1)]]).collect()
+        paired(all.len(), self.most_blocks).into_iter().map(|at| vec![all[at]]).collect()
     }
 
     fn no_blocks<T>(&self) -> Result<T> {
@@ -176,23 +226,30 @@ impl Validator<'_> {
         Err(BaseError::network(NETWORK, message))
     }
 
+    /// ΔNLL@H under dense attention and, where it was asked for, under sparse.
+    fn measures(&self) -> Result<(DeltaNll<'_>, Option<DeltaNll<'_>>)> {
+        let of = |setting: &Setting| setting.delta_nll(self.decoder, self.horizon);
+        Ok((of(self.setting)?, self.sparse.as_ref().map(of).transpose()?))
+    }
+
     /// ΔNLL@H of everything that needs no network. `going` is asked before every document whether to go on.
     ///
     /// # Errors
     /// See the module; none where the answer was no.
     pub fn baselines(
         &self,
+        kept: &mut Kept,
         buffers: &mut Buffers,
         going: &mut dyn FnMut() -> bool,
-    ) -> Result<Option<BTreeMap<Baseline, f64>>> {
-        let delta = self.setting.delta_nll(self.decoder, self.horizon)?;
+    ) -> Result<Option<Baselines>> {
+        let (dense, sparse) = self.measures()?;
         let block = self.setting.rule.block;
         let wanted: Vec<Baseline> = Baseline::ALL
             .into_iter()
             .filter(|baseline| !matches!(baseline.stand_in(), StandIn::LastTokens(m) if m > block))
             .collect();
-        let mut sums: BTreeMap<Baseline, Sums> = BTreeMap::new();
-        for tokens in self.documents {
+        let mut found = Baselines::default();
+        for (number, tokens) in self.documents.iter().enumerate() {
             if !going() {
                 return Ok(None);
             }
@@ -200,40 +257,52 @@ impl Validator<'_> {
             if spans.is_empty() {
                 continue;
             }
-            let passage = delta.run(tokens, false, buffers)?;
+            let fresh = kept.dense.run(number, tokens, &dense, false, buffers)?;
+            let passage = kept.dense.of(number, &fresh);
             for baseline in &wanted {
-                let mut rows = delta.rows(&passage, &spans, baseline.stand_in())?;
+                let mut rows = dense.rows(passage, &spans, baseline.stand_in())?;
                 if *baseline == Baseline::Mean {
-                    let means = rows.means(&passage, block);
+                    let means = rows.means(passage, block);
                     rows.fill(&means)?;
                 }
-                let measured = delta.measure(&passage, &rows, None, buffers)?;
-                sums.entry(*baseline).or_default().add(&measured.rows);
+                let measured = dense.measure(passage, &rows, None, buffers)?;
+                found.blocks.entry(*baseline).or_default().add(&measured.rows);
+            }
+            let wide = self.spans(tokens.len(), 2);
+            if !wide.is_empty() {
+                let rows = dense.rows(passage, &wide, StandIn::Nothing)?;
+                let measured = dense.measure(passage, &rows, None, buffers)?;
+                found.level2_deleted.get_or_insert_default().add(&measured.rows);
+            }
+            if let Some(sparse) = &sparse {
+                let fresh = kept.sparse.run(number, tokens, sparse, false, buffers)?;
+                let passage = kept.sparse.of(number, &fresh);
+                let rows = sparse.rows(passage, &spans, StandIn::Nothing)?;
+                let measured = sparse.measure(passage, &rows, None, buffers)?;
+                found.sparse_deleted.get_or_insert_default().add(&measured.rows);
             }
         }
-        let means: BTreeMap<Baseline, f64> =
-            sums.into_iter().filter_map(|(baseline, sums)| Some((baseline, sums.mean()?))).collect();
-        if means.is_empty() { self.no_blocks() } else { Ok(Some(means)) }
+        if found.blocks.is_empty() { self.no_blocks() } else { Ok(Some(found)) }
     }
 
-    /// What a network costs. `going` as in [`Validator::baselines`].
+    /// What a network costs, beside baselines of the same documents. `going` as in [`Validator::baselines`].
     ///
     /// # Errors
     /// See the module.
     pub fn measure(
         &self,
         network: &GistNet,
+        baselines: &Baselines,
+        kept: &mut Kept,
         buffers: &mut Buffers,
         going: &mut dyn FnMut() -> bool,
     ) -> Result<Option<Validation>> {
         let (block, width) = (self.setting.rule.block, self.decoder.config().hidden_size);
-        let dense = self.setting.delta_nll(self.decoder, self.horizon)?;
-        let sparse =
-            self.sparse.as_ref().map(|setting| setting.delta_nll(self.decoder, self.horizon)).transpose()?;
-        let (mut of_level, mut sparse_sums) = ([Sums::default(), Sums::default()], Sums::default());
+        let (dense, sparse) = self.measures()?;
+        let (mut first, mut second, mut under_sparse) = (Sums::default(), Sums::default(), Sums::default());
         let (mut gists, mut neighbours, mut looked_at): (Vec<f32>, Vec<[usize; 2]>, Vec<f32>) =
             Default::default();
-        for tokens in self.documents {
+        for (number, tokens) in self.documents.iter().enumerate() {
             if !going() {
                 return Ok(None);
             }
@@ -241,33 +310,31 @@ impl Validator<'_> {
             if spans.is_empty() {
                 continue;
             }
-            let passage = dense.run(tokens, false, buffers)?;
-            for (lod, sums) in (1..).zip(&mut of_level) {
-                let spans = self.spans(tokens.len(), lod);
-                if spans.is_empty() {
-                    continue;
-                }
-                let (made, losses) = with_gists(&dense, network, &passage, &spans, buffers)?;
-                sums.add(&losses);
-                if lod == 1 {
-                    let first = gists.len() / width;
-                    let follow = |pair: &[Vec<Span>]| pair[0][0].start + block == pair[1][0].start;
-                    let pairs = spans.windows(2).enumerate().filter(|(_, pair)| follow(pair));
-                    neighbours.extend(pairs.map(|(at, _)| [first + at, first + at + 1]));
-                    gists.extend(made);
-                    for spans in spans.iter().take(LOOKED_AT - looked_at.len() / (block * width)) {
-                        looked_at.extend(&passage.x_te[spans[0].start * width..][..block * width]);
-                    }
-                }
+            let fresh = kept.dense.run(number, tokens, &dense, false, buffers)?;
+            let passage = kept.dense.of(number, &fresh);
+            let (made, losses) = with_gists(&dense, network, passage, &spans, buffers)?;
+            first.add(&losses);
+            let before = gists.len() / width;
+            let follow = |pair: &[Vec<Span>]| pair[0][0].start + block == pair[1][0].start;
+            let pairs = spans.windows(2).enumerate().filter(|(_, pair)| follow(pair));
+            neighbours.extend(pairs.map(|(at, _)| [before + at, before + at + 1]));
+            gists.extend(made);
+            for spans in spans.iter().take(LOOKED_AT - looked_at.len() / (block * width)) {
+                looked_at.extend(&passage.x_te[spans[0].start * width..][..block * width]);
+            }
+            let wide = self.spans(tokens.len(), 2);
+            if !wide.is_empty() {
+                second.add(&with_gists(&dense, network, passage, &wide, buffers)?.1);
             }
             if let Some(sparse) = &sparse {
-                let passage = sparse.run(tokens, false, buffers)?;
-                sparse_sums.add(&with_gists(sparse, network, &passage, &spans, buffers)?.1);
+                let fresh = kept.sparse.run(number, tokens, sparse, false, buffers)?;
+                let passage = kept.sparse.of(number, &fresh);
+                under_sparse.add(&with_gists(sparse, network, passage, &spans, buffers)?.1);
             }
         }
-        let [first, second] = &of_level;
-        let Some(delta_nll) = first.mean() else { return self.no_blocks() };
-        let (replaced, full) = (first.replaced / first.count(), first.full / first.count());
+        let Some(found) = first.costs.mean() else { return self.no_blocks() };
+        let (delta_nll, blocks) = (found.mean, first.costs.blocks());
+        let (replaced, full) = (first.replaced / blocks as f64, first.full / blocks as f64);
         let attention_entropy = match network.config().mode {
             Mode::Mean => None,
             Mode::Transformer => {
@@ -277,23 +344,47 @@ impl Validator<'_> {
                 Some(entropies.iter().sum::<f64>() / entropies.len().max(1) as f64)
             }
         };
+        let mean = |costs: Option<&Costs>| costs.and_then(Costs::mean).map(|found| found.mean);
+        let share = |cost: Option<f64>, deleted: Option<f64>| recovered(cost?, deleted?);
+        let deleted = mean(baselines.blocks.get(&Baseline::Deleted));
+        let (level2, level2_deleted) = (second.mean(), mean(baselines.level2_deleted.as_ref()));
+        let (of_sparse, sparse_deleted) = (under_sparse.mean(), mean(baselines.sparse_deleted.as_ref()));
+        let against = |(baseline, costs): (&Baseline, &Costs)| Some((*baseline, first.costs.less(costs)?));
         Ok(Some(Validation {
             horizon: self.horizon,
-            blocks: first.deltas.len(),
+            blocks,
             delta_nll,
-            delta_nll_error: first.error(delta_nll),
-            substitutability: first.deltas.iter().filter(|d| **d < SUBSTITUTED).count() as f64
-                / first.count(),
+            delta_nll_error: found.error,
+            recovered: share(Some(delta_nll), deleted),
+            against: baselines.blocks.iter().filter_map(against).collect(),
+            substitutability: first.costs.values().filter(|cost| *cost < SUBSTITUTED).count() as f64
+                / blocks as f64,
             perplexity_ratio: (replaced - full).exp(),
             degradation: replaced / full - 1.0,
             diversity: diversity(&gists, width),
             contrast_gap: contrast_gap(&gists, width, &neighbours),
             attention_entropy,
-            level2_delta_nll: second.mean(),
-            sparse_delta_nll: sparse_sums.mean(),
+            level2_delta_nll: level2,
+            level2_deleted,
+            level2_recovered: share(level2, level2_deleted),
+            sparse_delta_nll: of_sparse,
+            sparse_deleted,
+            sparse_recovered: share(of_sparse, sparse_deleted),
             full_nll: full,
+            costs: first.costs,
         }))
     }
+}
+
+/// Which of `all` blocks are measured, at most `most`: all, or pairs of neighbours spread evenly (and a last one alone where
+/// `most` is odd).
+fn paired(all: usize, most: usize) -> Vec<usize> {
+    if all <= most {
+        return (0..all).collect();
+    }
+    let runs = most.div_ceil(2);
+    let first = |run: usize| run * all / runs;
+    (0..runs).flat_map(|run| [first(run), first(run) + 1]).take(most).collect()
 }
 
 /// The gists of spans of a passage, [S, E], and what they cost.
@@ -308,4 +399,26 @@ fn with_gists(
     let gists = gists_of(network, &rows, passage)?;
     rows.fill(&gists)?;
     Ok((gists, delta.measure(passage, &rows, None, buffers)?.rows))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn blocks_are_measured_in_pairs_of_neighbours() {
+        assert_eq!(paired(5, 8), [0, 1, 2, 3, 4]);
+        assert_eq!(paired(4, 4), [0, 1, 2, 3]);
+        assert_eq!(paired(20, 4), [0, 1, 10, 11]);
+        assert_eq!(paired(20, 5), [0, 1, 6, 7, 13]);
+        assert_eq!(paired(20, 1), [0]);
+        for all in 1..60 {
+            for most in 1..20 {
+                let chosen = paired(all, most);
+                assert_eq!(chosen.len(), all.min(most));
+                assert!(chosen.windows(2).all(|pair| pair[0] < pair[1]), "{all} {most}: {chosen:?}");
+                assert!(chosen.iter().all(|at| *at < all), "{all} {most}: {chosen:?}");
+            }
+        }
+    }
 }

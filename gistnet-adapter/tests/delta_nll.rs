@@ -3,37 +3,22 @@
 // A test stops at the first thing that is not as it should be.
 #![allow(clippy::unwrap_used)]
 
-use std::path::PathBuf;
+mod common;
 
 use anyhow::Result;
-use candle_core::{Device, Tensor};
+use common::plain::{Plain, Stands};
+use common::{decoder, tokens};
 use gistnet_adapter::delta_nll::{DeltaNll, Passage, Rows, Span, StandIn, Substitution, check_group};
 use megacontext_base::buffers::Buffers;
-use megacontext_base::config::DecoderConfig;
-use megacontext_base::decoder::{Decoder, Forward};
-use megacontext_base::gradients::Gradients;
+use megacontext_base::decoder::Decoder;
 use megacontext_base::random::Random;
-use megacontext_base::rope::{Entries, SigmaPreset, SigmaRule};
-use megacontext_base::weights::Weights;
+use megacontext_base::rope::{SigmaPreset, SigmaRule};
 use megacontext_kernels::attention::Pattern;
-use megacontext_kernels::loss::IGNORE;
-use megacontext_kernels::precision::Precision;
 
 const T: usize = 60;
 const K: usize = 4;
 const H: usize = 6;
 const RULE: SigmaRule = SigmaRule { preset: SigmaPreset::Document, block: K, uniform: false };
-
-fn decoder(name: &str) -> Decoder {
-    let dir = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../integration-tests/fixtures").join(name);
-    let config = DecoderConfig::from_dir(&dir).unwrap();
-    Decoder::from_weights(config, &Weights::open(&dir).unwrap(), Precision::F32, &[]).unwrap()
-}
-
-fn tokens(decoder: &Decoder, length: usize) -> Vec<u32> {
-    let vocab = decoder.config().vocab_size as u32;
-    (0..length as u32).map(|i| (i * 41 + i * i * 3 + 7) % vocab).collect()
-}
 
 fn span(start: usize, lod: u32) -> Span {
     Span { start, lod }
@@ -56,84 +41,6 @@ fn vectors(count: usize, width: usize) -> Vec<f32> {
     (0..count * width).map(|_| random.normal() as f32 * 0.4).collect()
 }
 
-/// NLL of the future of one row, and the gradient of ½·ΔNLL@H for what stands for its spans: the context written out entry by
-/// entry and run whole.
-fn whole(
-    decoder: &Decoder,
-    tokens: &[u32],
-    spans: &[Span],
-    gists: Option<&[f32]>,
-    rule: SigmaRule,
-    pattern: Pattern,
-) -> (Vec<f32>, Vec<f32>) {
-    let width = decoder.config().hidden_size;
-    let (mut x, mut lod, mut starts, mut at, mut places) = (vec![], vec![], vec![], 0, vec![]);
-    let embedded = |at: usize| -> Vec<f32> {
-        decoder.embed(&tokens[at..at + 1], 1).unwrap().flatten_all().unwrap().to_vec1().unwrap()
-    };
-    let end = spans.last().map(|s| s.start + K.pow(s.lod)).unwrap();
-    while at < end + H {
-        match spans.iter().position(|span| span.start == at) {
-            Some(number) => {
-                if let Some(gists) = gists {
-                    places.push(starts.len());
-                    x.extend_from_slice(&gists[number * width..][..width]);
-                    lod.push(spans[number].lod);
-                    starts.push(at as f64);
-                }
-                at += K.pow(spans[number].lod);
-            }
-            None => {
-                x.extend(embedded(at));
-                lod.push(0);
-                starts.push(at as f64);
-                at += 1;
-            }
-        }
-    }
-    let n = lod.len();
-    // Filled up to the document's length: nothing looks ahead, and groups are those of the document.
-    while lod.len() < tokens.len() {
-        x.extend(embedded(0));
-        starts.push(at as f64);
-        lod.push(0);
-        at += 1;
-    }
-    let (mu, sigma): (Vec<f64>, Vec<f64>) =
-        starts.iter().zip(&lod).map(|(start, lod)| rule.place(*start, *lod)).unzip();
-    let c = decoder.config();
-    let entries =
-        Entries { mu: &mu, sigma: Some(&sigma), lod: Some(&lod), scales: None, length: Some(tokens.len()) };
-    let rope = c.rope(&c.rope_scaling).place(&entries).unwrap();
-    let mut targets = vec![IGNORE; lod.len()];
-    // The future's last token is an entry here, from which nothing is read.
-    for j in 0..H {
-        targets[n - 1 - H + j] = tokens[end + j];
-    }
-    let rows = megacontext_kernels::attention::Rows::default();
-    let with = Forward { pattern, rope: &rope, rows: &rows, dropout_seed: None };
-    let x = Tensor::from_vec(x, (1, lod.len(), width), &Device::Cpu).unwrap();
-    let nll = decoder.nll(&x, &targets, &with).unwrap();
-    let mut gradients = Gradients::new();
-    let scale = 0.5 / H as f64;
-    let (_, d) = decoder.entry_gradients(&x, &targets, &with, scale, false, &mut gradients).unwrap();
-    let d: Vec<f32> = d.flatten_all().unwrap().to_vec1().unwrap();
-    let d = places.iter().flat_map(|at| d[at * width..][..width].to_vec()).collect();
-    (nll[n - 1 - H..n - 1].to_vec(), d)
-}
-
-fn full(decoder: &Decoder, tokens: &[u32], end: usize, rule: SigmaRule, pattern: Pattern) -> Vec<f32> {
-    let c = decoder.config();
-    let (mu, sigma): (Vec<f64>, Vec<f64>) = (0..tokens.len()).map(|at| rule.place(at as f64, 0)).unzip();
-    let entries = Entries { mu: &mu, sigma: Some(&sigma), length: Some(tokens.len()), ..Entries::default() };
-    let rope = c.rope(&c.rope_scaling).place(&entries).unwrap();
-    let rows = megacontext_kernels::attention::Rows::default();
-    let with = Forward { pattern, rope: &rope, rows: &rows, dropout_seed: None };
-    let x = decoder.embed(tokens, 1).unwrap();
-    let targets: Vec<u32> = tokens[1..].iter().copied().chain([IGNORE]).collect();
-    decoder.nll(&x, &targets, &with).unwrap()[end - 1..][..H].to_vec()
-}
-
 fn largest(values: impl Iterator<Item = f32>) -> f32 {
     values.fold(0.0, |most, value| most.max(value.abs()))
 }
@@ -144,6 +51,7 @@ fn compare(name: &str, pattern: Pattern, rule: SigmaRule) -> Result<()> {
     let width = decoder.config().hidden_size;
     let c = decoder.config();
     let delta = DeltaNll::new(&decoder, &c.rope_scaling, rule, pattern, H)?;
+    let plain = Plain { decoder: &decoder, tokens: &tokens, rule, pattern, horizon: H };
     let mut buffers = Buffers::default();
     let passage = delta.run(&tokens, false, &mut buffers)?;
     let replaced = replaced();
@@ -160,8 +68,8 @@ fn compare(name: &str, pattern: Pattern, rule: SigmaRule) -> Result<()> {
     for (spans, row) in replaced.iter().zip(&got.rows) {
         let end = spans.last().map(|s| s.start + K.pow(s.lod)).unwrap();
         let own = &gists[slot * width..][..spans.len() * width];
-        let (nll, d_own) = whole(&decoder, &tokens, spans, Some(own), rule, pattern);
-        let before = full(&decoder, &tokens, end, rule, pattern);
+        let (nll, d_own) = plain.replaced(spans, Stands::Vectors(own));
+        let before = plain.full(end);
         let what = format!("{name} {pattern:?} {spans:?}");
         assert!(largest(row.replaced.iter().zip(&nll).map(|(a, b)| a - b)) < 1e-5, "{what}: replaced");
         assert!(largest(row.full.iter().zip(&before).map(|(a, b)| a - b)) < 1e-5, "{what}: full");
@@ -170,7 +78,7 @@ fn compare(name: &str, pattern: Pattern, rule: SigmaRule) -> Result<()> {
         assert!(off < 1e-4, "{what}: gradients differ by {off} of the largest");
         slot += spans.len();
         if spans[0].start > 0 {
-            let (nll, _) = whole(&decoder, &tokens, spans, None, rule, pattern);
+            let (nll, _) = plain.replaced(spans, Stands::Nothing);
             let row = deleted.next().unwrap();
             assert!(largest(row.replaced.iter().zip(&nll).map(|(a, b)| a - b)) < 1e-5, "{what}: deleted");
         }

@@ -20,7 +20,7 @@ fn run(fixture: &Fixture, out: &str) -> Vec<String> {
     let args = [
         "train", "gistnet", "--base", &base, "--data", &data, "--out", &out, "--context", "32", "--block", "4",
         "--stages", "4:8,6:8", "--passages-per-step", "3", "--spans-per-passage", "3", "--validate-every", "4",
-        "--validation-passages", "6", "--checkpoint-every", "3", "--threads", "2", "--seed", "7",
+        "--validation-passages", "6", "--test-passages", "5", "--checkpoint-every", "3", "--threads", "2", "--seed", "7",
     ];
     args.map(str::to_owned).to_vec()
 }
@@ -52,6 +52,21 @@ fn a_run_leaves_a_network_numbers_and_a_page() {
     // All of a block's own tokens at their own places are the block itself.
     assert!(summary["baselines"]["last_4"].as_f64().unwrap().abs() < 1e-5, "{summary}");
     assert!(summary["validation"]["sparse_delta_nll"].is_number());
+    // What is shown is of text that nothing was chosen by, and every number of it can be made from its blocks.
+    let test = &summary["test"];
+    assert_eq!(
+        (&summary["held_out_passages"], &summary["test_passages"]),
+        (&Value::from(6), &Value::from(5))
+    );
+    assert_ne!(test["validation"]["delta_nll"], summary["validation"]["delta_nll"]);
+    let blocks: Vec<f64> =
+        serde_json::from_value::<Vec<Vec<f64>>>(test["blocks"]["gist"].clone()).unwrap().concat();
+    assert_eq!(test["validation"]["blocks"], blocks.len());
+    let mean = blocks.iter().sum::<f64>() / blocks.len() as f64;
+    assert!((test["validation"]["delta_nll"].as_f64().unwrap() - mean).abs() < 1e-9);
+    assert_eq!(test["table"]["rows"].as_array().unwrap().len(), 6);
+    let deleted = test["baselines"]["deleted"].as_f64().unwrap();
+    assert_eq!(summary["recovered"].is_null(), deleted <= 0.0, "{summary}");
     assert!(summary["peak_bytes"].as_u64().unwrap() < summary["planned_bytes"].as_u64().unwrap() * 11 / 10);
     let kinds: Vec<Value> = metrics(&folder).iter().map(|line| line["kind"].clone()).collect();
     let count = |kind: &str| kinds.iter().filter(|k| **k == kind).count();
@@ -120,8 +135,8 @@ fn on_the_embedded_base_gists_cost_less_than_means_and_much_less_than_deletion()
         "--threads", "2", "--json",
     ];
     let summary = mclora(&args).success().json();
-    let of = |key: &str| summary["baselines"][key].as_f64().unwrap();
-    let gist = summary["validation"]["delta_nll"].as_f64().unwrap();
+    let of = |key: &str| summary["test"]["baselines"][key].as_f64().unwrap();
+    let gist = summary["test"]["validation"]["delta_nll"].as_f64().unwrap();
     assert!(gist < 0.85 * of("deleted"), "gist {gist}, deleted {}", of("deleted"));
     assert!(gist < 0.98 * of("mean"), "gist {gist}, mean {}", of("mean"));
 }
@@ -211,6 +226,57 @@ fn a_stored_network_is_measured_again_and_the_same() {
     assert_eq!((&first["block"], &first["passages"]), (&Value::from(4), &Value::from(5)));
     let text = mclora(&evaluation(&fixture, "gist")).success().stdout;
     assert!(text.contains("its gist") && text.contains("ΔNLL@6"), "{text}");
+}
+
+#[test]
+fn a_run_is_measured_again_on_its_test_text_and_the_same() {
+    let fixture = fixture();
+    let mut args = run(&fixture, "gist");
+    args.push("--json".to_string());
+    let summary = mclora(&args).success().json();
+    let run = fixture.at("gist");
+    let again = mclora(&["eval", "gist", "--run", &run, "--threads", "2", "--json"]).success().json();
+    for key in ["validation", "baselines", "table", "blocks"] {
+        assert_eq!(again[key], summary["test"][key], "{key}");
+    }
+    assert_eq!(again["recovered"], summary["recovered"]);
+    let text = mclora(&["eval", "gist", "--run", &run, "--threads", "2"]).success().stdout;
+    assert!(text.contains("its gist") && text.contains("gist less this"), "{text}");
+
+    mclora(&["eval", "gist", "--run", &run, "--horizon", "4"])
+        .refused(2, &["run: expected nothing but threads"]);
+    for document in fs::read_dir(fixture.path("data")).unwrap() {
+        let path = document.unwrap().path();
+        let text = fs::read_to_string(&path).unwrap();
+        fs::write(&path, text.replace("the", "a")).unwrap();
+    }
+    mclora(&["eval", "gist", "--run", &run]).refused(1, &["the test text of", "is not what it was"]);
+}
+
+#[test]
+fn a_run_that_is_not_finished_is_refused() {
+    let fixture = fixture();
+    mclora(&run(&fixture, "gist")).success();
+    fs::remove_file(fixture.path("gist/summary.json")).unwrap();
+    mclora(&["eval", "gist", "--run", &fixture.at("gist")]).refused(1, &["summary.json"]);
+}
+
+#[test]
+fn a_single_held_out_passage_is_refused() {
+    let fixture = fixture();
+    // Two documents: one is learned from, the other is one passage long.
+    for name in ["long", "short"] {
+        fs::create_dir_all(fixture.path("two")).unwrap();
+        let text: String = common::text(1).chars().take(if name == "long" { 2000 } else { 60 }).collect();
+        fs::write(fixture.path(&format!("two/{name}.txt")), text).unwrap();
+    }
+    let two = fixture.at("two");
+    let outcomes: Vec<_> = ["1", "2", "3", "4"]
+        .map(|seed| mclora(&with(run(&fixture, "out"), &[("--data", &two), ("--seed", seed)])))
+        .into_iter()
+        .filter(|outcome| outcome.stderr.contains("beside the one to test on"))
+        .collect();
+    assert!(!outcomes.is_empty());
 }
 
 #[test]

@@ -1,7 +1,9 @@
 //! What the tests of this crate share: golden cases, small networks, random numbers.
 
 // Each test file uses some of it.
-#![allow(dead_code)]
+#![allow(dead_code, clippy::unwrap_used)]
+
+pub mod plain;
 
 use std::collections::HashMap;
 use std::path::PathBuf;
@@ -9,7 +11,11 @@ use std::path::PathBuf;
 use anyhow::{Context, Result};
 use candle_core::{DType, Device, Tensor, Var};
 use gistnet_adapter::{GistNet, GistNetConfig};
+use megacontext_base::config::DecoderConfig;
+use megacontext_base::decoder::Decoder;
 use megacontext_base::random::Random;
+use megacontext_base::weights::Weights;
+use megacontext_kernels::precision::Precision;
 
 /// One golden case.
 pub struct Case(HashMap<String, Tensor>);
@@ -69,4 +75,17 @@ pub fn random(shape: &[usize], seed: u64) -> Tensor {
     let mut random = Random::new(seed);
     let values: Vec<f32> = (0..shape.iter().product()).map(|_| random.normal() as f32).collect();
     Tensor::from_vec(values, shape, &Device::Cpu).unwrap()
+}
+
+/// A model of the fixtures.
+pub fn decoder(name: &str) -> Decoder {
+    let dir = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../integration-tests/fixtures").join(name);
+    let config = DecoderConfig::from_dir(&dir).unwrap();
+    Decoder::from_weights(config, &Weights::open(&dir).unwrap(), Precision::F32, &[]).unwrap()
+}
+
+/// A document.
+pub fn tokens(decoder: &Decoder, length: usize) -> Vec<u32> {
+    let vocab = decoder.config().vocab_size as u32;
+    (0..length as u32).map(|i| (i * 41 + i * i * 3 + 7) % vocab).collect()
 }

@@ -16,6 +16,7 @@
 //! [`Kind::Data`]: crate::error::Kind::Data
 //! [`Kind::Usage`]: crate::error::Kind::Usage
 
+use std::collections::HashSet;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use megacontext_base::random::Random;
@@ -149,16 +150,30 @@ impl Batches {
     }
 }
 
-/// Holds out a share of the documents: `(training, held out)`, each in the given order.
-///
-/// A document's side depends only on its group ([`Document::group`]) and the seed: the first eight bytes (big
-/// endian) of `sha256(seed as 8 little-endian bytes, group)`, as a fraction of 2⁶⁴, lie below `fraction` when
-/// it is held out. So adding documents moves none, and no group is split. When the rule leaves a side empty
-/// though `0 < fraction < 1` and there are two groups or more, the group with the lowest (highest) hash is
-/// held out (trained on). Documents of a single group all stay on the side that the rule gives.
+/// Holds out a share of the documents: `(training, held out)`, each in the given order. The rule is [`held_out`]'s.
 pub fn split_holdout(documents: Vec<Document>, fraction: f64, seed: u64) -> (Vec<Document>, Vec<Document>) {
+    let sides = held_out(&documents.iter().collect::<Vec<_>>(), fraction, seed, "");
+    let (mut training, mut held) = (Vec::new(), Vec::new());
+    for (document, side) in documents.into_iter().zip(sides) {
+        if side { held.push(document) } else { training.push(document) }
+    }
+    (training, held)
+}
+
+/// Which of the documents are held out.
+///
+/// A document's side depends on its group ([`Document::group`]) and the seed: the first eight bytes (big endian) of
+/// `sha256(seed as 8 little-endian bytes, what, group)`, as a fraction of 2⁶⁴, lie below `fraction` when it is held out; `what`
+/// tells splits of one seed apart. So adding documents of other text moves none, and no group is split. When the rule leaves a
+/// side empty though `0 < fraction < 1` and there are two groups or more, the group with the lowest (highest) hash is held out
+/// (trained on). Documents of a single group all stay on the side that the rule gives.
+///
+/// A text that stands in several documents, whatever their names and sources, is on one side: if any of them is trained on,
+/// none is held out.
+pub fn held_out(documents: &[&Document], fraction: f64, seed: u64, what: &str) -> Vec<bool> {
     let hash = |group: &str| {
-        let digest = Sha256::new().chain_update(seed.to_le_bytes()).chain_update(group).finalize();
+        let digest =
+            Sha256::new().chain_update(seed.to_le_bytes()).chain_update(what).chain_update(group).finalize();
         digest.iter().take(8).fold(0u64, |value, &byte| value << 8 | u64::from(byte))
     };
     let hashes: Vec<u64> = documents.iter().map(|document| hash(&document.group)).collect();
@@ -166,13 +181,21 @@ pub fn split_holdout(documents: Vec<Document>, fraction: f64, seed: u64) -> (Vec
     let highest = hashes.iter().copied().max().unwrap_or(0);
     let rule = |value: u64| (value as f64) < fraction * 2f64.powi(64);
     let force = lowest != highest && fraction > 0.0 && fraction < 1.0;
-    let held =
+    let by_group =
         |value: u64| if force { (rule(value) || value == lowest) && value != highest } else { rule(value) };
-    let (mut training, mut held_out) = (Vec::new(), Vec::new());
-    for (document, value) in documents.into_iter().zip(hashes) {
-        if held(value) { held_out.push(document) } else { training.push(document) }
-    }
-    (training, held_out)
+    let sides: Vec<bool> = hashes.into_iter().map(by_group).collect();
+    let trained: HashSet<[u8; 32]> =
+        documents.iter().zip(&sides).filter(|(_, held)| !**held).map(|(d, _)| content(d)).collect();
+    documents
+        .iter()
+        .zip(sides)
+        .map(|(document, held)| held && !trained.contains(&content(document)))
+        .collect()
+}
+
+/// Hash of a document's text.
+fn content(document: &Document) -> [u8; 32] {
+    Sha256::digest(document.text.as_bytes()).into()
 }
 
 /// One evaluation window over a run of tokens.
@@ -310,7 +333,10 @@ mod tests {
     #[test]
     fn holdout_keeps_groups_whole_and_is_stable() {
         let documents: Vec<Document> = (0..400)
-            .map(|i| Document { group: format!("g{}", i / 4), ..Document::new(format!("{i}"), "x") })
+            .map(|i| Document {
+                group: format!("g{}", i / 4),
+                ..Document::new(format!("{i}"), format!("x{i}"))
+            })
             .collect();
         let (training, held) = split_holdout(documents.clone(), 0.2, 1);
         assert_eq!(training.len() + held.len(), 400);
@@ -329,6 +355,17 @@ mod tests {
             assert_eq!((training.len(), held.len()), (1, 1));
         }
         assert_eq!(split_holdout(documents, 0.0, 0).1.len(), 0);
+    }
+
+    #[test]
+    fn a_text_under_two_names_is_on_one_side() {
+        let text = |i: usize| format!("text {i}");
+        let first = (0..200).map(|i| Document::new(format!("here/{i}.txt"), text(i)));
+        let again = (0..200).map(|i| Document::new(format!("there/copy of {i}.md"), text(i)));
+        let documents: Vec<Document> = first.chain(again).collect();
+        let (training, held) = split_holdout(documents, 0.4, 3);
+        assert!((10..200).contains(&held.len()), "{}", held.len());
+        assert!(held.iter().all(|h| training.iter().all(|t| t.text != h.text)));
     }
 
     #[test]

@@ -2,15 +2,17 @@
 //! block.
 //!
 //! Measured like the validations of a run that trains one ([`gistnet_adapter::validate`]), on passages drawn from all of the text
-//! by the seed. Nothing is written.
+//! by the seed; or, with `run`, on the test text of a finished run, with the run's settings: then the figures are those that it
+//! ended with. Nothing is written.
 //!
-//! Units: nats, tokens. Errors: a network of another base model, adapter or width, or for other blocks or places than asked
-//! for; text too short; a group too small for the horizon. An evaluation that the host stops leaves nothing to go on with.
+//! Units: nats, tokens. Errors: a run that is not finished, or whose text is no longer what it was; a network of another base
+//! model, adapter or width, or for other blocks or places than asked for; text too short; a group too small for the horizon. An
+//! evaluation that the host stops leaves nothing to go on with.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use gistnet_adapter::trainer::Setting;
-use gistnet_adapter::validate::{Baseline, Validator};
+use gistnet_adapter::validate::Validator;
 use gistnet_adapter::{Expected, GistNet};
 use megacontext_base::buffers::Buffers;
 use megacontext_kernels::attention::Pattern;
@@ -19,18 +21,25 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use crate::data::documents::tokenize;
-use crate::error::{PluginError, Result};
+use crate::error::{IoResultExt, PluginError, Result};
 use crate::host::HostApi;
+use crate::jobs::evaluation::hash_of;
 use crate::jobs::extend::load_data;
+use crate::jobs::gist_text::read_text;
+use crate::jobs::train_gistnet::{NETWORK, measure_once};
 use crate::jobs::{ModelDir, model_error, parse, to_value, with_threads};
+use crate::run::folder::CONFIG;
+use crate::run::summary::SUMMARY;
 use crate::train::config::{Attention, GroupSize, pattern};
-use crate::train::gistnet::{Passages, PlaceSettings};
+use crate::train::gistnet::{GistRunConfig, Passages, PlaceSettings};
 use crate::train::plan::check_forward;
 
 /// What the job is told.
-#[derive(Clone, Debug, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct EvalGist {
+    /// The folder of a finished run: its network on its test text, with its settings; only `threads` may stand beside it.
+    pub run: Option<PathBuf>,
     /// The base model's folder.
     pub base: PathBuf,
     /// An adapter on it.
@@ -66,6 +75,7 @@ pub struct EvalGist {
 impl Default for EvalGist {
     fn default() -> Self {
         Self {
+            run: None,
             base: PathBuf::new(),
             adapter: None,
             network: PathBuf::new(),
@@ -88,10 +98,96 @@ impl Default for EvalGist {
 /// Runs the job.
 pub fn run(params: Value, host: &dyn HostApi) -> Result<Value> {
     let job: EvalGist = parse(params)?;
-    with_threads(job.threads, || evaluate(&job, host))?
+    with_threads(job.threads, || match &job.run {
+        None => evaluate(&job, &mut |model, context, least| drawn(&job, model, context, least, host), host),
+        Some(run) => {
+            let alone = EvalGist { run: job.run.clone(), threads: job.threads, ..EvalGist::default() };
+            if job != alone {
+                return Err(PluginError::usage(
+                    "run: expected nothing but threads beside it, since a run has its own settings, got others",
+                ));
+            }
+            of_run(run, job.threads, host)
+        }
+    })?
 }
 
-fn evaluate(job: &EvalGist, host: &dyn HostApi) -> Result<Value> {
+/// The network of a run on its test text.
+fn of_run(run: &Path, threads: Option<usize>, host: &dyn HostApi) -> Result<Value> {
+    let (config, summary) = (run.join(CONFIG), run.join(SUMMARY));
+    let text = std::fs::read_to_string(&config).at(&config)?;
+    let config: GistRunConfig =
+        toml::from_str(&text).map_err(|e| PluginError::data(format!("{}: {e}", config.display())))?;
+    let text = std::fs::read_to_string(&summary).at(&summary)?;
+    let ended: Value =
+        serde_json::from_str(&text).map_err(|e| PluginError::data(format!("{}: {e}", summary.display())))?;
+    let (Some(horizon), Some(expected)) =
+        (ended["test"]["validation"]["horizon"].as_u64(), ended["test_text"].as_str())
+    else {
+        return Err(PluginError::data(format!(
+            "{}: expected the summary of a run of `mclora train gistnet` with a test text, got another",
+            summary.display()
+        )));
+    };
+    let sparse_group = match config.sparse()? {
+        Some(Pattern::ShiftedSparse { group }) => Some(GroupSize::Tokens(group as u64)),
+        _ => None,
+    };
+    let job = EvalGist {
+        run: Some(run.to_path_buf()),
+        base: config.base.clone(),
+        adapter: config.adapter.clone(),
+        network: run.join(NETWORK),
+        data: config.data.clone(),
+        context: config.context,
+        horizon: horizon as usize,
+        block: Some(config.network.block),
+        passages: config.validation.test_passages,
+        blocks: config.validation.blocks,
+        sparse_group,
+        places: Some(config.places),
+        other_adapter: false,
+        seed: config.seed,
+        dtype: config.dtype,
+        threads,
+    };
+    let test = |model: &ModelDir| {
+        let test = read_text(&config, model, host)?.test;
+        let got = hash_of(&test);
+        if got != expected {
+            return Err(PluginError::data(format!(
+                "the test text of {} is not what it was: expected sha256 {expected:.12}…, got {got:.12}…; bring the text of \
+                 --data back, or name text to measure on",
+                run.display()
+            )));
+        }
+        Ok(test)
+    };
+    evaluate(&job, &mut |model, _, _| test(model), host)
+}
+
+/// Passages of the job's text, of `context` tokens, or fewer but at least `least`.
+fn drawn(
+    job: &EvalGist,
+    model: &ModelDir,
+    context: usize,
+    least: usize,
+    host: &dyn HostApi,
+) -> Result<Vec<Vec<u32>>> {
+    let mut passages = Passages::default();
+    passages.add(&tokenize(&load_data(&job.data, host)?, &model.encoder())?, 0, context, least);
+    if passages.tokens.is_empty() {
+        return Err(PluginError::data(format!(
+            "data: expected a document of at least {least} tokens, for an entry, a block and a horizon, got none"
+        )));
+    }
+    Ok(passages.drawn(job.passages, job.seed))
+}
+
+/// Text to measure on, given the model, and the tokens of a passage and the least of one.
+type Text<'a> = &'a mut dyn FnMut(&ModelDir, usize, usize) -> Result<Vec<Vec<u32>>>;
+
+fn evaluate(job: &EvalGist, text: Text, host: &dyn HostApi) -> Result<Value> {
     let usage = |message: String| Err(PluginError::usage(message));
     for (key, value) in [("horizon", job.horizon), ("passages", job.passages), ("blocks", job.blocks)] {
         if value == 0 {
@@ -139,15 +235,8 @@ fn evaluate(job: &EvalGist, host: &dyn HostApi) -> Result<Value> {
         gistnet_adapter::delta_nll::check_group(pattern, job.horizon)
             .map_err(|e| PluginError::usage(format!("sparse_group: {e}")))?;
     }
-    let mut passages = Passages::default();
-    passages.add(&tokenize(&load_data(&job.data, host)?, &model.encoder())?, 0, context, least);
-    if passages.tokens.is_empty() {
-        return Err(PluginError::data(format!(
-            "data: expected a document of at least {least} tokens, for an entry, a block and a horizon, got none"
-        )));
-    }
+    let documents = text(&model, context, least)?;
     check_forward("the evaluation", decoder.config(), job.dtype, context, 0)?;
-    let documents = passages.drawn(job.passages, job.seed);
 
     let rule = places.rule(block);
     let setting = |pattern: Pattern| Setting { scaling: scaling.clone(), rule, pattern };
@@ -160,18 +249,15 @@ fn evaluate(job: &EvalGist, host: &dyn HostApi) -> Result<Value> {
         horizon: job.horizon,
         most_blocks: job.blocks,
     };
-    let mut buffers = Buffers::default();
-    let stopped = || PluginError::cancelled("the host asked to stop; nothing was written");
-    let baselines = validator.baselines(&mut buffers, &mut || !host.cancelled()).map_err(model_error)?;
-    let baselines = baselines.ok_or_else(stopped)?;
-    let validation =
-        validator.measure(&loaded.network, &mut buffers, &mut || !host.cancelled()).map_err(model_error)?;
-    let validation = validation.ok_or_else(stopped)?;
-    let recovered = baselines.get(&Baseline::Deleted).map(|deleted| 1.0 - validation.delta_nll / deleted);
+    let found = measure_once(&validator, &loaded.network, &mut Buffers::default(), host)?;
+    let found = found.ok_or_else(|| PluginError::cancelled("the host asked to stop; nothing was written"))?;
     to_value(json!({
-        "validation": to_value(&validation)?,
-        "baselines": to_value(&baselines)?,
-        "recovered": recovered,
+        "validation": to_value(&found.validation)?,
+        "baselines": to_value(&found.baselines)?,
+        "recovered": found.validation.recovered,
+        "table": to_value(&found.table)?,
+        "blocks": to_value(&found.blocks)?,
+        "run": job.run,
         "network": job.network,
         "gist_version": loaded.identity.gist_version,
         "base": job.base,

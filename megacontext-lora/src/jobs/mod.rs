@@ -47,6 +47,7 @@ mod evaluation;
 pub mod export;
 pub mod extend;
 pub mod generate;
+mod gist_text;
 pub mod logits;
 pub mod merge;
 pub mod parameters;

@@ -9,6 +9,9 @@
 //! measure. A new stage begins with its own best, and starts from the weights that the last one ended with, whichever way it
 //! ended.
 //!
+//! The lowest of many validations on the same blocks is a little too good. So the figures that a run ends with come from other
+//! documents, the test text, on which nothing was chosen: measured once, when the best network stands.
+//!
 //! Interrupted and taken up again, a run ends with the same network. Before a validation that is due there is a checkpoint
 //! that says so, whatever `checkpoint.every` is: a run that is stopped while it measures takes up the measuring.
 //!
@@ -17,10 +20,12 @@
 use std::collections::BTreeMap;
 use std::time::Instant;
 
+use gistnet_adapter::costs::Costs;
 use gistnet_adapter::curriculum::Stage;
 use gistnet_adapter::trainer::{GistTrainer, Lesson, Setting};
-use gistnet_adapter::validate::{Baseline, Validation, Validator};
+use gistnet_adapter::validate::{Baseline, Baselines, Kept, Validation, Validator};
 use gistnet_adapter::{Expected, GistNet, Identity};
+use megacontext_base::buffers::Buffers;
 use megacontext_base::decoder::Decoder;
 use megacontext_base::params::{Group, ParamStore};
 use megacontext_base::random::Random;
@@ -28,14 +33,13 @@ use megacontext_kernels::attention::Pattern;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
-use crate::data::documents::tokenize;
-use crate::data::packing::split_holdout;
 use crate::error::{PluginError, Result};
 use crate::host::{Answer, HostApi};
-use crate::jobs::evaluation::Inputs;
-use crate::jobs::extend::load_data;
+use crate::jobs::evaluation::{Inputs, hash_of};
+use crate::jobs::gist_text::{GistText, read_text};
 use crate::jobs::{ModelDir, model_error, parse, to_value, with_threads};
 use crate::report::gistnet::{GistReport, render};
+use crate::report::stand_ins::StandIns;
 use crate::run::Telemetry;
 use crate::run::checkpoint::{self, Loaded, load_latest};
 use crate::run::folder::{CONFIG, RunFolder, config_toml, expect_run};
@@ -59,15 +63,47 @@ struct Params {
     config: Map<String, Value>,
 }
 
-/// A finished run.
+/// What a network was measured to cost, beside what else could stand for the same blocks.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct GistSummary {
-    /// The best network of the last stage on held-out text.
+pub struct Measured {
+    /// Of gists.
     pub validation: Validation,
     /// ΔNLL@H of what else could stand for the same blocks, nats.
     pub baselines: BTreeMap<Baseline, f64>,
-    /// 1 − ΔNLL@H of gists / ΔNLL@H of deletion.
-    pub recovered: f64,
+    /// The same for people.
+    pub table: StandIns,
+    /// ΔNLL@H of every block by passage: of `gist` and of each baseline.
+    pub blocks: BTreeMap<String, Costs>,
+}
+
+impl Measured {
+    /// Of one measurement.
+    pub fn new(validation: Validation, baselines: &Baselines) -> Self {
+        let mut blocks: BTreeMap<String, Costs> =
+            baselines.blocks.iter().map(|(b, costs)| (b.name().to_string(), costs.clone())).collect();
+        blocks.insert("gist".to_string(), validation.costs.clone());
+        Self {
+            table: StandIns::new(&validation, baselines),
+            baselines: baselines.means(),
+            blocks,
+            validation,
+        }
+    }
+}
+
+/// A finished run.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct GistSummary {
+    /// The best network of the last stage on the test text, on which nothing was chosen.
+    pub test: Measured,
+    /// What it recovers there of what deletion costs; none where that is nothing.
+    pub recovered: Option<f64>,
+    /// The same network on the text that it was chosen by.
+    pub validation: Validation,
+    /// ΔNLL@H of what else could stand for those blocks, nats.
+    pub baselines: BTreeMap<Baseline, f64>,
+    /// Nats between sparse and dense attention beyond which the run warns.
+    pub most_gap: f64,
     /// Optimiser steps done, and at which the best network was found.
     pub steps: u64,
     /// See there.
@@ -94,10 +130,14 @@ pub struct GistSummary {
     pub base_fingerprint: String,
     /// Where the text came from.
     pub data: Vec<String>,
-    /// Passages to learn from, and held out.
+    /// Passages to learn from, to choose by, and to test on.
     pub passages: usize,
     /// See there.
     pub held_out_passages: usize,
+    /// See there.
+    pub test_passages: usize,
+    /// SHA-256 of the test text's tokens.
+    pub test_text: String,
     /// The network's file.
     pub network: String,
 }
@@ -115,7 +155,7 @@ struct State {
     stage_step: usize,
     /// Losses of the stage so far, for its end.
     losses: Vec<f64>,
-    baselines: BTreeMap<usize, BTreeMap<Baseline, f64>>,
+    baselines: BTreeMap<usize, Baselines>,
     best: Option<Validation>,
     best_step: u64,
     last: Option<f64>,
@@ -167,44 +207,14 @@ pub fn run(params: Value, host: &dyn HostApi) -> Result<Value> {
     with_threads(threads, || prepare(config, resume, host))?
 }
 
-/// Text to learn from and held-out text, in passages.
-fn read_text(config: &GistRunConfig, model: &ModelDir, host: &dyn HostApi) -> Result<[Passages; 2]> {
-    let context = config.context.unwrap_or(0);
-    let least = 2 * config.network.block + config.longest_horizon();
-    let encode = model.encoder();
-    let mut sides = [Passages::default(), Passages::default()];
-    for (source, data) in config.data.iter().enumerate() {
-        let documents = load_data(std::slice::from_ref(data), host)?;
-        let (train, held_out) = split_holdout(documents, config.holdout, config.seed);
-        for (side, documents) in sides.iter_mut().zip([train, held_out]) {
-            side.add(&tokenize(&documents, &encode)?, source, context, least);
-        }
-    }
-    if config.data.is_empty() {
-        load_data(&[], host)?;
-    }
-    for (what, side) in ["to learn from", "held out"].into_iter().zip(&sides) {
-        if side.tokens.is_empty() {
-            return Err(PluginError::data(format!(
-                "data: expected a document {what} of at least {least} tokens, for an entry, a block and a horizon, got none; \
-                 more or longer documents help, or a smaller network.block or horizon"
-            )));
-        }
-    }
-    // Which passages are validated on follows from the seed, and is spread over all held-out text.
-    let [_, held_out] = &mut sides;
-    held_out.tokens = held_out.drawn(config.validation.passages, config.seed);
-    Ok(sides)
-}
-
 fn prepare(config: GistRunConfig, resume: bool, host: &dyn HostApi) -> Result<Value> {
     let started = Instant::now();
     let model = ModelDir::open(&config.base)?;
     let adapted = model.adapted(config.adapter.as_deref(), config.dtype)?;
     let config = config.resolve(&adapted.config, adapted.context)?;
-    let [text, held_out] = read_text(&config, &model, host)?;
+    let GistText { train: text, validation: held_out, test } = read_text(&config, &model, host)?;
     let scarce = config.check_level2(&text)?;
-    let plan = GistPlan::new(&config, &adapted, &text, &held_out)?;
+    let plan = GistPlan::new(&config, &adapted, &text, &held_out, &test)?;
     let mut told = to_value(plan)?;
     let parameters = config.network.of(&adapted.config).parameters();
     told["text"] = json!(plan.text(config.steps(), parameters));
@@ -225,7 +235,7 @@ fn prepare(config: GistRunConfig, resume: bool, host: &dyn HostApi) -> Result<Va
         setting(config.pattern()?),
         network,
         config.optimizer.adamw(),
-        config.passage_bytes,
+        config.passage_bytes - config.validation_bytes(decoder.config()),
     )
     .map_err(model_error)?;
     let frozen = hashes(decoder.params())?;
@@ -236,7 +246,7 @@ fn prepare(config: GistRunConfig, resume: bool, host: &dyn HostApi) -> Result<Va
     let state = State {
         config_hash: config_hash.clone(),
         seed: config.seed,
-        inputs: Inputs::of(&model, text.tokens.iter().chain(&held_out.tokens)),
+        inputs: Inputs::of(&model, text.tokens.iter().chain(&held_out).chain(&test)),
         frozen: frozen.clone(),
         ..State::default()
     };
@@ -269,6 +279,7 @@ fn prepare(config: GistRunConfig, resume: bool, host: &dyn HostApi) -> Result<Va
     }
     let sparse = config.sparse()?.map(&setting);
     let dense = setting(Pattern::Dense);
+    let kept = Kept::new(config.validation_bytes(decoder.config()), sparse.is_some());
     let mut run = Run {
         host,
         before: state.seconds,
@@ -276,7 +287,9 @@ fn prepare(config: GistRunConfig, resume: bool, host: &dyn HostApi) -> Result<Va
         decoder: &decoder,
         trainer,
         text: &text,
-        held_out: &held_out.tokens,
+        held_out: &held_out,
+        test: &test,
+        kept,
         dense: &dense,
         sparse,
         identity: &identity,
@@ -303,6 +316,24 @@ fn hashes(params: &ParamStore) -> Result<Vec<String>> {
     groups.into_iter().map(|group| params.group_hash(group).map_err(model_error)).collect()
 }
 
+/// Baselines and a network on text that is measured once; none where the host stopped it.
+pub(crate) fn measure_once(
+    validator: &Validator,
+    network: &GistNet,
+    buffers: &mut Buffers,
+    host: &dyn HostApi,
+) -> Result<Option<Measured>> {
+    let mut going = || !host.cancelled();
+    // Baselines and gists read the same passages, but all of them at once may be too many to keep.
+    let mut kept = Kept::new(0, validator.sparse.is_some());
+    let Some(baselines) = validator.baselines(&mut kept, buffers, &mut going).map_err(model_error)? else {
+        return Ok(None);
+    };
+    let found =
+        validator.measure(network, &baselines, &mut kept, buffers, &mut going).map_err(model_error)?;
+    Ok(found.map(|found| Measured::new(found, &baselines)))
+}
+
 struct Run<'a> {
     host: &'a dyn HostApi,
     config: &'a GistRunConfig,
@@ -310,6 +341,8 @@ struct Run<'a> {
     trainer: GistTrainer<'a>,
     text: &'a Passages,
     held_out: &'a [Vec<u32>],
+    test: &'a [Vec<u32>],
+    kept: Kept,
     dense: &'a Setting,
     sparse: Option<Setting>,
     /// What the network belongs to.
@@ -323,7 +356,7 @@ struct Run<'a> {
     step: usize,
 }
 
-impl Run<'_> {
+impl<'a> Run<'a> {
     fn say(&self, message: &str) {
         self.host.event("log", &json!({ "message": message }));
     }
@@ -386,12 +419,12 @@ impl Run<'_> {
         Ok(())
     }
 
-    fn validator(&self, horizon: usize) -> Validator<'_> {
+    fn validator(&self, documents: &'a [Vec<u32>], horizon: usize) -> Validator<'a> {
         Validator {
             decoder: self.decoder,
             setting: self.dense,
             sparse: self.sparse.clone(),
-            documents: self.held_out,
+            documents,
             horizon,
             most_blocks: self.config.validation.blocks,
         }
@@ -403,15 +436,16 @@ impl Run<'_> {
             return Ok(true);
         }
         self.say(&format!("measuring what else could stand for a block, over {horizon} tokens"));
-        let mut buffers = std::mem::take(self.trainer.buffers());
-        let host = self.host;
-        let found = self.validator(horizon).baselines(&mut buffers, &mut || !host.cancelled());
-        *self.trainer.buffers() = buffers;
+        let (host, validator) = (self.host, self.validator(self.held_out, horizon));
+        let found = validator.baselines(&mut self.kept, self.trainer.buffers(), &mut || !host.cancelled());
         let Some(found) = found.map_err(model_error)? else { return Ok(false) };
+        let deleted = |costs: &Option<Costs>| costs.as_ref().and_then(Costs::mean).map(|found| found.mean);
         self.telemetry.record(Record::GistBaselines(GistBaselinesRecord {
             step: self.step as u64,
             horizon,
-            delta_nll: found.clone(),
+            delta_nll: found.means(),
+            sparse_deleted: deleted(&found.sparse_deleted),
+            level2_deleted: deleted(&found.level2_deleted),
             wall_time: wall_time(),
         }))?;
         self.state.baselines.insert(horizon, found);
@@ -421,17 +455,16 @@ impl Run<'_> {
     /// Validates the network as it is, keeps it if it is the best; false where the host stopped it.
     fn validate(&mut self, horizon: usize) -> Result<bool> {
         let begun = Instant::now();
-        let mut buffers = std::mem::take(self.trainer.buffers());
-        let host = self.host;
+        let (host, validator) = (self.host, self.validator(self.held_out, horizon));
+        let baselines = self.state.baselines.get(&horizon).cloned().unwrap_or_default();
+        let (network, buffers) = self.trainer.network_and_buffers();
         let found =
-            self.validator(horizon).measure(&self.trainer.network, &mut buffers, &mut || !host.cancelled());
-        *self.trainer.buffers() = buffers;
+            validator.measure(network, &baselines, &mut self.kept, buffers, &mut || !host.cancelled());
         let Some(found) = found.map_err(model_error)? else { return Ok(false) };
         let better = self
             .state
             .judge(found.delta_nll)
             .map_err(|e| PluginError { message: format!("after step {}: {}", self.step, e.message), ..e })?;
-        let deleted = self.state.baselines.get(&horizon).and_then(|all| all.get(&Baseline::Deleted)).copied();
         self.telemetry.record(Record::GistValidation(Box::new(GistValidationRecord {
             step: self.step as u64,
             stage: self.state.stage,
@@ -439,18 +472,13 @@ impl Run<'_> {
             wall_time: wall_time(),
             wall_seconds: since(begun),
         })))?;
-        let recovered = deleted.map(|deleted| 1.0 - found.delta_nll / deleted);
         let mut text = format!("  step {:>5}  ΔNLL@{horizon} {:.4}", self.step, found.delta_nll);
-        if let Some(recovered) = recovered {
-            text += &format!(
-                "  recovered {:.1} % of deletion's {:.4}",
-                100.0 * recovered,
-                deleted.unwrap_or(0.0)
-            );
+        let deleted = baselines.means().get(&Baseline::Deleted).copied();
+        if let Some((recovered, deleted)) = found.recovered.zip(deleted) {
+            text += &format!("  recovered {:.1} % of deletion's {deleted:.4}", 100.0 * recovered);
         }
         let mut event = to_value(&found)?;
         event["step"] = json!(self.step);
-        event["recovered"] = json!(recovered);
         event["text"] = json!(text);
         self.host.event("validation", &event);
         let most = self.config.validation.most_gap;
@@ -591,6 +619,15 @@ impl Run<'_> {
         (self.state.best, self.state.last, self.state.rises) = (None, None, 0);
     }
 
+    /// The best network on the test text; none where the host stopped it.
+    fn test(&mut self, horizon: usize) -> Result<Option<Measured>> {
+        self.say("measuring the best network on text that nothing was chosen by");
+        let path = self.folder.path().join(NETWORK);
+        let best = GistNet::load(&path, Expected::default()).map_err(model_error)?;
+        let (host, validator) = (self.host, self.validator(self.test, horizon));
+        measure_once(&validator, &best.network, self.trainer.buffers(), host)
+    }
+
     fn finish(mut self, plan: &GistPlan, parameters: usize) -> Result<Value> {
         let phase = json!({ "job": "train_gistnet", "groups": ["gistnet"], "steps": self.config.steps() });
         if self.host.phase_entered(&phase) != Answer::Continue {
@@ -602,22 +639,26 @@ impl Run<'_> {
         let Some(validation) = self.state.best.clone() else {
             return Err(PluginError::internal("a run ended without a validation"));
         };
+        let Some(test) = self.test(validation.horizon)? else {
+            return Err(PluginError::cancelled(
+                "stopped while measuring on the test text; go on with --resume and the same settings",
+            ));
+        };
         let phase =
-            json!({ "job": "train_gistnet", "groups": ["gistnet"], "delta_nll": validation.delta_nll });
+            json!({ "job": "train_gistnet", "groups": ["gistnet"], "delta_nll": test.validation.delta_nll });
         if self.host.phase_left(&phase) != Answer::Continue {
             return Err(PluginError::cancelled(
                 "the host turned the result down; the network and the checkpoints are kept",
             ));
         }
-        let baselines = self.state.baselines.get(&validation.horizon).cloned().unwrap_or_default();
-        let recovered = baselines
-            .get(&Baseline::Deleted)
-            .map_or(f64::NAN, |deleted| 1.0 - validation.delta_nll / deleted);
+        let baselines = self.state.baselines.get(&validation.horizon).map(Baselines::means);
         let path = self.folder.path().join(NETWORK);
         let summary = GistSummary {
-            recovered,
-            baselines,
+            recovered: test.validation.recovered,
+            test,
+            baselines: baselines.unwrap_or_default(),
             validation,
+            most_gap: self.config.validation.most_gap,
             steps: self.step as u64,
             best_step: self.state.best_step,
             ended: self.state.ended.clone().unwrap_or_default(),
@@ -633,6 +674,8 @@ impl Run<'_> {
             data: self.config.data.clone(),
             passages: self.text.tokens.len(),
             held_out_passages: self.held_out.len(),
+            test_passages: self.test.len(),
+            test_text: hash_of(self.test),
             network: path.display().to_string(),
         };
         self.telemetry.sync()?;

@@ -5,12 +5,14 @@
 
 use std::fmt::Write;
 
+use gistnet_adapter::costs::Mean;
 use gistnet_adapter::metrics::COLLAPSE;
 use gistnet_adapter::validate::{Baseline, SUBSTITUTED, Validation};
 
-use super::axes::{Drawing, Scale, Size};
-use super::format::{bytes, count, escape, percent, seconds, tick};
-use super::html::{both, page};
+use super::format::{bytes, change, count, escape, percent, seconds};
+use super::gist_curves::curves;
+use super::html::page;
+use super::stand_ins::{StandIns, signed_percent, with_error};
 use crate::jobs::train_gistnet::GistSummary;
 use crate::run::metrics::Record;
 
@@ -28,7 +30,7 @@ pub struct GistReport<'a> {
 /// The page.
 pub fn render(report: &GistReport) -> String {
     let s = report.summary;
-    let h = s.validation.horizon;
+    let h = s.test.validation.horizon;
     let title = format!("GistNet over {h} tokens");
     let facts = [
         format!("base <b>{}</b>", escape(&s.base)),
@@ -44,183 +46,115 @@ pub fn render(report: &GistReport) -> String {
         escape(&headline(s)),
         escape(&text(s))
     );
-    body += &stand_ins(s);
-    body += &course(report);
-    body += &metrics(&s.validation);
+    body += &stand_ins(&s.test.table);
+    body += &curves(report);
+    body += &metrics(s);
     body += &how(report);
     page(&title, &body)
 }
 
 /// The outcome in a sentence.
 fn headline(s: &GistSummary) -> String {
-    let best = s.baselines.iter().filter(|(b, _)| **b != Baseline::Deleted);
-    let cheaper = best.filter(|(_, delta)| **delta < s.validation.delta_nll).count();
-    if !s.recovered.is_finite() || s.recovered <= 0.0 {
+    let v = &s.test.validation;
+    let Some(share) = s.recovered else {
+        return "Deleting these blocks costs nothing: there is nothing that a gist could recover."
+            .to_string();
+    };
+    if share <= 0.0 {
         return "Gists do not help yet: a block costs no less with its gist than without it.".to_string();
     }
-    let share = percent(s.recovered);
-    match cheaper {
-        0 => format!(
-            "A gist recovers {share} of what deleting its block costs, more than the block's last four tokens do."
-        ),
-        _ => format!("A gist recovers {share} of what deleting its block costs."),
+    let dearer = |baseline| s.test.baselines.get(&baseline).is_some_and(|cost| *cost > v.delta_nll);
+    let beyond = [
+        (Baseline::Last4, "more than the block's last four tokens do"),
+        (Baseline::Last2, "more than the block's last two tokens do"),
+        (Baseline::LastToken, "more than the block's last token does"),
+    ];
+    let beyond = beyond.into_iter().find(|(baseline, _)| dearer(*baseline));
+    let share = signed_percent(Some(share));
+    match beyond {
+        Some((baseline, text)) => {
+            format!("A gist recovers {share} of what deleting its block costs, {text}{}.", doubt(v, baseline))
+        }
+        None => format!("A gist recovers {share} of what deleting its block costs."),
     }
 }
 
+/// Says so where a difference is within two of its standard errors.
+fn doubt(v: &Validation, baseline: Baseline) -> &'static str {
+    let clear = v.against.get(&baseline).is_some_and(|d| d.error.is_some_and(|e| d.mean.abs() > 2.0 * e));
+    if clear { "" } else { " (by less than two standard errors)" }
+}
+
 fn text(s: &GistSummary) -> String {
-    let of = |baseline| s.baselines.get(&baseline).copied().unwrap_or(f64::NAN);
+    let v = &s.test.validation;
     let mut text = format!(
-        "Replaced by its gist, a block costs {:.3} nats per token over the next {} tokens; deleted {:.3}, replaced by the mean of \
-         its embeddings {:.3}, by its last token {:.3}. Measured on {} held-out blocks.",
-        s.validation.delta_nll,
-        s.validation.horizon,
-        of(Baseline::Deleted),
-        of(Baseline::Mean),
-        of(Baseline::LastToken),
-        count(s.validation.blocks as u64)
+        "Replaced by its gist, a block costs {:.3} nats per token over the next {} tokens",
+        v.delta_nll, v.horizon
     );
-    if s.validation.diversity.is_some_and(|diversity| diversity < COLLAPSE) {
+    let others = [
+        (Baseline::Deleted, "deleted"),
+        (Baseline::Mean, "replaced by the mean of its embeddings"),
+        (Baseline::LastToken, "by its last token"),
+    ];
+    for (number, (baseline, what)) in others.into_iter().enumerate() {
+        if let Some(cost) = s.test.baselines.get(&baseline) {
+            let _ = write!(text, "{} {what} {cost:.3}", if number == 0 { ";" } else { "," });
+        }
+    }
+    let _ = write!(
+        text,
+        ". Measured on {} blocks of held-out text that nothing was chosen by.",
+        count(v.blocks as u64)
+    );
+    if v.diversity.is_some_and(|diversity| diversity < COLLAPSE) {
         text += " The gists are much alike: a contrastive term pushes them apart.";
     }
     text
 }
 
-fn name(baseline: Baseline) -> &'static str {
-    match baseline {
-        Baseline::Deleted => "nothing (deleted)",
-        Baseline::Mean => "mean of its embeddings",
-        Baseline::LastToken => "its last token",
-        Baseline::Last2 => "its last 2 tokens",
-        Baseline::Last4 => "its last 4 tokens",
-    }
-}
-
-/// Table of what stands for a block, the dearest first.
-fn stand_ins(s: &GistSummary) -> String {
-    let deleted = s.baselines.get(&Baseline::Deleted).copied();
-    let mut rows: Vec<(&str, f64)> = s.baselines.iter().map(|(b, delta)| (name(*b), *delta)).collect();
-    rows.push(("its gist", s.validation.delta_nll));
-    rows.sort_by(|a, b| b.1.total_cmp(&a.1));
+/// Table of what stands for a block.
+fn stand_ins(table: &StandIns) -> String {
     let mut out = String::from(
-        "<section>\n<h2>What stands for a block, and what it costs</h2>\n<div class=\"scroll\"><table>\n<thead><tr>\
-         <th>In the block's place</th><th>\u{394}NLL, nats per token</th><th>Recovered</th></tr></thead>\n<tbody>\n",
+        "<section>\n<h2>What stands for a block, and what it costs</h2>\n<div class=\"scroll\"><table>\n<thead><tr>",
     );
-    for (name, delta) in rows {
-        let own = name == "its gist";
-        let recovered = deleted.map_or("\u{2013}".to_string(), |deleted| percent(1.0 - delta / deleted));
-        let class = if own { " class=\"best\"" } else { "" };
-        let _ = writeln!(
-            out,
-            "<tr><th scope=\"row\">{name}</th><td{class}>{}</td><td>{recovered}</td></tr>",
-            if own { format!("<b>{delta:.4}</b>") } else { format!("{delta:.4}") }
-        );
+    for head in &table.head {
+        let _ = write!(out, "<th>{}</th>", escape(head));
     }
-    out + "</tbody>\n</table></div>\n<p class=\"note\">Recovered is 1 less the cost over that of deleting the block. Tokens stand \
-           at their own places; the mean and the gist are one entry, at the gist's place. The network is the best of all validations on\n           these blocks.</p>\n</section>\n"
-}
-
-/// ΔNLL@H over the steps, with what else could stand for a block as level lines.
-fn course(report: &GistReport) -> String {
-    let plot = both(|size| curve(report, size));
-    if plot.is_empty() {
-        return String::new();
-    }
-    format!(
-        "<section>\n<h2>How it went</h2>\n{plot}<p class=\"note\">Line with points: held-out text. Thin line: the steps' own blocks. \
-         Level lines: the same held-out blocks with something else in their place. A stage with another horizon is another \
-         measure.</p>\n</section>\n"
-    )
-}
-
-fn curve(report: &GistReport, size: Size) -> Option<String> {
-    let horizon = report.summary.validation.horizon;
-    let mut validations: Vec<(f64, f64)> = Vec::new();
-    let mut steps: Vec<(f64, f64)> = Vec::new();
-    for record in report.records {
-        match record {
-            Record::GistValidation(r) if r.validation.delta_nll.is_finite() => {
-                validations.push((r.step as f64, r.validation.delta_nll));
-            }
-            Record::GistStep(r) if r.delta_nll.is_finite() => steps.push((r.step as f64, r.delta_nll)),
-            _ => {}
+    out += "</tr></thead>\n<tbody>\n";
+    for (number, row) in table.rows.iter().enumerate() {
+        out += "<tr>";
+        for (column, cell) in row.iter().enumerate() {
+            let cell = escape(cell);
+            out += &match column {
+                0 => format!("<th scope=\"row\">{cell}</th>"),
+                1 if number == table.gist => format!("<td class=\"best\"><b>{cell}</b></td>"),
+                _ => format!("<td>{cell}</td>"),
+            };
         }
+        out += "</tr>\n";
     }
-    let last = steps.last()?.0;
-    let levels: Vec<(&str, f64)> = [Baseline::Deleted, Baseline::Mean, Baseline::LastToken, Baseline::Last4]
-        .into_iter()
-        .filter_map(|b| Some((name(b), *report.summary.baselines.get(&b)?)))
-        .collect();
-    let smooth: Vec<(f64, f64)> = steps
-        .chunks((steps.len() / 120).max(1))
-        .map(|part| {
-            let n = part.len() as f64;
-            (part.iter().map(|p| p.0).sum::<f64>() / n, part.iter().map(|p| p.1).sum::<f64>() / n)
-        })
-        .collect();
-    let values = validations.iter().chain(&smooth).map(|p| p.1).chain(levels.iter().map(|l| l.1));
-    let (low, high) =
-        values.fold((f64::INFINITY, f64::NEG_INFINITY), |(low, high), v| (low.min(v), high.max(v)));
-    let wide = size == Size::Wide;
-    let (left, right, top, height) = if wide {
-        (58.0, size.width() - 190.0, 26.0, 340.0)
-    } else {
-        (44.0, size.width() - 12.0, 26.0, 290.0)
-    };
-    let bottom = height - 44.0;
-    let room = (high - low).max(1e-3) * 0.08;
-    let x = Scale::linear((0.0, last), (left, right));
-    let y = Scale::linear(((low - room).min(0.0), high + room), (bottom, top));
-    let mut drawing =
-        Drawing::new(size, height, &format!("\u{394}NLL@{horizon} over {last} optimiser steps"));
-    let (ticks, step) = y.ticks(5);
-    for value in ticks {
-        drawing.line("grid", (left, y.at(value)), (right, y.at(value)));
-        drawing.text("tick", (left - 8.0, y.at(value) + 4.0), "end", &tick(value, step));
-    }
-    drawing.line("axis", (left, bottom), (right, bottom));
-    let (ticks, step) = x.ticks(6);
-    for value in ticks {
-        drawing.line("axis", (x.at(value), bottom), (x.at(value), bottom + 5.0));
-        drawing.text("tick", (x.at(value), bottom + 19.0), "middle", &tick(value, step));
-    }
-    drawing.text("caption", ((left + right) / 2.0, height - 7.0), "middle", "optimiser steps");
-    let edge = if wide { 4.0 } else { 0.0 };
-    drawing.text("caption", (edge, 13.0), "start", "\u{394}NLL, nats per token (lower is better)");
-    let mut ends: Vec<(f64, &str, String)> = Vec::new();
-    for (name, value) in &levels {
-        drawing.line("mark", (left, y.at(*value)), (right, y.at(*value)));
-        ends.push((y.at(*value), "note", format!("{name} {value:.3}")));
-        if !wide {
-            drawing.text("note halo", (left + 4.0, y.at(*value) - 4.0), "start", name);
-        }
-    }
-    let at = |points: &[(f64, f64)]| -> Vec<(f64, f64)> {
-        points.iter().map(|(s, v)| (x.at(*s), y.at(*v))).collect()
-    };
-    drawing.path("line raw", &at(&smooth));
-    drawing.path("line adapted", &at(&validations));
-    for ((step, value), place) in validations.iter().zip(at(&validations)) {
-        drawing.marker("dot adapted", 0, place, &format!("step {step}: {value:.4} nats per token"));
-    }
-    if let Some((_, value)) = validations.last() {
-        ends.push((y.at(*value), "end adapted", format!("gist {value:.3}")));
-    }
-    if wide {
-        for (at, class, text) in super::plots::spread(ends, 17.0, (top, bottom)) {
-            drawing.text(class, (right + 4.0, at + 4.0), "start", &text);
-        }
-    }
-    Some(drawing.finish())
+    out + "</tbody>\n</table></div>\n<p class=\"note\">Recovered is 1 less the cost over that of deleting the block. The last column \
+           compares on the same blocks: below 0 the gist is better. Behind \u{b1} stands one standard error over passages. Tokens \
+           stand at their own places; the mean and the gist are one entry, at the gist's place.</p>\n</section>\n"
 }
 
 /// Every metric with what it means.
-fn metrics(v: &Validation) -> String {
+fn metrics(s: &GistSummary) -> String {
+    let (v, chosen) = (&s.test.validation, &s.validation);
     let number = |value: Option<f64>| value.map_or("\u{2013}".to_string(), |value| format!("{value:.3}"));
+    let beside = |deleted: Option<f64>, share: Option<f64>, what: &str| {
+        let deleted = deleted?;
+        Some(format!("{what}; deleted {deleted:.3}, so {} recovered", signed_percent(share)))
+    };
     let rows = [
         (
             "\u{394}NLL@H",
-            format!("{:.4} \u{b1} {:.4}", v.delta_nll, v.delta_nll_error),
-            "how much worse each of the next H tokens is predicted, nats; with the standard error over blocks".to_string(),
+            with_error(Mean { mean: v.delta_nll, error: v.delta_nll_error }),
+            format!(
+                "how much worse each of the next H tokens is predicted, nats, with one standard error over passages; {:.4} on the \
+                 blocks that the network was chosen by, the lowest of several validations",
+                chosen.delta_nll
+            ),
         ),
         (
             "substitutability",
@@ -234,7 +168,7 @@ fn metrics(v: &Validation) -> String {
         ),
         (
             "degradation",
-            percent(v.degradation),
+            change(v.degradation),
             "loss of the horizon with gists over that without, less 1; at most 5 % for a working system".to_string(),
         ),
         (
@@ -255,12 +189,19 @@ fn metrics(v: &Validation) -> String {
         (
             "\u{394}NLL@H, second level",
             number(v.level2_delta_nll),
-            "a span of K\u{b2} tokens replaced by one entry; below 2 is wanted; none where no document has room".to_string(),
+            beside(v.level2_deleted, v.level2_recovered, "a span of K\u{b2} tokens replaced by one entry; below 2 is wanted")
+                .unwrap_or("no document has room for a span of K\u{b2} tokens".to_string()),
+        ),
+        (
+            "\u{394}NLL@H, sparse attention",
+            number(v.sparse_delta_nll),
+            beside(v.sparse_deleted, v.sparse_recovered, "the same blocks under shifted sparse attention")
+                .unwrap_or("not measured".to_string()),
         ),
         (
             "sparse less dense",
             number(v.sparse_dense_gap()),
-            "\u{394}NLL@H under shifted sparse attention less that under dense".to_string(),
+            format!("\u{394}NLL@H under sparse attention less that under dense; a run warns beyond \u{b1}{}", s.most_gap),
         ),
     ];
     let mut out = String::from(
@@ -284,7 +225,12 @@ fn how(report: &GistReport) -> String {
         ("parameters", count(s.parameters as u64)),
         (
             "text",
-            format!("{} passages to learn from, {} held out", count(s.passages as u64), s.held_out_passages),
+            format!(
+                "{} passages to learn from, {} to choose by, {} to test on",
+                count(s.passages as u64),
+                s.held_out_passages,
+                s.test_passages
+            ),
         ),
         ("sources", s.data.join(", ")),
         ("memory", format!("planned {}, at most {} used", bytes(s.planned_bytes), bytes(s.peak_bytes))),
@@ -302,4 +248,94 @@ fn how(report: &GistReport) -> String {
         escape(report.config.trim_end())
     );
     out
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::Value;
+
+    use super::*;
+
+    struct Sample {
+        summary: GistSummary,
+        records: Vec<Record>,
+        config: String,
+    }
+
+    fn sample() -> Sample {
+        let text = include_str!("../../examples/sample_gist_report.json");
+        let mut value: Value = serde_json::from_str(text).unwrap();
+        let mut take = |key: &str| value[key].take();
+        Sample {
+            summary: serde_json::from_value(take("summary")).unwrap(),
+            records: serde_json::from_value(take("records")).unwrap(),
+            config: serde_json::from_value(take("config")).unwrap(),
+        }
+    }
+
+    fn drawn(sample: &Sample) -> String {
+        render(&GistReport { summary: &sample.summary, records: &sample.records, config: &sample.config })
+    }
+
+    #[test]
+    fn the_page_is_whole_and_draws_all_three_curves() {
+        let page = drawn(&sample());
+        assert!(page.starts_with("<!doctype html>") && page.ends_with("</html>\n"));
+        for tag in ["section", "svg", "table", "tr", "td", "div", "dl", "dd", "text", "figure", "details"] {
+            let open = page.matches(&format!("<{tag}>")).count() + page.matches(&format!("<{tag} ")).count();
+            assert_eq!(open, page.matches(&format!("</{tag}>")).count(), "{tag}");
+        }
+        for absent in ["NaN", "inf ", "<script", "http://", "https://"] {
+            assert!(!page.contains(absent), "{absent}");
+        }
+        // Each for a desktop and for a phone.
+        assert_eq!(page.matches("<svg class=\"plot").count(), 6);
+        for part in ["collapse 0.300", "bound 0.100", "bound -0.100", "\u{394}NLL@32 over", "gist less this"]
+        {
+            assert!(page.contains(part), "{part}");
+        }
+    }
+
+    #[test]
+    fn what_was_not_measured_is_not_drawn() {
+        let mut sample = sample();
+        for record in &mut sample.records {
+            if let Record::GistValidation(r) = record {
+                (r.validation.sparse_delta_nll, r.validation.diversity) = (None, Some(f64::NAN));
+            }
+        }
+        let page = drawn(&sample);
+        assert_eq!(page.matches("<svg class=\"plot").count(), 2);
+        assert!(!page.contains("NaN"));
+        sample.records.clear();
+        assert!(!drawn(&sample).contains("<svg class=\"plot"));
+    }
+
+    #[test]
+    fn the_headline_says_what_can_be_said() {
+        let mut s = sample().summary;
+        assert_eq!(
+            headline(&s),
+            "A gist recovers 44.6\u{a0}% of what deleting its block costs, more than the block's last token does."
+        );
+        s.test.validation.against.entry(Baseline::LastToken).and_modify(|d| d.error = Some(0.02));
+        assert!(headline(&s).contains("last token does (by less than two standard errors)."));
+        s.recovered = Some(-0.1);
+        assert!(headline(&s).starts_with("Gists do not help yet"));
+        s.recovered = None;
+        assert!(headline(&s).starts_with("Deleting these blocks costs nothing"));
+    }
+
+    #[test]
+    fn text_from_outside_is_escaped() {
+        let mut sample = sample();
+        let evil = "</style><script>alert('x')</script>\"&";
+        for field in [&mut sample.config, &mut sample.summary.base, &mut sample.summary.network] {
+            *field = evil.to_string();
+        }
+        (sample.summary.ended, sample.summary.data) = (evil.to_string(), vec![evil.to_string()]);
+        sample.summary.test.table.rows[0][0] = evil.to_string();
+        let page = drawn(&sample);
+        assert!(!page.contains("<script") && page.matches("&lt;script&gt;").count() >= 6);
+    }
 }

@@ -18,12 +18,14 @@ mod axes;
 pub mod evaluation;
 mod focus;
 mod format;
+mod gist_curves;
 pub mod gistnet;
 mod heat;
 mod html;
 pub mod lensnet;
 mod plots;
 mod rope;
+pub mod stand_ins;
 pub mod sweep;
 mod verdict;
 

@@ -158,6 +158,10 @@ pub struct GistBaselinesRecord {
     pub horizon: usize,
     /// ΔNLL@H of each, nats.
     pub delta_nll: BTreeMap<Baseline, f64>,
+    /// ΔNLL@H of deletion under sparse attention, and of deleting spans of the second level.
+    pub sparse_deleted: Option<f64>,
+    /// See there.
+    pub level2_deleted: Option<f64>,
     /// Seconds since 1970.
     pub wall_time: f64,
 }

@@ -215,6 +215,9 @@ impl EventFile {
                     ("val/attention_entropy", v.attention_entropy),
                     ("val/level2_delta_nll", v.level2_delta_nll),
                     ("val/sparse_dense_gap", v.sparse_dense_gap()),
+                    ("val/recovered", v.recovered),
+                    ("val/level2_recovered", v.level2_recovered),
+                    ("val/sparse_recovered", v.sparse_recovered),
                 ];
                 tags.extend(some.into_iter().filter_map(|(tag, value)| Some((tag, value?))));
                 self.scalars(r.wall_time, r.step, &tags)

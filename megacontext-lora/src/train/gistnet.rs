@@ -12,6 +12,7 @@ use gistnet_adapter::curriculum::{Stage, places, shuffle};
 use gistnet_adapter::delta_nll::check_group;
 use gistnet_adapter::{GistNetConfig, Head, Mode, Pooling};
 use megacontext_base::config::DecoderConfig;
+use megacontext_base::decoder::DocumentShape;
 use megacontext_base::random::Random;
 use megacontext_base::rope::{SigmaPreset, SigmaRule};
 use megacontext_kernels::attention::Pattern;
@@ -161,8 +162,10 @@ impl<'de> Deserialize<'de> for SparseGroup {
 pub struct ValidationSettings {
     /// Steps between two; the last step of a stage is always followed by one.
     pub every: usize,
-    /// Held-out passages.
+    /// Held-out passages that the network is chosen by.
     pub passages: usize,
+    /// Held-out passages of other documents, measured once at the end.
+    pub test_passages: usize,
     /// Most blocks of a passage.
     pub blocks: usize,
     /// Ends a stage whose ΔNLL@H rose so many times in a row; 0 never does. The next stage goes on from there, as it does
@@ -179,6 +182,7 @@ impl Default for ValidationSettings {
         Self {
             every: 100,
             passages: 32,
+            test_passages: 32,
             blocks: 16,
             stop_after_rises: 3,
             sparse_group: SparseGroup::Auto,
@@ -314,6 +318,7 @@ impl GistRunConfig {
             ("spans_per_passage", self.spans_per_passage),
             ("validation.every", self.validation.every),
             ("validation.passages", self.validation.passages),
+            ("validation.test_passages", self.validation.test_passages),
             ("validation.blocks", self.validation.blocks),
             ("checkpoint.every", self.checkpoint.every),
         ] {
@@ -413,6 +418,20 @@ impl GistRunConfig {
             }
         }
         Ok(warnings)
+    }
+
+    /// Bytes of held-out passages that are kept from one validation to the next, at most half of those for all passages.
+    pub fn validation_bytes(&self, model: &DecoderConfig) -> u64 {
+        let attentions = if matches!(self.sparse(), Ok(Some(_))) { 2 } else { 1 };
+        let all = (attentions * self.validation.passages) as u64 * self.bytes_of_passage(model, false);
+        all.min(self.passage_bytes / 2)
+    }
+
+    /// Bytes of a passage, with what the divergence form reads of it or without.
+    fn bytes_of_passage(&self, model: &DecoderConfig, hidden: bool) -> u64 {
+        let entries = self.context.unwrap_or(0);
+        let shape = DocumentShape { entries, precision: self.dtype, hidden };
+        shape.bytes(model) + 4 * (entries * model.hidden_size) as u64
     }
 
     /// Hash of what the result depends on.

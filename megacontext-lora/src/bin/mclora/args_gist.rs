@@ -90,9 +90,12 @@ pub struct TrainGistnet {
     /// Steps between validations [default: 100]
     #[arg(long, value_name = "N", help_heading = "Validation")]
     pub validate_every: Option<u64>,
-    /// Held-out passages [default: 32]
+    /// Held-out passages that the network is chosen by [default: 32]
     #[arg(long, value_name = "N", help_heading = "Validation")]
     pub validation_passages: Option<u64>,
+    /// Held-out passages of other documents, measured once at the end [default: 32]
+    #[arg(long, value_name = "N", help_heading = "Validation")]
+    pub test_passages: Option<u64>,
     /// Steps between checkpoints [default: 100]
     #[arg(long, value_name = "N", help_heading = "Validation")]
     pub checkpoint_every: Option<u64>,
@@ -100,18 +103,22 @@ pub struct TrainGistnet {
 
 /// ΔNLL@H of a stored GistNet on a text.
 #[derive(Debug, Clone, Args)]
-#[command(after_help = "Example:
+#[command(after_help = "Examples:
+  mclora eval gist --run runs/gist
   mclora eval gist --base models/small --network runs/gist/gistnet.safetensors --data held-out.txt")]
 pub struct EvalGist {
-    /// Model folder
+    /// A finished run: its network on its test text, with its settings
     #[arg(long, value_name = "DIR")]
-    pub base: PathBuf,
+    pub run: Option<PathBuf>,
+    /// Model folder
+    #[arg(long, value_name = "DIR", required_unless_present = "run")]
+    pub base: Option<PathBuf>,
     /// Adapter on it
     #[arg(long, value_name = "DIR")]
     pub adapter: Option<PathBuf>,
     /// The network: gistnet.safetensors of a run
-    #[arg(long, value_name = "FILE")]
-    pub network: PathBuf,
+    #[arg(long, value_name = "FILE", required_unless_present = "run")]
+    pub network: Option<PathBuf>,
     /// Measure the network although it was trained beside another adapter, or beside none
     #[arg(long)]
     pub other_adapter: bool,

@@ -27,9 +27,10 @@ pub fn gistnet(args: &TrainGistnet, global: &Global) -> Result<Value> {
 
 pub fn eval_gist(args: &EvalGist, global: &Global) -> Result<Value> {
     let mut params = Params::default();
-    params.set_path("base", Some(&args.base))?;
+    params.set_path("run", args.run.as_ref())?;
+    params.set_path("base", args.base.as_ref())?;
     params.set_path("adapter", args.adapter.as_ref())?;
-    params.set_path("network", Some(&args.network))?;
+    params.set_path("network", args.network.as_ref())?;
     params.set_some("other_adapter", args.other_adapter.then_some(true));
     params.set_list("data", &args.data);
     params.set_some("context", args.context);
@@ -76,6 +77,7 @@ fn parameters(args: &TrainGistnet, global: &Global) -> Result<(Value, PathBuf)> 
     params.set_some("memory_budget_bytes", args.memory.as_deref().map(bytes).transpose()?);
     params.set_some("validation.every", args.validate_every);
     params.set_some("validation.passages", args.validation_passages);
+    params.set_some("validation.test_passages", args.test_passages);
     params.set_some("checkpoint.every", args.checkpoint_every);
     params.set_some("threads", global.threads);
     params.set_some("resume", args.resume.then_some(true));
@@ -97,42 +99,30 @@ fn stages(list: &str) -> Result<Value> {
     list.split(',').map(stage).collect::<Result<Vec<_>>>().map(Value::Array)
 }
 
-/// What blocks cost, by what stands for them, as a table.
-fn stand_ins(summary: &Value, of: &str) -> String {
-    let validation = &summary["validation"];
-    let horizon = validation["horizon"].as_u64().unwrap_or(0);
-    let number = |value: &Value| value.as_f64().unwrap_or(f64::NAN);
-    let deleted = number(&summary["baselines"]["deleted"]);
-    let mut rows: Vec<(&str, f64)> = [
-        ("nothing (deleted)", "deleted"),
-        ("mean of its embeddings", "mean"),
-        ("its last token", "last_token"),
-        ("its last 2 tokens", "last_2"),
-        ("its last 4 tokens", "last_4"),
-    ]
-    .into_iter()
-    .filter_map(|(name, key)| Some((name, summary["baselines"][key].as_f64()?)))
-    .collect();
-    rows.push(("its gist", number(&validation["delta_nll"])));
-    rows.sort_by(|a, b| b.1.total_cmp(&a.1));
-    let rows: Vec<Vec<String>> = rows
-        .into_iter()
-        .map(|(name, delta)| {
-            vec![name.to_string(), format!("{delta:.4}"), format!("{:.1} %", 100.0 * (1.0 - delta / deleted))]
-        })
-        .collect();
-    let head = format!("ΔNLL@{horizon}, nats");
+/// What blocks cost, by what stands for them: the table that the job made.
+fn stand_ins(measured: &Value, of: &str) -> String {
+    let validation = &measured["validation"];
+    let cells = |row: &Value| -> Vec<String> {
+        let row = row.as_array().into_iter().flatten();
+        row.map(|cell| cell.as_str().unwrap_or_default().to_string()).collect()
+    };
+    let head = cells(&measured["table"]["head"]);
+    let rows: Vec<Vec<String>> =
+        measured["table"]["rows"].as_array().into_iter().flatten().map(cells).collect();
+    let head: Vec<&str> = head.iter().map(String::as_str).collect();
     format!(
-        "\nWhat a block costs over the next {horizon} tokens, by what stands for it ({} {of}):\n\n{}\n",
+        "\nWhat a block costs over the next {} tokens (ΔNLL@{}), by what stands for it ({} {of}):\n\n{}\n",
+        validation["horizon"],
+        validation["horizon"],
         validation["blocks"],
-        table(&["in its place", &head, "recovered"], &rows)
+        table(&head, &rows)
     )
 }
 
 /// What a finished run says to people.
 fn finished(summary: &Value, run: &Path) -> String {
     let number = |value: &Value| value.as_f64().unwrap_or(f64::NAN);
-    let mut text = stand_ins(summary, "held-out blocks");
+    let mut text = stand_ins(&summary["test"], "test blocks, which nothing was chosen by");
     let seconds = number(&summary["seconds"]);
     let peak = number(&summary["peak_bytes"]) / 1e6;
     text += &format!(

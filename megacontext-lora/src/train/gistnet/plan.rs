@@ -64,7 +64,7 @@ const ONCE_WIDTHS: u64 = 2 + 10;
 const ENTROPY_WIDTHS: u64 = 8 + 6;
 
 impl GistPlan {
-    /// Plans a resolved run over the text to learn from and the held-out text; what it would hold must fit.
+    /// Plans a resolved run over the text to learn from, to choose by and to test on; what it would hold must fit.
     ///
     /// # Errors
     /// When it does not, with the numbers and what would help.
@@ -72,11 +72,12 @@ impl GistPlan {
         config: &GistRunConfig,
         adapted: &Adapted,
         text: &Passages,
-        held_out: &Passages,
+        held_out: &[Vec<u32>],
+        test: &[Vec<u32>],
     ) -> Result<Self> {
-        let tokens: usize = text.tokens.iter().chain(&held_out.tokens).map(Vec::len).sum();
+        let tokens: usize = text.tokens.iter().chain(held_out).chain(test).map(Vec::len).sum();
         let program = resident_bytes().unwrap_or(0).saturating_sub(F32 * tokens as u64);
-        let plan = Self::beside(config, adapted, [text, held_out], tokens, program);
+        let plan = Self::beside(config, adapted, text, held_out, tokens, program);
         // What the process holds is no longer free, and is part of the plan.
         let free = available_bytes().map(|free| free + resident_bytes().unwrap_or(0));
         let budget = config.memory_budget_bytes.or(free).unwrap_or(u64::MAX);
@@ -99,7 +100,8 @@ impl GistPlan {
     fn beside(
         config: &GistRunConfig,
         adapted: &Adapted,
-        [text, held_out]: [&Passages; 2],
+        text: &Passages,
+        held_out: &[Vec<u32>],
         tokens: usize,
         program: u64,
     ) -> Self {
@@ -131,18 +133,24 @@ impl GistPlan {
             let shape = DocumentShape { entries, precision: config.dtype, hidden };
             shape.bytes(model) + F32 * entries as u64 * e
         };
+        // Of the held-out text, one for each pattern.
+        let patterns = 1 + u64::from(!matches!(config.sparse(), Ok(None)));
+        let validated: u64 = held_out.iter().map(|tokens| patterns * passage(tokens.len(), false)).sum();
+        let for_validation = config.validation_bytes(model);
+        let for_steps = config.passage_bytes - for_validation;
         let (mut kept, mut fresh) = (0, 0);
         // No more than the steps come by, the longest where they are not all.
         let mut lengths: Vec<usize> = text.tokens.iter().map(Vec::len).collect();
         lengths.sort_unstable_by_key(|length| std::cmp::Reverse(*length));
         for length in lengths.into_iter().take(config.steps() * config.passages_per_step) {
             let bytes = passage(length, hidden);
-            if kept + bytes <= config.passage_bytes {
+            if kept + bytes <= for_steps {
                 kept += bytes;
             } else {
                 fresh += 1;
             }
         }
+        let kept = kept + validated.min(for_validation);
         let fresh = fresh.min(config.passages_per_step as u64) * passage(context, hidden);
 
         let steps: Vec<Fullest> =
@@ -150,25 +158,24 @@ impl GistPlan {
         let most = |of: &dyn Fn(&Fullest) -> u64| steps.iter().map(of).max().unwrap_or(0);
         let step = fresh + most(&|step| graph(step.seen) + step.rows_bytes(e));
         let longest = config.longest_horizon();
-        let validated = Rows {
+        let measured = Rows {
             count: config.validation.blocks.min(places(context, network.block, 1, longest).len()),
             longest: longest - 1 + Baseline::MOST_TOKENS,
         };
-        let patterns = 1 + u64::from(!matches!(config.sparse(), Ok(None)));
         // Blocks of a passage pass GistNet at most so many at a time; then the attention of some of all is looked at.
-        let blocks = validated.count.max(network.block * places(context, network.block, 2, longest).len());
+        let blocks = measured.count.max(network.block * places(context, network.block, 2, longest).len());
         let chunk = (blocks * network.block).min(CHUNK_ENTRIES) as u64;
-        let looked_at = (held_out.tokens.len() * validated.count).min(LOOKED_AT) * (network.block + 1);
+        let looked_at = (held_out.len() * measured.count).min(LOOKED_AT) * (network.block + 1);
         let looked_at = F32 * e * looked_at as u64 * (KEPT_WIDTHS + ENTROPY_WIDTHS);
         let validation =
-            (patterns * passage(context, false) + validated.bytes(e) + graph(chunk)).max(looked_at);
+            (patterns * passage(context, false) + measured.bytes(e) + graph(chunk)).max(looked_at);
 
         let pass =
             |entries: usize| PassShape { entries, precision: config.dtype, lora: adapted.lora.as_ref() };
         let learned = steps.iter().map(|step| step.rows.at_once()).max().unwrap_or(0);
         let trained = training_bytes(model, pass(learned), model.num_hidden_layers, true);
         // The buffers of rows serve documents too, those that walk back apart.
-        let [own, larger] = [learned, context.max(learned).max(validated.at_once())]
+        let [own, larger] = [learned, context.max(learned).max(measured.at_once())]
             .map(|entries| evaluation_bytes(model, pass(entries)));
         let held = trained.activations + trained.workspace + larger.activations + larger.workspace;
         let passes = held - own.activations - own.workspace + trained.loss.max(larger.loss);
