@@ -149,9 +149,9 @@ fn a_planted_fact_is_looked_at() {
     let out = fixture.at("lens");
     #[rustfmt::skip]
     let args = [
-        "train", "lensnet", "--base", &base, "--gistnet", &gistnet, "--data", "planted:110", "--out", &out,
-        "--history", "480", "--budget", "160", "--horizon", "6", "--holdout", "0.15", "--rounds", "1",
-        "--label-histories", "90", "--steps", "90", "--threads", "2", "--seed", "1", "--json",
+        "train", "lensnet", "--base", &base, "--gistnet", &gistnet, "--data", "planted:90", "--out", &out,
+        "--history", "450", "--budget", "150", "--horizon", "6", "--holdout", "0.15", "--rounds", "1",
+        "--label-histories", "72", "--steps", "70", "--threads", "2", "--seed", "1", "--json",
     ];
     let summary = mclora(&args).success().json();
     let shown = |policy: &str| summary["facts_shown"][policy].as_f64().unwrap();

@@ -463,16 +463,17 @@ impl Run<'_> {
             let wanted = targets(utilities.now, &utilities.measured, self.scale()).map_err(model_error)?;
             for (at, (start, lod)) in entries.iter().enumerate() {
                 let Measured { expanded, collapsed } = utilities.measured[at];
-                let first = start.is_multiple_of(hierarchy.span(lod + 1));
+                let first = *lod < hierarchy.levels() && start.is_multiple_of(hierarchy.span(lod + 1));
                 let edits = [
                     (Action::Expand, expanded, *lod),
                     (Action::Collapse, collapsed.filter(|_| first), lod + 1),
                 ];
                 rows.extend(edits.into_iter().filter_map(|(action, nll, node)| {
+                    let nll = nll?;
                     Some(labels::Label {
                         block: hierarchy.node_at(node, *start),
                         action,
-                        delta_nll: nll? - utilities.now,
+                        delta_nll: nll - utilities.now,
                         timestamp_ms,
                         document: *history as u64,
                         context,
