@@ -74,7 +74,7 @@ fn behind(
         let of_both = f32s(&held)?;
         let z = &mut z[..lod.len() * middle];
         rows::fill(values(params, scorer[0], "bias")?.weight(), z);
-        for (half, part) in [&*x, &*f].into_iter().enumerate() {
+        for (half, part) in [x, &*f].into_iter().enumerate() {
             let columns = Mat::strided(&of_both[half * e..], [middle, e], [2 * e, 1]);
             matmul(z, Mat::new(part, lod.len(), e), columns.t(), 1.0, true);
         }
