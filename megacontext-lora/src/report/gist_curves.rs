@@ -62,7 +62,7 @@ impl Curve {
                 _ => None,
             })
         };
-        let last = steps().last()?.step as f64;
+        let last = steps().next_back()?.step as f64;
         let validated = |of: &dyn Fn(&Validation) -> Option<f64>| -> Vec<(f64, f64)> {
             let point = |record: &Record| match record {
                 Record::GistValidation(r) => Some((r.step as f64, of(&r.validation)?)),

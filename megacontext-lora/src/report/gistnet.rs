@@ -11,7 +11,7 @@ use gistnet_adapter::validate::{Baseline, SUBSTITUTED, Validation};
 
 use super::format::{bytes, change, count, escape, percent, seconds};
 use super::gist_curves::curves;
-use super::html::page;
+use super::html::{how_section, metrics_section, page};
 use super::stand_ins::{StandIns, signed_percent, with_error};
 use crate::jobs::train_gistnet::GistSummary;
 use crate::run::metrics::Record;
@@ -204,17 +204,7 @@ fn metrics(s: &GistSummary) -> String {
             format!("\u{394}NLL@H under sparse attention less that under dense; a run warns beyond \u{b1}{}", s.most_gap),
         ),
     ];
-    let mut out = String::from(
-        "<section>\n<h2>All metrics</h2>\n<div class=\"scroll\"><table>\n<thead><tr><th>Metric</th><th>Value</th>\
-         <th>What it is</th></tr></thead>\n<tbody>\n",
-    );
-    for (name, value, meaning) in rows {
-        let _ = writeln!(
-            out,
-            "<tr><th scope=\"row\">{name}</th><td>{value}</td><td class=\"words\">{meaning}</td></tr>"
-        );
-    }
-    out + "</tbody>\n</table></div>\n</section>\n"
+    metrics_section(&rows)
 }
 
 fn how(report: &GistReport) -> String {
@@ -238,16 +228,7 @@ fn how(report: &GistReport) -> String {
         ("gist version", s.gist_version.to_string()),
         ("threads", s.threads.to_string()),
     ];
-    let mut out = String::from("<section>\n<h2>How it was made</h2>\n<dl class=\"pairs\">\n");
-    for (word, value) in pairs {
-        let _ = writeln!(out, "<div><dt>{word}</dt><dd>{}</dd></div>", escape(&value));
-    }
-    let _ = write!(
-        out,
-        "</dl>\n<details>\n<summary>All settings (config.toml)</summary>\n<pre><code>{}</code></pre>\n</details>\n</section>\n",
-        escape(report.config.trim_end())
-    );
-    out
+    how_section(&pairs, report.config)
 }
 
 #[cfg(test)]

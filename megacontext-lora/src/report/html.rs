@@ -199,6 +199,35 @@ pub(super) fn both(draw: impl Fn(Size) -> Option<String>) -> String {
     if drawings.is_empty() { String::new() } else { format!("<figure>{}</figure>\n", drawings.join("\n")) }
 }
 
+/// A section with every metric: name, value, what it is.
+pub(super) fn metrics_section(rows: &[(&str, String, String)]) -> String {
+    let mut out = String::from(
+        "<section>\n<h2>All metrics</h2>\n<div class=\"scroll\"><table>\n<thead><tr><th>Metric</th><th>Value</th>\
+         <th>What it is</th></tr></thead>\n<tbody>\n",
+    );
+    for (name, value, meaning) in rows {
+        let _ = writeln!(
+            out,
+            "<tr><th scope=\"row\">{name}</th><td>{value}</td><td class=\"words\">{meaning}</td></tr>"
+        );
+    }
+    out + "</tbody>\n</table></div>\n</section>\n"
+}
+
+/// A section on how a run came about: words with their values, and the settings as TOML.
+pub(super) fn how_section(pairs: &[(&str, String)], config: &str) -> String {
+    let mut out = String::from("<section>\n<h2>How it was made</h2>\n<dl class=\"pairs\">\n");
+    for (word, value) in pairs {
+        let _ = writeln!(out, "<div><dt>{word}</dt><dd>{}</dd></div>", escape(value));
+    }
+    let _ = write!(
+        out,
+        "</dl>\n<details>\n<summary>All settings (config.toml)</summary>\n<pre><code>{}</code></pre>\n</details>\n</section>\n",
+        escape(config.trim_end())
+    );
+    out
+}
+
 fn training_section(report: &RunReport) -> String {
     let s = &report.summary;
     let plot = both(|size| loss_curve(&report.records, size));

@@ -8,7 +8,7 @@ use std::fmt::Write;
 use lensnet_adapter::validate::{Reference, Validation};
 
 use super::format::{bytes, count, escape, percent, seconds};
-use super::html::{both, page};
+use super::html::{both, how_section, metrics_section, page};
 use crate::jobs::train_lensnet::LensSummary;
 use crate::run::metrics::Record;
 
@@ -231,18 +231,9 @@ fn metrics(v: &Validation) -> String {
         ),
         ("residency", format!("{:.2}", v.residency_mean), "mean refocuses since an entry last changed"),
         ("utilization", percent(v.utilization), "entries over the budget; 80 to 100 % is wanted"),
-    ];
-    let mut out = String::from(
-        "<section>\n<h2>All metrics</h2>\n<div class=\"scroll\"><table>\n<thead><tr><th>Metric</th><th>Value</th>\
-         <th>What it is</th></tr></thead>\n<tbody>\n",
-    );
-    for (name, value, meaning) in rows {
-        let _ = writeln!(
-            out,
-            "<tr><th scope=\"row\">{name}</th><td>{value}</td><td class=\"words\">{meaning}</td></tr>"
-        );
-    }
-    out + "</tbody>\n</table></div>\n</section>\n"
+    ]
+    .map(|(name, value, meaning): (&str, String, &str)| (name, value, meaning.to_string()));
+    metrics_section(&rows)
 }
 
 fn how(report: &LensReport) -> String {
@@ -262,14 +253,5 @@ fn how(report: &LensReport) -> String {
         ("gist version", s.gist_version.to_string()),
         ("threads", s.threads.to_string()),
     ];
-    let mut out = String::from("<section>\n<h2>How it was made</h2>\n<dl class=\"pairs\">\n");
-    for (word, value) in pairs {
-        let _ = writeln!(out, "<div><dt>{word}</dt><dd>{}</dd></div>", escape(&value));
-    }
-    let _ = write!(
-        out,
-        "</dl>\n<details>\n<summary>All settings (config.toml)</summary>\n<pre><code>{}</code></pre>\n</details>\n</section>\n",
-        escape(report.config.trim_end())
-    );
-    out
+    how_section(&pairs, report.config)
 }

@@ -12,14 +12,9 @@ pub enum TrainCommand {
     Lensnet(Box<crate::args_lens::TrainLensnet>),
 }
 
-/// Train GistNet: blocks of a text become single entries, at the least cost to what the frozen base model predicts next.
+/// What a network beside a frozen base model is trained on, and where.
 #[derive(Debug, Clone, Args)]
-#[command(after_help = "Examples:
-  mclora train gistnet --base models/small --data 'books/*.txt' --out runs/gist
-  mclora train gistnet --base models/small --adapter runs/mine/adapter --data corpus.jsonl --context 2048 \\
-      --stages 32:2000,64:2000 --dtype mixed --out runs/gist
-  mclora train gistnet --resume --out runs/gist")]
-pub struct TrainGistnet {
+pub struct What {
     /// Model folder: config.json, model.safetensors (or shards), tokenizer.json
     #[arg(long, value_name = "DIR", help_heading = "What")]
     pub base: Option<PathBuf>,
@@ -27,10 +22,10 @@ pub struct TrainGistnet {
     #[arg(long, value_name = "DIR", help_heading = "What")]
     pub adapter: Option<PathBuf>,
     /// Text to learn from: files, folders, globs (text, markdown, source, JSONL with a text field); corpus:held-out is
-    /// what the quickstart uses
+    /// what the quickstart uses; for LensNet also planted:N, N documents with a fact that is asked for at the end
     #[arg(long, value_name = "PATH", num_args = 1.., help_heading = "What")]
     pub data: Vec<String>,
-    /// Run folder, absent or empty [default: runs/gistnet]
+    /// Run folder, absent or empty [default: runs/gistnet, runs/lensnet]
     #[arg(long, value_name = "DIR", help_heading = "What")]
     pub out: Option<PathBuf>,
     /// Settings from a TOML file; flags go over them
@@ -39,12 +34,24 @@ pub struct TrainGistnet {
     /// Take up an interrupted run in the run folder, with the settings found there
     #[arg(long, help_heading = "What")]
     pub resume: bool,
-    /// Seed of initial weights, order of the text and drawn spans [default: 0]
+    /// Seed of initial weights, order of the text and everything drawn [default: 0]
     #[arg(long, value_name = "N", help_heading = "What")]
     pub seed: Option<u64>,
     /// Share of the documents held out for validation [default: 0.1]
     #[arg(long, value_name = "SHARE", help_heading = "What")]
     pub holdout: Option<f64>,
+}
+
+/// Train GistNet: blocks of a text become single entries, at the least cost to what the frozen base model predicts next.
+#[derive(Debug, Clone, Args)]
+#[command(after_help = "Examples:
+  mclora train gistnet --base models/small --data 'books/*.txt' --out runs/gist
+  mclora train gistnet --base models/small --adapter runs/mine/adapter --data corpus.jsonl --context 2048 \\
+      --stages 32:2000,64:2000 --dtype mixed --out runs/gist
+  mclora train gistnet --resume --out runs/gist")]
+pub struct TrainGistnet {
+    #[command(flatten)]
+    pub what: What,
     /// Tokens that become one entry [default: 32]
     #[arg(long, value_name = "K", help_heading = "Network")]
     pub block: Option<u64>,

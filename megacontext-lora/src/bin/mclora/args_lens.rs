@@ -4,6 +4,8 @@ use std::path::PathBuf;
 
 use clap::Args;
 
+use crate::args_gist::What;
+
 /// Train LensNet: for every entry of a working context, whether a closer look is worth its room.
 #[derive(Debug, Clone, Args)]
 #[command(after_help = "Examples:
@@ -12,34 +14,11 @@ use clap::Args;
       --history 1024 --budget 256 --horizon 8 --out runs/lens
   mclora train lensnet --resume --out runs/lens")]
 pub struct TrainLensnet {
-    /// Model folder: config.json, model.safetensors (or shards), tokenizer.json
-    #[arg(long, value_name = "DIR", help_heading = "What")]
-    pub base: Option<PathBuf>,
-    /// Adapter on it
-    #[arg(long, value_name = "DIR", help_heading = "What")]
-    pub adapter: Option<PathBuf>,
+    #[command(flatten)]
+    pub what: What,
     /// The network that makes gists: gistnet.safetensors of a run
     #[arg(long, value_name = "FILE", help_heading = "What")]
     pub gistnet: Option<PathBuf>,
-    /// Text to learn from: files, folders, globs; corpus:held-out is what the quickstart uses, planted:N are N documents
-    /// with a fact that is asked for at the end
-    #[arg(long, value_name = "PATH", num_args = 1.., help_heading = "What")]
-    pub data: Vec<String>,
-    /// Run folder, absent or empty [default: runs/lensnet]
-    #[arg(long, value_name = "DIR", help_heading = "What")]
-    pub out: Option<PathBuf>,
-    /// Settings from a TOML file; flags go over them
-    #[arg(long, value_name = "FILE", help_heading = "What")]
-    pub config: Option<PathBuf>,
-    /// Take up an interrupted run in the run folder, with the settings found there
-    #[arg(long, help_heading = "What")]
-    pub resume: bool,
-    /// Seed of initial weights, order of the text and everything drawn [default: 0]
-    #[arg(long, value_name = "N", help_heading = "What")]
-    pub seed: Option<u64>,
-    /// Share of the documents held out for validation [default: 0.1]
-    #[arg(long, value_name = "SHARE", help_heading = "What")]
-    pub holdout: Option<f64>,
     /// Tokens of a history [default: what the model, or the adapter, was trained for, less the horizon]
     #[arg(long, value_name = "N", help_heading = "Contexts")]
     pub history: Option<u64>,

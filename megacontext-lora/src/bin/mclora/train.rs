@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use serde_json::{Value, json};
 
 use crate::args::Global;
-use crate::args_gist::{EvalGist, TrainGistnet};
+use crate::args_gist::{EvalGist, TrainGistnet, What};
 use crate::commands::{job, program, quoted};
 use crate::failure::{Failure, Result};
 use crate::params::{self, Params, bytes};
@@ -48,19 +48,28 @@ pub fn eval_gist(args: &EvalGist, global: &Global) -> Result<Value> {
     Ok(result)
 }
 
-fn parameters(args: &TrainGistnet, global: &Global) -> Result<(Value, PathBuf)> {
-    let written = args.out.as_deref().unwrap_or(Path::new(DEFAULT_OUT)).join("config.toml");
-    let mut params = match &args.config {
+/// Parameters of a run so far: a settings file, or those of the run that is taken up, with the flags that all such runs have over
+/// them.
+pub fn begun(what: &What, default_out: &str, global: &Global) -> Result<Params> {
+    let written = what.out.as_deref().unwrap_or(Path::new(default_out)).join("config.toml");
+    let mut params = match &what.config {
         Some(path) => Params::from_toml(path)?,
-        None if args.resume && written.is_file() => Params::from_toml(&written)?,
+        None if what.resume && written.is_file() => Params::from_toml(&written)?,
         None => Params::default(),
     };
-    params.set_path("base", args.base.as_ref())?;
-    params.set_path("adapter", args.adapter.as_ref())?;
-    params.set_list("data", &args.data);
-    params.set_path("out", args.out.as_ref())?;
-    params.set_some("seed", args.seed);
-    params.set_some("holdout", args.holdout);
+    params.set_path("base", what.base.as_ref())?;
+    params.set_path("adapter", what.adapter.as_ref())?;
+    params.set_list("data", &what.data);
+    params.set_path("out", what.out.as_ref())?;
+    params.set_some("seed", what.seed);
+    params.set_some("holdout", what.holdout);
+    params.set_some("threads", global.threads);
+    params.set_some("resume", what.resume.then_some(true));
+    Ok(params)
+}
+
+fn parameters(args: &TrainGistnet, global: &Global) -> Result<(Value, PathBuf)> {
+    let mut params = begun(&args.what, DEFAULT_OUT, global)?;
     params.set_some("network.block", args.block);
     params.set_some("network.layers", args.layers);
     params.set_some("network.pooling", args.pooling.as_deref());
@@ -79,8 +88,6 @@ fn parameters(args: &TrainGistnet, global: &Global) -> Result<(Value, PathBuf)> 
     params.set_some("validation.passages", args.validation_passages);
     params.set_some("validation.test_passages", args.test_passages);
     params.set_some("checkpoint.every", args.checkpoint_every);
-    params.set_some("threads", global.threads);
-    params.set_some("resume", args.resume.then_some(true));
     let out = PathBuf::from(params.text("out").unwrap_or(DEFAULT_OUT));
     Ok((params.into_value(), out))
 }

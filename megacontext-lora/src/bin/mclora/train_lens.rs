@@ -8,8 +8,9 @@ use crate::args::Global;
 use crate::args_lens::TrainLensnet;
 use crate::commands::{job, program, quoted};
 use crate::failure::Result;
-use crate::params::{Params, bytes};
+use crate::params::bytes;
 use crate::tables::{duration, table};
+use crate::train::begun;
 
 /// The run folder where none is named.
 const DEFAULT_OUT: &str = "runs/lensnet";
@@ -26,19 +27,8 @@ pub fn lensnet(args: &TrainLensnet, global: &Global) -> Result<Value> {
 }
 
 fn parameters(args: &TrainLensnet, global: &Global) -> Result<(Value, PathBuf)> {
-    let written = args.out.as_deref().unwrap_or(Path::new(DEFAULT_OUT)).join("config.toml");
-    let mut params = match &args.config {
-        Some(path) => Params::from_toml(path)?,
-        None if args.resume && written.is_file() => Params::from_toml(&written)?,
-        None => Params::default(),
-    };
-    params.set_path("base", args.base.as_ref())?;
-    params.set_path("adapter", args.adapter.as_ref())?;
+    let mut params = begun(&args.what, DEFAULT_OUT, global)?;
     params.set_path("gistnet", args.gistnet.as_ref())?;
-    params.set_list("data", &args.data);
-    params.set_path("out", args.out.as_ref())?;
-    params.set_some("seed", args.seed);
-    params.set_some("holdout", args.holdout);
     params.set_some("history", args.history);
     params.set_some("horizon", args.horizon);
     params.set_some("budget", args.budget);
@@ -59,8 +49,6 @@ fn parameters(args: &TrainLensnet, global: &Global) -> Result<(Value, PathBuf)> 
     params.set_some("memory_budget_bytes", args.memory.as_deref().map(bytes).transpose()?);
     params.set_some("validation.histories", args.validation_histories);
     params.set_some("checkpoint.every", args.checkpoint_every);
-    params.set_some("threads", global.threads);
-    params.set_some("resume", args.resume.then_some(true));
     let out = PathBuf::from(params.text("out").unwrap_or(DEFAULT_OUT));
     Ok((params.into_value(), out))
 }
