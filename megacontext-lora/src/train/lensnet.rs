@@ -12,7 +12,7 @@ use lensnet_adapter::allocator::AllocatorConfig;
 use lensnet_adapter::counterfactual::CounterfactualConfig;
 use lensnet_adapter::preference::PreferenceConfig;
 use lensnet_adapter::{Features, Head, Kind, LensNetConfig};
-use megacontext_base::buffers::{PassShape, evaluation_bytes};
+use megacontext_base::buffers::{PassShape, evaluation_bytes, keys_values_bytes};
 use megacontext_base::config::DecoderConfig;
 use megacontext_base::context::Limits;
 use megacontext_base::lora::LoraModules;
@@ -22,7 +22,7 @@ use serde::{Deserialize, Serialize};
 
 use super::config::{CheckpointConfig, OptimizerConfig, Schedule};
 use super::gistnet::PlaceSettings;
-use super::plan::{available_bytes, bytes, count, frozen_bytes, resident_bytes};
+use super::plan::{available_bytes, bytes, count, frozen_bytes, packed_bytes, resident_bytes};
 use crate::error::{PluginError, Result};
 use crate::jobs::model_error;
 use crate::run::folder::config_hash;
@@ -340,7 +340,7 @@ pub struct LensPlan {
     pub graph: u64,
     /// Tokens and gists of all histories.
     pub histories: u64,
-    /// Keys and values of a context, and buffers of passes over its variants.
+    /// Keys and values of a context, buffers of passes over its variants, packed operands of products.
     pub passes: u64,
     /// Of all kinds.
     pub total: u64,
@@ -370,7 +370,8 @@ impl LensPlan {
         let entries = budget + block + config.horizon;
         let pass = |entries| PassShape { entries, precision: config.dtype, lora };
         let passes = evaluation_bytes(model, pass(entries.max(512))).total()
-            + megacontext_base::buffers::keys_values_bytes(model, config.dtype, entries);
+            + keys_values_bytes(model, config.dtype, entries)
+            + packed_bytes();
         let rows = match config.labels.kind {
             LabelKind::Counterfactual => config.batch,
             LabelKind::Preference => config.batch * (config.labels.variants + 1),

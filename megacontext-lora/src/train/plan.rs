@@ -201,7 +201,7 @@ fn table_widths(model: &DecoderConfig) -> usize {
 }
 
 /// Packed operands: of products a slab for all threads and a block for each, of attention a few tiles for each.
-fn packed_bytes() -> u64 {
+pub(crate) fn packed_bytes() -> u64 {
     const SLAB: u64 = 4 << 20;
     const THREAD: u64 = 4 << 20;
     SLAB + THREAD * rayon::current_num_threads() as u64
