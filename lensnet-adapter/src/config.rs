@@ -23,7 +23,7 @@ pub(crate) const LEVEL_EMBED: &str = "level_embed.weight";
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Kind {
-    /// Entries attend to each other ([`crate::network`]).
+    /// Entries attend to each other ([`crate::LensNet`]).
     #[default]
     Transformer,
     /// Entries and tail gists attend to each other in turn ([`crate::dual`]).

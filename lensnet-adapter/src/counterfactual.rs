@@ -7,7 +7,7 @@
 //!              −max(0, n' − n): there the costliest collapse gets the lowest score, and so is made first.)
 //! s is how many nats a score of 1 stands for. The documents have no s: a score is a nat there, and the allocator's threshold
 //! of 0.2 asks an expand to save 0.2 nats on every token, which on text hardly any span does; s brings what there is to be
-//! saved into the range that scores have ([`unit`]), and m follows it.
+//! saved into the range that scores have ([`unit()`]), and m follows it.
 //! An entry that can do both keeps the larger of the two. Targets beyond ±1, which no score reaches, become ±1. The loss of
 //! scores u over the entries M that have a target:
 //!   regression  mean over M of (u − y)²;
@@ -35,7 +35,7 @@ const APART: f64 = 0.1;
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct CounterfactualConfig {
-    /// s, nats per token that a score of 1 stands for; none means what [`unit`] finds in the first labels.
+    /// s, nats per token that a score of 1 stands for; none means what [`unit()`] finds before the first labels.
     pub unit: Option<f64>,
     /// m in units of s.
     pub margin: f64,

@@ -11,7 +11,7 @@
 //! | `step_s`, `best_s`, `tok_s` | a whole step, tokens per second |
 //! | `block_ms` | of `gist`: for each replaced block |
 //! | `apart_ms`, `cheaper`, `apart_extra_MB` | of `gist`: the same as two whole passes per block, how many times that costs, its memory |
-//! | `dense_ms`, `pearson`, `spearman`, `mean_apart`, `most_apart`, `dense_size`, `top_overlap` | of `lens` with `compare`, see [`lens`] |
+//! | `dense_ms`, `pearson`, `spearman`, `mean_apart`, `most_apart`, `dense_size`, `top_overlap` | of `lens` with `compare`, see `bench/lens.rs` |
 //! | `peak_extra_MB` | most memory of forward and backward beyond the idle inputs, 10⁶ bytes |
 //! | `peak_rss_MB`, `idle_rss_MB` | most memory of the process in a step; before the first one |
 //! | `gflops`, `gflop_total`, `tflop`, `tflop_parts` | FLOPs by [`crate::train::work`], per second of the median |
