@@ -11,21 +11,20 @@
 //! Units: nats, tokens, entries, seconds, bytes. Errors: before the run folder exists, anything about settings, model, data,
 //! memory.
 
+mod labelling;
+mod outcome;
+
 use std::collections::BTreeMap;
-use std::path::Path;
 use std::time::Instant;
 
-use lensnet_adapter::allocator::Action;
-use lensnet_adapter::counterfactual::{Measured, Scale, targets, unit};
-use lensnet_adapter::focus::{Focus, History, Policy};
+use lensnet_adapter::counterfactual::Scale;
+use lensnet_adapter::focus::{Focus, History};
 use lensnet_adapter::labels::Label;
 use lensnet_adapter::trainer::{LensTrainer, Lesson, Objective};
-use lensnet_adapter::utility::{Utilities, measure};
 use lensnet_adapter::validate::{Reference, References, Validation, Validator};
-use lensnet_adapter::variants::{VariantConfig, variants};
 use lensnet_adapter::{Identity, LensNet};
 use megacontext_base::buffers::Buffers;
-use megacontext_base::context::{BaseModel, HorizonLoss, Limits, WorkingContext};
+use megacontext_base::context::{BaseModel, HorizonLoss};
 use megacontext_base::decoder::Decoder;
 use megacontext_base::params::{Group, ParamStore};
 use megacontext_base::random::Random;
@@ -34,21 +33,16 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
 use crate::error::{PluginError, Result};
-use crate::host::{Answer, HostApi};
+use crate::host::HostApi;
 use crate::jobs::evaluation::Inputs;
 use crate::jobs::{ModelDir, model_error, parse, to_value, with_threads};
-use crate::report::lensnet::{LensReport, Picture, render};
 use crate::run::Telemetry;
 use crate::run::checkpoint::{self, Loaded, load_latest};
-use crate::run::folder::{CONFIG, RunFolder, config_hash, config_toml, expect_run};
-use crate::run::label_log::LabelLog;
-use crate::run::labels::{self, LabelStamp};
+use crate::run::folder::{CONFIG, RunFolder, config_toml, expect_run};
 use crate::run::metrics::{LensStepRecord, LensValidationRecord, Record, wall_time};
-use crate::run::summary::SUMMARY;
-use crate::run::traces::{Trace, TraceLog};
 use crate::train::histories::{self, Passage};
-use crate::train::lensnet::{LabelKind, LensPlan, LensRunConfig};
-use crate::train::plan::{peak_bytes, since};
+use crate::train::lensnet::{LensPlan, LensRunConfig};
+use crate::train::plan::since;
 
 /// The best network's file in a run folder.
 pub const NETWORK: &str = "lensnet.safetensors";
@@ -373,159 +367,6 @@ impl Run<'_> {
         self.config.counterfactual.scale(self.state.unit.unwrap_or(1.0))
     }
 
-    /// What the best expands of a few contexts save, in nats: what a score of 1 stands for.
-    fn measure_unit(&mut self, data: &Data) -> Result<f64> {
-        const LOOKED_AT: usize = 24;
-        let mut found: Vec<Utilities> = Vec::new();
-        for history in data.text.iter().take(LOOKED_AT) {
-            if self.host.cancelled() {
-                return self.cancelled();
-            }
-            let begun = self.focus.begin(history).map_err(model_error)?;
-            let loss = self.focus.loss;
-            let mut random = Random::new(self.config.seed);
-            let measured =
-                measure(loss, &history.tree, &begun, &history.future, None, &mut random, &mut self.buffers);
-            found.push(measured.map_err(model_error)?);
-        }
-        Ok(unit(found.iter().map(|one| (one.now, &one.measured[..]))))
-    }
-
-    /// What labels hold for: another run's are not this one's.
-    fn stated(&self, data: &Data, round: usize) -> Value {
-        json!({
-            "round": round,
-            "config_hash": self.state.config_hash,
-            "base": self.state.inputs.base,
-            "frozen": self.state.frozen,
-            "gist_version": data.gist_version,
-        })
-    }
-
-    /// The labels of a round: read as far as they are there, made from there on.
-    fn label(&mut self, data: &Data, round: usize) -> Result<Vec<Label>> {
-        let c = self.config;
-        let count = c.labels.histories.min(data.text.len());
-        let stated = self.stated(data, round);
-        let (mut log, mut labels) = LabelLog::open(self.folder.path(), round + 1, &stated)?;
-        labels.truncate(count);
-        if labels.len() < count && self.step != round * c.steps {
-            return Err(PluginError::data(format!(
-                "{}: expected the {count} labels that the round learned from, found {}; begin a new run in another folder",
-                log.path().display(),
-                labels.len()
-            )));
-        }
-        let begun = (Instant::now(), labels.len());
-        for at in labels.len()..count {
-            if self.host.cancelled() {
-                log.sync()?;
-                return self.cancelled();
-            }
-            // Every round has histories of its own, as far as there are such.
-            let number = (round * count + at) % data.text.len();
-            let label = self.label_of(data, number, round, at)?;
-            log.append(&label)?;
-            labels.push(label);
-            let done = labels.len();
-            let left = since(begun.0) / (done - begun.1) as f64 * (count - done) as f64;
-            self.host.event(
-                "progress",
-                &json!({
-                    "job": "train_lensnet", "labels": done, "stage": round + 1, "stages": c.labels.rounds,
-                    "step": done, "steps": count, "eta_s": left,
-                }),
-            );
-        }
-        log.sync()?;
-        let path = log.path().with_extension("parquet");
-        if !path.is_file() {
-            self.write_table(&path, data, &labels)?;
-        }
-        Ok(labels)
-    }
-
-    /// A round's labels as a table: a row for every edit that was measured.
-    fn write_table(&self, path: &Path, data: &Data, round: &[Label]) -> Result<()> {
-        let adapter = self.config.adapter.as_ref().map(|_| config_hash(&self.state.frozen)).transpose()?;
-        let stamp = LabelStamp {
-            base: self.state.inputs.base.clone(),
-            adapter,
-            gist_version: data.gist_version,
-            horizon: self.config.horizon,
-            block: self.focus.loss.rule().block,
-        };
-        let timestamp_ms = (wall_time() * 1e3) as i64;
-        let mut rows = Vec::new();
-        for (context, label) in (0..).zip(round) {
-            let Label::Utilities { history, entries, utilities } = label else { continue };
-            let hierarchy = data.text[*history].tree.hierarchy();
-            let wanted = targets(utilities.now, &utilities.measured, self.scale()).map_err(model_error)?;
-            for (at, (start, lod)) in entries.iter().enumerate() {
-                let Measured { expanded, collapsed } = utilities.measured[at];
-                let first = *lod < hierarchy.levels() && start.is_multiple_of(hierarchy.span(lod + 1));
-                let edits = [
-                    (Action::Expand, expanded, *lod),
-                    (Action::Collapse, collapsed.filter(|_| first), lod + 1),
-                ];
-                rows.extend(edits.into_iter().filter_map(|(action, nll, node)| {
-                    let nll = nll?;
-                    Some(labels::Label {
-                        block: hierarchy.node_at(node, *start),
-                        action,
-                        delta_nll: nll - utilities.now,
-                        timestamp_ms,
-                        document: *history as u64,
-                        context,
-                        entry_start: *start,
-                        lod: *lod,
-                        nll_now: utilities.now,
-                        target: wanted[at].unwrap_or(0.0),
-                    })
-                }));
-            }
-        }
-        labels::write(path, &stamp, &rows)
-    }
-
-    fn label_of(&mut self, data: &Data, number: usize, round: usize, at: usize) -> Result<Label> {
-        let c = self.config;
-        let mut random = Random::named(c.seed, &format!("label {at} of round {round}"));
-        let explores = random.unit() < c.labels.explore;
-        let policy = match (explores, round) {
-            (true, _) => Policy::Random,
-            // Nothing is learned yet: contexts as every policy begins with them.
-            (false, 0) => Policy::Recency,
-            (false, _) => Policy::Lens(&self.trainer.network),
-        };
-        // So many refocuses that contexts of all ages of a run come up.
-        let focus = Focus { refocuses: 1 + random.below(c.validation.refocuses), ..*self.focus };
-        let history = (number, &data.text[number]);
-        let buffers = &mut self.buffers;
-        match c.labels.kind {
-            LabelKind::Counterfactual => {
-                let most = (c.labels.edits > 0).then_some(c.labels.edits);
-                Label::of_edits(&focus, policy, history, most, &mut random, buffers).map_err(model_error)
-            }
-            LabelKind::Preference => {
-                let chosen = focus.choose(policy, history.1, &mut random, buffers).map_err(model_error)?;
-                let config = VariantConfig {
-                    count: c.labels.variants,
-                    recent: c.protected,
-                    ..VariantConfig::default()
-                };
-                let tree = &history.1.tree;
-                let whole = Limits::new(tree.len() as usize, c.protected)
-                    .and_then(|limits| WorkingContext::recent(tree, limits))
-                    .map_err(model_error)?;
-                let budget = focus.limits.budget();
-                let mut contexts = vec![chosen.context];
-                contexts.extend(variants(&config, &whole, tree, budget, &mut random).map_err(model_error)?);
-                Label::of_variants(&focus, &contexts, history, buffers).map_err(model_error)
-            }
-        }
-    }
-
     fn validator<'a>(&'a self, data: &'a Data) -> Validator<'a> {
         Validator {
             focus: self.focus,
@@ -707,93 +548,5 @@ impl Run<'_> {
                 None => self.cancelled(),
             },
         }
-    }
-
-    /// How the best network chooses contexts of the first held-out histories: pictures, and traces in `traces.jsonl`.
-    fn pictures(&mut self, data: &Data) -> Result<Vec<Picture>> {
-        const SHOWN: usize = 3;
-        let path = self.folder.path().join(NETWORK);
-        let best = LensNet::load(&path, lensnet_adapter::Expected::default()).map_err(model_error)?.network;
-        let mut pictures = Vec::new();
-        let mut traces = TraceLog::open(self.folder.path().join(TRACES), 0)?;
-        let mut refocused = 0;
-        for history in data.held_out.iter().take(SHOWN) {
-            let mut random = Random::new(self.config.seed);
-            let chosen = self
-                .focus
-                .choose(Policy::Lens(&best), history, &mut random, &mut self.buffers)
-                .map_err(model_error)?;
-            let after = chosen.steps.iter().skip(1).map(|step| &step.before).chain([&chosen.context]);
-            for (step, after) in chosen.steps.iter().zip(after) {
-                traces.append(&Trace::of(refocused, &step.refocus, after, 1e3 * step.seconds))?;
-                refocused += 1;
-            }
-            pictures.push(Picture::of(&chosen, history.fact.clone()));
-        }
-        traces.sync()?;
-        Ok(pictures)
-    }
-
-    fn finish(mut self, data: &Data, plan: &LensPlan, parameters: usize) -> Result<Value> {
-        let phase =
-            json!({ "job": "train_lensnet", "groups": ["lensnet"], "steps": self.config.all_steps() });
-        if self.host.phase_entered(&phase) != Answer::Continue {
-            return Err(PluginError::cancelled(
-                "the host did not want the training to begin; go on with --resume",
-            ));
-        }
-        let references = self.rounds(data)?;
-        let Some(validation) = self.state.best.clone() else {
-            return Err(PluginError::internal("a run ended without a validation"));
-        };
-        let phase =
-            json!({ "job": "train_lensnet", "groups": ["lensnet"], "loss_at_h": validation.loss_at_h });
-        if self.host.phase_left(&phase) != Answer::Continue {
-            return Err(PluginError::cancelled(
-                "the host turned the result down; the network and the checkpoints are kept",
-            ));
-        }
-        let named = |of: &dyn Fn(&lensnet_adapter::validate::Outcome) -> Option<f64>| {
-            let all = references.outcomes.iter().map(|(reference, outcome)| (reference.name(), outcome));
-            let all = all.chain([("lensnet", &validation.outcome)]);
-            all.filter_map(|(name, outcome)| Some((name.to_string(), of(outcome)?))).collect()
-        };
-        let summary = LensSummary {
-            focus_loss: named(&|outcome| Some(outcome.loss())),
-            facts_shown: named(&|outcome| outcome.shows()),
-            validation,
-            budget: self.config.budget.unwrap_or(0),
-            history: self.config.history.unwrap_or(0),
-            horizon: self.config.horizon,
-            unit: self.scale().unit,
-            labels: self.labels.len(),
-            steps: self.step as u64,
-            best_step: self.state.best_step,
-            parameters,
-            gist_version: data.gist_version,
-            seed: self.config.seed,
-            threads: rayon::current_num_threads(),
-            seconds: self.before + since(self.started),
-            planned_bytes: plan.total,
-            peak_bytes: peak_bytes().unwrap_or(0),
-            base: self.config.base.display().to_string(),
-            base_fingerprint: self.state.inputs.base.clone(),
-            gistnet: self.config.gistnet.display().to_string(),
-            data: self.config.data.clone(),
-            histories: data.text.len(),
-            held_out_histories: data.held_out.len(),
-            network: self.folder.path().join(NETWORK).display().to_string(),
-        };
-        let pictures = self.pictures(data)?;
-        self.telemetry.sync()?;
-        let page = LensReport {
-            summary: &summary,
-            records: self.telemetry.records(),
-            pictures: &pictures,
-            config: &config_toml(self.config)?,
-        };
-        self.folder.write(crate::report::REPORT, render(&page).as_bytes())?;
-        self.folder.write_json(SUMMARY, &summary)?;
-        to_value(&summary)
     }
 }

@@ -1,0 +1,182 @@
+//! Labels of a run that trains LensNet: made round by round on the contexts of the policy as it is, written as they are made.
+//!
+//! Each label follows from the seed, its round and the network with which the round began. Units: nats per token. Errors: labels of
+//! another run, fewer than a round that was learned from had.
+
+use std::path::Path;
+use std::time::Instant;
+
+use lensnet_adapter::allocator::Action;
+use lensnet_adapter::counterfactual::{Measured, targets, unit};
+use lensnet_adapter::focus::{Focus, Policy};
+use lensnet_adapter::labels::Label;
+use lensnet_adapter::utility::{Utilities, measure};
+use lensnet_adapter::variants::{VariantConfig, variants};
+use megacontext_base::context::{Limits, WorkingContext};
+use megacontext_base::random::Random;
+use serde_json::{Value, json};
+
+use super::{Data, Run};
+use crate::error::{PluginError, Result};
+use crate::jobs::model_error;
+use crate::run::folder::config_hash;
+use crate::run::label_log::LabelLog;
+use crate::run::labels::{self, LabelStamp};
+use crate::run::metrics::wall_time;
+use crate::train::lensnet::LabelKind;
+use crate::train::plan::since;
+
+impl Run<'_> {
+    /// What the best expands of a few contexts save, in nats: what a score of 1 stands for.
+    pub(super) fn measure_unit(&mut self, data: &Data) -> Result<f64> {
+        const LOOKED_AT: usize = 24;
+        let mut found: Vec<Utilities> = Vec::new();
+        for history in data.text.iter().take(LOOKED_AT) {
+            if self.host.cancelled() {
+                return self.cancelled();
+            }
+            let begun = self.focus.begin(history).map_err(model_error)?;
+            let loss = self.focus.loss;
+            let mut random = Random::new(self.config.seed);
+            let measured =
+                measure(loss, &history.tree, &begun, &history.future, None, &mut random, &mut self.buffers);
+            found.push(measured.map_err(model_error)?);
+        }
+        Ok(unit(found.iter().map(|one| (one.now, &one.measured[..]))))
+    }
+
+    /// What labels hold for: another run's are not this one's.
+    fn stated(&self, data: &Data, round: usize) -> Value {
+        json!({
+            "round": round,
+            "config_hash": self.state.config_hash,
+            "base": self.state.inputs.base,
+            "frozen": self.state.frozen,
+            "gist_version": data.gist_version,
+        })
+    }
+
+    /// The labels of a round: read as far as they are there, made from there on.
+    pub(super) fn label(&mut self, data: &Data, round: usize) -> Result<Vec<Label>> {
+        let c = self.config;
+        let count = c.labels.histories.min(data.text.len());
+        let stated = self.stated(data, round);
+        let (mut log, mut labels) = LabelLog::open(self.folder.path(), round + 1, &stated)?;
+        labels.truncate(count);
+        if labels.len() < count && self.step != round * c.steps {
+            return Err(PluginError::data(format!(
+                "{}: expected the {count} labels that the round learned from, found {}; begin a new run in another folder",
+                log.path().display(),
+                labels.len()
+            )));
+        }
+        let begun = (Instant::now(), labels.len());
+        for at in labels.len()..count {
+            if self.host.cancelled() {
+                log.sync()?;
+                return self.cancelled();
+            }
+            // Every round has histories of its own, as far as there are such.
+            let number = (round * count + at) % data.text.len();
+            let label = self.label_of(data, number, round, at)?;
+            log.append(&label)?;
+            labels.push(label);
+            let done = labels.len();
+            let left = since(begun.0) / (done - begun.1) as f64 * (count - done) as f64;
+            self.host.event(
+                "progress",
+                &json!({
+                    "job": "train_lensnet", "labels": done, "stage": round + 1, "stages": c.labels.rounds,
+                    "step": done, "steps": count, "eta_s": left,
+                }),
+            );
+        }
+        log.sync()?;
+        let path = log.path().with_extension("parquet");
+        if !path.is_file() {
+            self.write_table(&path, data, &labels)?;
+        }
+        Ok(labels)
+    }
+
+    /// A round's labels as a table: a row for every edit that was measured.
+    fn write_table(&self, path: &Path, data: &Data, round: &[Label]) -> Result<()> {
+        let adapter = self.config.adapter.as_ref().map(|_| config_hash(&self.state.frozen)).transpose()?;
+        let stamp = LabelStamp {
+            base: self.state.inputs.base.clone(),
+            adapter,
+            gist_version: data.gist_version,
+            horizon: self.config.horizon,
+            block: self.focus.loss.rule().block,
+        };
+        let timestamp_ms = (wall_time() * 1e3) as i64;
+        let mut rows = Vec::new();
+        for (context, label) in (0..).zip(round) {
+            let Label::Utilities { history, entries, utilities } = label else { continue };
+            let hierarchy = data.text[*history].tree.hierarchy();
+            let wanted = targets(utilities.now, &utilities.measured, self.scale()).map_err(model_error)?;
+            for (at, (start, lod)) in entries.iter().enumerate() {
+                let Measured { expanded, collapsed } = utilities.measured[at];
+                let first = *lod < hierarchy.levels() && start.is_multiple_of(hierarchy.span(lod + 1));
+                let edits = [
+                    (Action::Expand, expanded, *lod),
+                    (Action::Collapse, collapsed.filter(|_| first), lod + 1),
+                ];
+                rows.extend(edits.into_iter().filter_map(|(action, nll, node)| {
+                    let nll = nll?;
+                    Some(labels::Label {
+                        block: hierarchy.node_at(node, *start),
+                        action,
+                        delta_nll: nll - utilities.now,
+                        timestamp_ms,
+                        document: *history as u64,
+                        context,
+                        entry_start: *start,
+                        lod: *lod,
+                        nll_now: utilities.now,
+                        target: wanted[at].unwrap_or(0.0),
+                    })
+                }));
+            }
+        }
+        labels::write(path, &stamp, &rows)
+    }
+
+    fn label_of(&mut self, data: &Data, number: usize, round: usize, at: usize) -> Result<Label> {
+        let c = self.config;
+        let mut random = Random::named(c.seed, &format!("label {at} of round {round}"));
+        let explores = random.unit() < c.labels.explore;
+        let policy = match (explores, round) {
+            (true, _) => Policy::Random,
+            // Nothing is learned yet: contexts as every policy begins with them.
+            (false, 0) => Policy::Recency,
+            (false, _) => Policy::Lens(&self.trainer.network),
+        };
+        // So many refocuses that contexts of all ages of a run come up.
+        let focus = Focus { refocuses: 1 + random.below(c.validation.refocuses), ..*self.focus };
+        let history = (number, &data.text[number]);
+        let buffers = &mut self.buffers;
+        match c.labels.kind {
+            LabelKind::Counterfactual => {
+                let most = (c.labels.edits > 0).then_some(c.labels.edits);
+                Label::of_edits(&focus, policy, history, most, &mut random, buffers).map_err(model_error)
+            }
+            LabelKind::Preference => {
+                let chosen = focus.choose(policy, history.1, &mut random, buffers).map_err(model_error)?;
+                let config = VariantConfig {
+                    count: c.labels.variants,
+                    recent: c.protected,
+                    ..VariantConfig::default()
+                };
+                let tree = &history.1.tree;
+                let whole = Limits::new(tree.len() as usize, c.protected)
+                    .and_then(|limits| WorkingContext::recent(tree, limits))
+                    .map_err(model_error)?;
+                let budget = focus.limits.budget();
+                let mut contexts = vec![chosen.context];
+                contexts.extend(variants(&config, &whole, tree, budget, &mut random).map_err(model_error)?);
+                Label::of_variants(&focus, &contexts, history, buffers).map_err(model_error)
+            }
+        }
+    }
+}
