@@ -1,7 +1,7 @@
 //! Labels: what was measured of working contexts, to learn from as often as it stays true.
 //!
-//! Source: MegaContext's JT2. Labels are made on the policy's own contexts: it scores, the allocator follows by chance in
-//! proportion (so that what it does not prefer is tried too), and then either every edit of the context is measured
+//! Source: MegaContext's JT2. Labels are made on the contexts that a policy chooses with the allocator (a share of them
+//! by random focus, so that what is not preferred is tried too); then either every edit of the context is measured
 //! ([`crate::utility`]) or several variants of it are ([`crate::variants`]). They hold for the base model, the adapter and
 //! the gists that they were measured with, and for nothing else.
 //!

@@ -142,6 +142,25 @@ fn killed_at_many_moments_it_ends_with_the_same_bytes() {
 }
 
 #[test]
+fn scores_are_held_to_the_policy_before() {
+    let fixture = micro();
+    // One round's loss follows from its labels alone; in the second the policy before is another than the one that learns.
+    let reached = |name: &str, weight: &str| {
+        let config = fixture.path(&format!("{name}.toml"));
+        fs::write(&config, format!("[preference]\nkl_weight = {weight}\n")).unwrap();
+        let args =
+            with(run(&fixture, name), &[("--labels", "preference"), ("--config", config.to_str().unwrap())]);
+        mclora(&args).success();
+        let start = fixture.path(name).join("round-2-start.safetensors");
+        (fs::read(fixture.path(name).join("lensnet.safetensors")).unwrap(), start.is_file())
+    };
+    let (free, without) = reached("free", "0.0");
+    let (held, with) = reached("held", "50.0");
+    assert_eq!((without, with), (false, true));
+    assert!(free != held, "the divergence changes nothing");
+}
+
+#[test]
 fn a_planted_fact_is_looked_at() {
     let fixture = Fixture::new();
     induction::write(&fixture.path("induction"), json!({}));

@@ -363,6 +363,20 @@ impl Run<'_> {
         Ok(())
     }
 
+    /// Holds scores to those of the policy with which the round began, where the preference loss asks for it. It stands in a
+    /// file, so that a run that is taken up in the middle of a round has the same.
+    fn hold(&mut self, round: usize) -> Result<()> {
+        if self.config.preference.kl_weight == 0.0 {
+            return Ok(());
+        }
+        let path = self.folder.path().join(format!("round-{}-start.safetensors", round + 1));
+        if self.step == round * self.config.steps {
+            self.trainer.network.save(&path, &self.identity).map_err(model_error)?;
+        }
+        let before = LensNet::load(&path, lensnet_adapter::Expected::default()).map_err(model_error)?;
+        self.trainer.hold_to(before.network).map_err(model_error)
+    }
+
     fn scale(&self) -> Scale {
         self.config.counterfactual.scale(self.state.unit.unwrap_or(1.0))
     }
@@ -530,6 +544,7 @@ impl Run<'_> {
             self.say(&format!("round {} of {}: making labels", round + 1, c.labels.rounds));
             let mut labels = self.label(data, round)?;
             self.labels.append(&mut labels);
+            self.hold(round)?;
             let begun = (Instant::now(), self.step);
             while self.step < (round + 1) * c.steps {
                 if self.host.cancelled() {

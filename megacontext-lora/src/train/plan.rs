@@ -101,7 +101,22 @@ pub(crate) struct Load<'a> {
     pub program: u64,
 }
 
-impl Load<'_> {
+impl<'a> Load<'a> {
+    /// Of a model that only reads, with nothing counted yet besides its values.
+    fn reading(model: &'a DecoderConfig, lora: Option<&'a LoraModules>, dtype: Precision) -> Self {
+        Self {
+            model,
+            lora,
+            learning: &[],
+            dtype,
+            entries: 0,
+            context: 0,
+            evaluated: 0,
+            data_tokens: 0,
+            program: 0,
+        }
+    }
+
     /// Values that stay frozen, in bytes, and number of values that learn.
     fn parameters(&self) -> (u64, u64) {
         let (mut frozen, mut learning) = (0, 0);
@@ -180,18 +195,7 @@ pub(crate) fn check_training(load: &Load) -> Result<()> {
 
 /// Bytes of a model that only reads, an adapter's LoRA among them.
 pub(crate) fn frozen_bytes(model: &DecoderConfig, lora: Option<&LoraModules>, dtype: Precision) -> u64 {
-    let load = Load {
-        model,
-        lora,
-        learning: &[],
-        dtype,
-        entries: 0,
-        context: 0,
-        evaluated: 0,
-        data_tokens: 0,
-        program: 0,
-    };
-    load.parameters().0
+    Load::reading(model, lora, dtype).parameters().0
 }
 
 /// Values of a position's rotation tables, cosines and sines: twice where some blocks have their own.
@@ -261,17 +265,7 @@ pub(crate) fn check_beside_weights(
     needed: u64,
     cache: u64,
 ) -> Result<()> {
-    let load = Load {
-        model,
-        lora,
-        learning: &[],
-        dtype,
-        entries: 0,
-        context: 0,
-        evaluated: 0,
-        data_tokens: 0,
-        program: 0,
-    };
+    let load = Load::reading(model, lora, dtype);
     let plan = load.memory(true);
     let total = plan.total.saturating_add(needed);
     match available_bytes() {

@@ -19,7 +19,6 @@ use serde_json::{Value, json};
 use super::{Data, Run};
 use crate::error::{PluginError, Result};
 use crate::jobs::model_error;
-use crate::run::folder::config_hash;
 use crate::run::label_log::LabelLog;
 use crate::run::labels::{self, LabelStamp};
 use crate::run::metrics::wall_time;
@@ -101,10 +100,9 @@ impl Run<'_> {
 
     /// A round's labels as a table: a row for every edit that was measured.
     fn write_table(&self, path: &Path, data: &Data, round: &[Label]) -> Result<()> {
-        let adapter = self.config.adapter.as_ref().map(|_| config_hash(&self.state.frozen)).transpose()?;
         let stamp = LabelStamp {
-            base: self.state.inputs.base.clone(),
-            adapter,
+            base: self.identity.base_fingerprint.clone(),
+            adapter: self.config.adapter.as_ref().and(self.identity.adapter_fingerprint.clone()),
             gist_version: data.gist_version,
             horizon: self.config.horizon,
             block: self.focus.loss.rule().block,
