@@ -5,8 +5,8 @@
 
 use integration_tests::{example_library, fixture, model_with_tokenizer, plugin};
 use megacontext_lora_abi::{
-    ABI_REVISION, Answer, ContextView, DType, Device, EntriesView, ErrorKind, Host, LoadError, LoadOptions,
-    NO_TARGET, Plugin, Session, TensorView, TensorViewMut, VERSION_LINE,
+    ABI_REVISION, AbiError, Answer, ContextView, DType, Device, EntriesView, ErrorKind, Host, LoadError,
+    LoadOptions, NO_TARGET, Plugin, Session, TensorView, TensorViewMut, VERSION_LINE,
 };
 use serde_json::{Value, json};
 use std::path::Path;
@@ -511,4 +511,75 @@ fn a_hosts_history_becomes_gists() {
     let kinds = refused.each_ref().map(|error| error.kind());
     assert_eq!(kinds, [ErrorKind::Usage, ErrorKind::Usage, ErrorKind::Usage, ErrorKind::Io], "{refused:?}");
     assert_eq!(session.tree_append(TensorView::of(&[] as &[u32])).unwrap()["tokens"], json!(24));
+}
+
+#[test]
+fn a_host_scores_its_history_and_chooses_what_is_looked_at() {
+    /// Expands the entry of the highest score, whatever the plugin would do.
+    #[derive(Default)]
+    struct Chooser(Mutex<Vec<String>>);
+    impl Host for Chooser {
+        fn event(&self, kind: &str, json: &str) {
+            self.0.lock().unwrap().push(format!("{kind} {json}"));
+        }
+        fn allocate(&self, json: &str) -> Result<Option<String>, AbiError> {
+            let question: Value = serde_json::from_str(json).unwrap();
+            let scores = question["scores"].as_array().unwrap().iter().map(|score| score.as_f64().unwrap());
+            let best = scores.enumerate().max_by(|a, b| a.1.total_cmp(&b.1)).unwrap().0;
+            let [start, lod] = [0, 1].map(|at| &question["entries"][best][at]);
+            let edit = json!({ "action": "expand", "start": start, "lod": lod });
+            Ok(Some(json!({ "edits": [edit] }).to_string()))
+        }
+    }
+    let folder = tempfile::tempdir().unwrap();
+    model_with_tokenizer("llama/tied_f32", 64, folder.path()).unwrap();
+    let chooser = Arc::new(Chooser::default());
+    let session = load().open_session(&json!({ "base": folder.path() }), chooser.clone()).unwrap();
+    assert!(load().capabilities().contains(&"session:focus".to_string()));
+    let told = session.describe().unwrap();
+    let (width, block) = (told["hidden_size"].as_u64().unwrap() as usize, 4);
+    let identity = gistnet_adapter::Identity::of_base(told["fingerprint"].as_str().unwrap());
+    let [gistnet, lensnet] =
+        ["gistnet", "lensnet"].map(|name| folder.path().join(format!("{name}.safetensors")));
+    let config = gistnet_adapter::GistNetConfig { block, ..gistnet_adapter::GistNetConfig::new(width, 4) };
+    gistnet_adapter::GistNet::new(config, 1).unwrap().save(&gistnet, &identity).unwrap();
+    let config = lensnet_adapter::LensNetConfig { block, ..lensnet_adapter::LensNetConfig::new(width, 4) };
+    lensnet_adapter::LensNet::new(config, 1).unwrap().save(&lensnet, &identity).unwrap();
+
+    let ids: Vec<u32> = (0..22).map(|i| i * 5 % 64).collect();
+    session.open_tree(&json!({ "network": gistnet })).unwrap();
+    session.tree_append(TensorView::of(&ids)).unwrap();
+    let error = session.refocus(&json!({ "budget": 16 }), None).unwrap_err();
+    assert!(error.kind() == ErrorKind::Usage && error.message().contains("open_lens"), "{error}");
+    assert_eq!(session.open_lens(&json!({ "network": lensnet })).unwrap()["config"]["block"], json!(block));
+
+    let (start, lod) = ([0i64, 16, 20, 21], [2u32, 1, 0, 0]);
+    let mut scores = [9f32; 4];
+    session
+        .focus_scores(TensorView::of(&start), TensorView::of(&lod), TensorViewMut::of(&mut scores))
+        .unwrap();
+    assert!(scores.iter().all(|u| u.abs() <= 1.0) && scores[0] >= 0.0 && scores[2].max(scores[3]) <= 0.0);
+
+    let entries: Vec<(i64, u32)> = start.into_iter().zip(lod).collect();
+    let given = [0.1f32, 0.9, 0.0, 0.0];
+    let params = json!({ "budget": 16, "entries": entries, "tag": "infer_7" });
+    let answer = session.refocus(&params, Some(TensorView::of(&given))).unwrap();
+    assert_eq!(answer["edits"][0]["start"], json!(16));
+    assert_eq!(answer["entries"].as_array().unwrap().len(), 7);
+    let heard = chooser.0.lock().unwrap().clone();
+    let event = heard.iter().find_map(|line| line.strip_prefix("focus_allocator ")).unwrap();
+    let event: Value = serde_json::from_str(event).unwrap();
+    assert_eq!(event, answer["focus_allocator"]);
+    assert_eq!((&event["tag"], &event["allocator"]), (&json!("infer_7"), &json!("host")));
+
+    // On with what the session holds, by LensNet's scores.
+    let answer = session.refocus(&json!({ "budget": 16 }), None).unwrap();
+    assert_eq!(answer["focus_allocator"]["source"], json!("lensnet"));
+    let spoiled = [0.1f32, f32::NAN, 0.0, 0.0];
+    let error = session.refocus(&params, Some(TensorView::of(&spoiled))).unwrap_err();
+    assert!(error.kind() == ErrorKind::Usage && error.message().contains("got NaN for entry 1"), "{error}");
+    let error = session
+        .focus_scores(TensorView::of(&lod), TensorView::of(&lod), TensorViewMut::of(&mut scores))
+        .unwrap_err();
+    assert!(error.message().contains("start"), "{error}");
 }

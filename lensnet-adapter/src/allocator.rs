@@ -19,7 +19,7 @@
 //!
 //! Shapes: W scores, one for each entry. Units: entries for costs, iterations for ages. Errors: settings out of range, scores
 //! that are not as many as entries, no numbers or beyond ±1; then nothing has changed.
-//! Left out on purpose: where scores come from (LensNet, an oracle, a host).
+//! Left out on purpose: where scores come from (LensNet, an oracle, a host), and other allocators ([`crate::edits`]).
 
 use std::ops::Range;
 
@@ -28,6 +28,7 @@ use megacontext_base::error::{BaseError, Result};
 use megacontext_base::random::Random;
 use serde::{Deserialize, Serialize};
 
+use crate::edits::{self, Allocator};
 use crate::legality;
 use crate::metrics::{mean, quantile};
 
@@ -178,7 +179,7 @@ pub fn allocate(
     Ok(round.edits)
 }
 
-fn check_scores(context: &WorkingContext, scores: &[f32]) -> Result<()> {
+pub(crate) fn check_scores(context: &WorkingContext, scores: &[f32]) -> Result<()> {
     if scores.len() != context.cost() {
         return refuse(format!(
             "expected {} scores, one for each entry, got {}",
@@ -374,6 +375,32 @@ impl Refocus {
     }
 }
 
+impl Refocus {
+    /// What `rounds` came to, which left `after` of `before` entries and began with `scores`.
+    fn of(before: usize, after: &WorkingContext, scores: &[f32], rounds: Vec<Vec<Edit>>) -> Self {
+        let scores: Vec<f64> = scores.iter().map(|score| f64::from(*score)).collect();
+        let score_mean = mean(&scores);
+        let count = |action| rounds.iter().flatten().filter(|edit| edit.action == action).count();
+        let ages: Vec<f64> = after.residency().iter().map(|r| f64::from(r.age)).collect();
+        Self {
+            num_expand: count(Action::Expand),
+            num_collapse: count(Action::Collapse),
+            swap_rate: rounds.iter().map(Vec::len).sum::<usize>() as f64 / before as f64,
+            wc_length_before: before,
+            wc_length: after.cost(),
+            utilization: after.cost() as f64 / after.limits().budget() as f64,
+            residency_mean: mean(&ages),
+            residency_p95: quantile(&ages, 0.95).unwrap_or(0.0),
+            score_mean,
+            score_std: mean(&scores.iter().map(|u| (u - score_mean).powi(2)).collect::<Vec<_>>()).sqrt(),
+            score_abs_mean: mean(&scores.iter().map(|u| u.abs()).collect::<Vec<_>>()),
+            score_min: scores.iter().copied().fold(f64::INFINITY, f64::min),
+            score_max: scores.iter().copied().fold(f64::NEG_INFINITY, f64::max),
+            rounds,
+        }
+    }
+}
+
 /// One refocus of `context`: an iteration passes, then rounds of `score` (one for each entry of what it is shown) and
 /// [`allocate`], until one edits nothing or N_diff edits are made.
 ///
@@ -385,18 +412,43 @@ pub fn refocus(
     score: &mut dyn FnMut(&WorkingContext) -> Result<Vec<f32>>,
     random: &mut Random,
 ) -> Result<Refocus> {
+    let mut edited = context.clone();
+    edited.advance_residency();
+    let report = decide(None, config, &mut edited, score, random)?;
+    *context = edited;
+    Ok(report)
+}
+
+/// [`refocus`] of a context whose iteration has passed. Another allocator is shown the context once, with its scores; its edits are
+/// checked by the context's own rules and made; only where it leaves the choice does [`allocate`] choose.
+///
+/// # Errors
+/// As [`refocus`] and [`edits::follow`], and what the other allocator fails with; nothing has changed then.
+pub fn decide(
+    other: Option<&dyn Allocator>,
+    config: &AllocatorConfig,
+    context: &mut WorkingContext,
+    score: &mut dyn FnMut(&WorkingContext) -> Result<Vec<f32>>,
+    random: &mut Random,
+) -> Result<Refocus> {
     config.check()?;
+    let first = score(context)?;
+    check_scores(context, &first)?;
+    let before = context.cost();
+    let chosen = other.map_or(Ok(None), |other| other.choose(context, &first))?;
+    if let Some(wanted) = chosen {
+        let edits = edits::follow(context, &first, &wanted)?;
+        let rounds = if edits.is_empty() { Vec::new() } else { vec![edits] };
+        return Ok(Refocus::of(before, context, &first, rounds));
+    }
     let mut edited = context.clone();
     let mut drawn = random.clone();
-    edited.advance_residency();
-    let mut first: Option<Vec<f64>> = None;
     let mut rounds: Vec<Vec<Edit>> = Vec::new();
     let mut left = config.max_edits;
-    for _ in 0..config.rounds {
-        let scores = score(&edited)?;
+    for round in 0..config.rounds {
+        let again = if round == 0 { None } else { Some(score(&edited)?) };
         let config = AllocatorConfig { max_edits: left, ..config.clone() };
-        let edits = allocate(&config, &mut edited, &scores, &mut drawn)?;
-        first.get_or_insert_with(|| scores.iter().map(|score| f64::from(*score)).collect());
+        let edits = allocate(&config, &mut edited, again.as_ref().unwrap_or(&first), &mut drawn)?;
         left -= edits.len();
         let done = edits.is_empty();
         if !done {
@@ -406,26 +458,7 @@ pub fn refocus(
             break;
         }
     }
-    let scores = first.unwrap_or_default();
-    let score_mean = mean(&scores);
-    let count = |action| rounds.iter().flatten().filter(|edit| edit.action == action).count();
-    let ages: Vec<f64> = edited.residency().iter().map(|r| f64::from(r.age)).collect();
-    let report = Refocus {
-        num_expand: count(Action::Expand),
-        num_collapse: count(Action::Collapse),
-        swap_rate: (config.max_edits - left) as f64 / context.cost() as f64,
-        wc_length_before: context.cost(),
-        wc_length: edited.cost(),
-        utilization: edited.cost() as f64 / edited.limits().budget() as f64,
-        residency_mean: mean(&ages),
-        residency_p95: quantile(&ages, 0.95).unwrap_or(0.0),
-        score_mean,
-        score_std: mean(&scores.iter().map(|u| (u - score_mean).powi(2)).collect::<Vec<_>>()).sqrt(),
-        score_abs_mean: mean(&scores.iter().map(|u| u.abs()).collect::<Vec<_>>()),
-        score_min: scores.iter().copied().fold(f64::INFINITY, f64::min),
-        score_max: scores.iter().copied().fold(f64::NEG_INFINITY, f64::max),
-        rounds,
-    };
+    let report = Refocus::of(before, &edited, &first, rounds);
     *context = edited;
     *random = drawn;
     Ok(report)

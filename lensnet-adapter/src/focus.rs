@@ -9,8 +9,9 @@
 use std::ops::Range;
 use std::time::Instant;
 
-use crate::allocator::{AllocatorConfig, Refocus, refocus};
+use crate::allocator::{AllocatorConfig, Refocus, decide};
 use crate::counterfactual::{Scale, targets};
+use crate::edits::Allocator;
 use crate::legality;
 use crate::network::LensNet;
 use crate::trainer::{Seen, focus};
@@ -50,6 +51,8 @@ pub struct Focus<'a> {
     pub loss: &'a HorizonLoss<'a>,
     /// The allocator's settings.
     pub allocator: &'a AllocatorConfig,
+    /// An allocator that is asked first.
+    pub other: Option<&'a dyn Allocator>,
     /// Budget and protected tail.
     pub limits: Limits,
     /// Refocuses, one after another.
@@ -160,7 +163,8 @@ impl Focus<'_> {
                 first.get_or_insert_with(|| scores.clone());
                 Ok(scores)
             };
-            let refocus = refocus(self.allocator, &mut context, &mut score, &mut drawn)?;
+            context.advance_residency();
+            let refocus = decide(self.other, self.allocator, &mut context, &mut score, &mut drawn)?;
             let done = refocus.edits().next().is_none();
             let seconds = begun.elapsed().as_secs_f64();
             steps.push(Step { before, scores: first.unwrap_or_default(), refocus, seconds });

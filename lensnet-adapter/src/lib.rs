@@ -11,6 +11,8 @@
 //! | make contexts to compare, at one length | [`variants`] |
 //! | bring what they lose to one scale | [`advantage`] |
 //! | let scores edit a working context within its budget | [`allocator`] |
+//! | let somebody else choose the edits | [`edits`] |
+//! | take in new tokens where there is no room | [`room`] |
 //! | say how good scores are | [`metrics`] |
 //! | measure what every edit of a context is worth | [`utility`] |
 //! | train it | [`labels`], [`trainer`] |
@@ -30,6 +32,7 @@ mod checkpoint;
 mod config;
 pub mod counterfactual;
 pub mod dual;
+pub mod edits;
 mod features;
 pub mod focus;
 pub mod labels;
@@ -37,6 +40,7 @@ pub mod legality;
 pub mod metrics;
 mod network;
 pub mod preference;
+pub mod room;
 mod scoring;
 pub mod trainer;
 pub mod utility;

@@ -88,7 +88,8 @@ impl World {
     }
 
     fn focus<'a>(&'a self, loss: &'a HorizonLoss<'a>) -> Focus<'a> {
-        Focus { loss, allocator: &self.allocator, limits: Limits::new(26, 6).unwrap(), refocuses: 2 }
+        let limits = Limits::new(26, 6).unwrap();
+        Focus { loss, allocator: &self.allocator, other: None, limits, refocuses: 2 }
     }
 }
 

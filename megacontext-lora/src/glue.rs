@@ -48,6 +48,7 @@ const CAPABILITIES: &[&str] = &[
     "session:phases",
     "session:adapters",
     "session:tree",
+    "session:focus",
     "model:llama",
     "model:mistral",
     "model:qwen2",
@@ -144,6 +145,12 @@ impl HostApi for HostProxy {
         let documents = self.0.documents(split.into(), start, count).into_result();
         let documents = documents.map_err(|e| PluginError::data(format!("the host's documents: {e}")))?;
         Ok(documents.into_iter().map(RString::into_string).collect())
+    }
+
+    fn allocate(&self, json: &Value) -> Result<Option<Value>, PluginError> {
+        let answer = self.0.allocate(json.to_string().as_str().into()).into_result();
+        let answer = answer.map_err(|e| PluginError::usage(e.to_string()))?.into_option();
+        answer.map(|json| parse("answer", json.as_rstr())).transpose()
     }
 
     fn phase_entered(&self, json: &Value) -> host::Answer {
@@ -482,6 +489,33 @@ impl RawSession for SessionImpl {
     fn save_tree(&self, params_json: RStr<'_>) -> RResult<RString, AbiError> {
         self.guard_json("save_tree", |s| s.save_tree(parse("parameters", params_json)?))
     }
+
+    fn open_lens(&self, params_json: RStr<'_>) -> RResult<RString, AbiError> {
+        self.guard_json("open_lens", |s| s.open_lens(parse("parameters", params_json)?))
+    }
+
+    fn focus_scores(
+        &self,
+        start: TensorView<'_>,
+        lod: TensorView<'_>,
+        mut out: TensorViewMut<'_>,
+    ) -> RResult<(), AbiError> {
+        self.guard("focus_scores", |s| {
+            let inputs = [("start", start.byte_range()), ("lod", lod.byte_range())];
+            check_disjoint(&[("out", out.byte_range())], &inputs)?;
+            let start = start.read::<i64>("start", &[None])?;
+            let dims = [Some(start.len())];
+            let lod = lod.read::<u32>("lod", &dims)?;
+            out.fill("out", &dims, |scores| s.focus_scores(&start, &lod, scores))
+        })
+    }
+
+    fn refocus(&self, params_json: RStr<'_>, scores: TensorView<'_>) -> RResult<RString, AbiError> {
+        self.guard_json("refocus", |s| {
+            let scores = scores.read::<f32>("scores", &[None])?;
+            s.refocus(parse("parameters", params_json)?, (!scores.is_empty()).then_some(&*scores))
+        })
+    }
 }
 
 #[cfg(test)]
@@ -554,8 +588,11 @@ mod tests {
             kind(boxed.tree_gists(1, 0, TensorViewMut::of(&mut out))),
             kind(boxed.gists(TensorView::of(&none), 0, TensorViewMut::of(&mut out))),
             kind(boxed.save_tree("{}".into())),
+            kind(boxed.open_lens("{}".into())),
+            kind(boxed.focus_scores(TensorView::of(&none), view(), TensorViewMut::of(&mut out))),
+            kind(boxed.refocus("{}".into(), TensorView::of(&none))),
         ];
-        assert_eq!(answers, [ErrorKind::Poisoned; 27]);
+        assert_eq!(answers, [ErrorKind::Poisoned; 30]);
     }
 
     #[test]

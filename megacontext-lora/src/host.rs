@@ -40,6 +40,13 @@ pub trait HostApi: Send + Sync {
         Ok(Vec::new())
     }
 
+    /// Edits of a working context by a focus allocator of the host's own; none leaves them to the plugin's. What is asked and
+    /// answered is at [`crate::host_allocator`]. A session holds no lock here: the host may read from it.
+    fn allocate(&self, json: &Value) -> Result<Option<Value>> {
+        let _ = json;
+        Ok(None)
+    }
+
     /// A phase begins. A session holds no lock here: the host may read from it; calls that would change it, `save` and
     /// `export` are refused until this returns.
     fn phase_entered(&self, json: &Value) -> Answer {

@@ -13,6 +13,7 @@ pub mod data;
 pub mod error;
 pub mod glue;
 pub mod host;
+pub mod host_allocator;
 pub mod jobs;
 pub mod ngram;
 pub mod report;

@@ -3,7 +3,7 @@
 //! Reading calls (embeddings, tables, logits, NLL, deltas) run side by side; calls that learn exclude everything else.
 //! A phase names the groups that learn; the host brings the batches, the session does the steps (module `phases`).
 //! Optimiser state stays with its parameters when a phase ends. Checkpoints and the adapter are in the module `files`,
-//! switching between adapters in `adapters`, a gist tree in `history`. A session opened without a base only runs jobs.
+//! switching between adapters in `adapters`, a gist tree in `history`, LensNet over it in `lens`. A session opened without a base only runs jobs.
 //!
 //! In class `bf16` the base's matrices are stored in bf16; a group that a phase lets learn becomes f32 then, losing nothing,
 //! and stays f32. A roll-back brings the bf16 values back.
@@ -43,6 +43,7 @@ use crate::train::config::OptimizerConfig;
 mod adapters;
 mod files;
 mod history;
+mod lens;
 mod phases;
 
 /// What a session is opened with.

@@ -5,10 +5,15 @@ mod common;
 
 use std::fs;
 use std::path::Path;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use common::{Fixture, Running, induction, mclora, metrics, read_json, with};
 use gistnet_adapter::{GistNet, GistNetConfig, Identity};
 use megacontext_base::weights::Weights;
+use megacontext_lora::error::PluginError;
+use megacontext_lora::host::HostApi;
+use megacontext_lora::jobs;
 use serde_json::{Value, json};
 
 /// The micro model with a GistNet for blocks of 4 that has learned nothing.
@@ -252,4 +257,85 @@ fn labels_of_another_run_are_refused() {
     fs::write(&labels, stale.replacen("\"gist_version\":0", "\"gist_version\":7", 1)).unwrap();
     mclora(&and(args, "--resume"))
         .refused(1, &["round-1.jsonl", "expected labels of this run", "gist_version"]);
+}
+
+/// A host that hears every label, and whose allocator leaves every context as it is.
+#[derive(Default)]
+struct Keeper {
+    labels: Mutex<Vec<Value>>,
+    asked: AtomicUsize,
+    keeps: bool,
+}
+
+impl HostApi for Keeper {
+    fn event(&self, kind: &str, value: &Value) {
+        if kind == "label" {
+            self.labels.lock().unwrap().push(value.clone());
+        }
+    }
+
+    fn cancelled(&self) -> bool {
+        false
+    }
+
+    fn allocate(&self, _: &Value) -> Result<Option<Value>, PluginError> {
+        self.asked.fetch_add(1, Ordering::Relaxed);
+        Ok(self.keeps.then(|| json!({ "edits": [] })))
+    }
+}
+
+fn job(fixture: &Fixture, kind: &str, host: &Keeper) -> Value {
+    let params = json!({
+        "base": fixture.path("base"), "gistnet": fixture.path("gistnet.safetensors"), "data": [fixture.path("data")],
+        "out": fixture.path(kind), "history": 40, "budget": 24, "horizon": 4, "protected": 4, "holdout": 0.2,
+        "labels": { "kind": kind, "rounds": 2, "histories": 6 }, "steps": 2, "batch": 2, "validation": { "histories": 6 },
+        "threads": 2, "seed": 7,
+    });
+    jobs::run("train_lensnet", params, host).unwrap()
+}
+
+#[test]
+fn a_host_hears_every_label() {
+    let fixture = micro();
+    for kind in ["counterfactual", "preference"] {
+        let host = Keeper::default();
+        job(&fixture, kind, &host);
+        assert!(host.asked.load(Ordering::Relaxed) > 0);
+        let heard = host.labels.lock().unwrap();
+        let written = [1, 2].map(|round| {
+            let text =
+                fs::read_to_string(fixture.path(kind).join(format!("labels/round-{round}.jsonl"))).unwrap();
+            text.lines().skip(1).map(|line| serde_json::from_str::<Value>(line).unwrap()).collect::<Vec<_>>()
+        });
+        assert_eq!((heard.len(), written[0].len(), written[1].len()), (12, 6, 6));
+        for (at, (heard, written)) in heard.iter().zip(written.iter().flatten()).enumerate() {
+            let number = |key: &str| heard[key].as_u64().unwrap();
+            assert_eq!((number("round"), number("context")), (at as u64 / 6 + 1, at as u64 % 6));
+            assert_eq!((&heard["document"], &heard["kind"]), (&written["history"], &json!(kind)));
+            if kind == "preference" {
+                assert_eq!(
+                    (&heard["losses"], &heard["nll_now"]),
+                    (&written["losses"], &written["losses"][0])
+                );
+                continue;
+            }
+            assert_eq!(heard["nll_now"], written["now"]);
+            let measured = written["measured"].as_array().unwrap();
+            let count = |key: &str| measured.iter().filter(|one| !one[key].is_null()).count() as u64;
+            assert_eq!((number("expands"), 4 * number("collapses")), (count("expanded"), count("collapsed")));
+            assert!(number("expands") > 0 && number("collapses") > 0);
+        }
+    }
+}
+
+#[test]
+fn a_hosts_allocator_chooses_every_context_of_a_run() {
+    let fixture = micro();
+    let host = Keeper { keeps: true, ..Keeper::default() };
+    let summary = job(&fixture, "counterfactual", &host);
+    let loss = &summary["focus_loss"];
+    assert!(host.asked.load(Ordering::Relaxed) > 0);
+    for policy in ["random", "oracle", "lensnet"] {
+        assert_eq!(loss[policy], loss["recency"], "{policy}");
+    }
 }

@@ -11,13 +11,13 @@
 //! job `extend` asks once before it trains and once when the result has been measured. What an answer does is at
 //! [`Answer`]. `cancelled` is for stopping anywhere else.
 //!
-//! Left out: the host's own focus allocator, which comes with LensNet.
+//! Focus: whoever has a focus allocator of its own implements [`Host::allocate`].
 
 use crate::error::{AbiError, ErrorKind};
 use crate::raw::{HostBox, RawHost, RawHost_TO};
 use abi_stable::StableAbi;
 use abi_stable::sabi_trait::TD_Opaque;
-use abi_stable::std_types::{RResult, RStr, RString, RVec};
+use abi_stable::std_types::{ROption, RResult, RStr, RString, RVec};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -53,8 +53,10 @@ pub enum Answer {
 /// What a plugin tells its host and asks of it.
 pub trait Host: Send + Sync + 'static {
     /// Something happened. Kinds: `log` {message}, `plan`, `progress` {job, stage, stages, step, steps, loss, lr,
-    /// tokens_per_s, eta_s, context}, `evaluation` {model, context, attention, perplexity}, `checkpoint` {path, step}. A
-    /// later plugin may send others: ignore what you do not know.
+    /// tokens_per_s, eta_s, context}, `evaluation` {model, context, attention, perplexity}, `checkpoint` {path, step},
+    /// `focus_allocator` (see [`crate::Session::refocus`]), `label` of the job `train_lensnet` {round, document, context, kind,
+    /// entries, nll_now} with {expands, collapses}, how many were measured, for `counterfactual`, and {losses} for `preference`,
+    /// where `entries` and `losses` have one number for each variant. A later plugin may send others: ignore what you do not know.
     fn event(&self, kind: &str, json: &str) {
         let _ = (kind, json);
     }
@@ -73,6 +75,23 @@ pub trait Host: Send + Sync + 'static {
     fn documents(&self, split: &str, start: u64, count: u64) -> Result<Vec<String>, AbiError> {
         let _ = (split, start, count);
         Ok(Vec::new())
+    }
+
+    /// Edits of a working context, where the host has a focus allocator of its own; none leaves them to the plugin's. Asked
+    /// once in every refocus: by [`crate::Session::refocus`], and by the job `train_lensnet` wherever it chooses a context (a
+    /// run that is to be taken up to the same end needs the same answers to the same questions).
+    ///
+    /// The question: {entries: [[start, lod], …], scores: […], residency: [[age, change], …], budget, protected, block,
+    /// levels}: first token and level of every entry, its score in −1 to 1, how many refocuses ago it changed last and how
+    /// (`placed`, `expanded`, `collapsed`), W_max, the newest tokens that stay tokens, K, levels above the tokens.
+    ///
+    /// The answer: {edits: [{action, start, lod}, …]}, made in their order, with `expand` of a gist or `collapse` of the
+    /// siblings that begin with this entry; or {entries: [[start, lod], …]}, the context for the same tokens as it should be
+    /// in the end. Each edit has to keep the budget, whole siblings and the protected tail; else the call or the job ends with
+    /// `Usage`, and nothing has changed. A session may be read from in here.
+    fn allocate(&self, json: &str) -> Result<Option<String>, AbiError> {
+        let _ = json;
+        Ok(None)
     }
 
     /// A training phase begins: {groups, parameters} from a session, {job, groups, steps} from `extend`.
@@ -103,6 +122,9 @@ impl<H: Host + ?Sized> Host for std::sync::Arc<H> {
     }
     fn documents(&self, split: &str, start: u64, count: u64) -> Result<Vec<String>, AbiError> {
         (**self).documents(split, start, count)
+    }
+    fn allocate(&self, json: &str) -> Result<Option<String>, AbiError> {
+        (**self).allocate(json)
     }
     fn phase_entered(&self, json: &str) -> Answer {
         (**self).phase_entered(json)
@@ -143,6 +165,13 @@ impl<H: Host> RawHost for Adaptor<H> {
         let panicked = Err(AbiError::new(ErrorKind::Cancelled, "a callback of the host panicked"));
         self.guard(panicked, |h| h.documents(split.as_str(), start, count))
             .map(|documents| documents.into_iter().map(RString::from).collect())
+            .into()
+    }
+
+    fn allocate(&self, json: RStr<'_>) -> RResult<ROption<RString>, AbiError> {
+        let panicked = Err(AbiError::new(ErrorKind::Cancelled, "a callback of the host panicked"));
+        self.guard(panicked, |h| h.allocate(json.as_str()))
+            .map(|answer| answer.map(RString::from).into())
             .into()
     }
 
@@ -187,6 +216,7 @@ mod tests {
         let documents = boxed.documents("train".into(), 2, 2).into_result().unwrap();
         assert_eq!(documents.iter().map(RString::as_str).collect::<Vec<_>>(), ["train2", "train3"]);
         assert!(!boxed.cancelled());
+        assert!(boxed.allocate("{}".into()).into_result().unwrap().is_none());
         assert_eq!(boxed.phase_left("{}".into()), Answer::Continue);
     }
 
@@ -201,6 +231,7 @@ mod tests {
             boxed.documents("train".into(), 0, 1).into_result().unwrap_err().kind(),
             ErrorKind::Cancelled
         );
+        assert_eq!(boxed.allocate("{}".into()).into_result().unwrap_err().kind(), ErrorKind::Cancelled);
         boxed.event("log".into(), "{}".into());
         assert!(recorder.0.lock().unwrap().is_empty());
     }

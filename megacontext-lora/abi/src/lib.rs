@@ -25,12 +25,14 @@
 //! | run a working context yourself | [`Session::logits`], [`Session::nll`] with a [`ContextView`] |
 //! | switch between adapters of one base | [`Session::load_adapter`], [`Session::set_adapter`], [`Session::merge_adapter`] |
 //! | drive the training yourself | [`Session::enter_phase`], [`Session::step`], [`Session::leave_phase`] |
+//! | keep a history with its gists, and choose what of it the model sees | [`Session::open_tree`], [`Session::open_lens`], [`Session::refocus`] |
+//! | choose that yourself | [`Session::focus_scores`], [`Host::allocate`] |
 //! | own the forward pass | [`Session::embed`], [`Session::rope_tables`], [`Session::lora_delta`], [`Session::parameter`] |
 //! | implement a plugin | [`raw`] |
 //!
 //! Errors: loading fails with [`LoadError`], everything after that with [`AbiError`].
 //!
-//! Left out: tensors on a GPU, gists and focus scores. They are added behind the existing methods, with defaults.
+//! Left out: tensors on a GPU. They are added behind the existing methods, with defaults.
 
 pub mod context;
 pub mod dlpack;

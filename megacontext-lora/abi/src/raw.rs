@@ -21,7 +21,7 @@ use crate::host::Answer;
 use crate::tensor::{TensorView, TensorViewMut};
 use abi_stable::library::RootModule;
 use abi_stable::sabi_types::VersionStrings;
-use abi_stable::std_types::{RBox, RResult, RStr, RString, RVec};
+use abi_stable::std_types::{RBox, ROption, RResult, RStr, RString, RVec};
 use abi_stable::{StableAbi, package_version_strings, sabi_trait};
 
 /// What the plugin asks of its host and tells it. See [`crate::Host`] for what each means.
@@ -43,6 +43,10 @@ pub trait RawHost: Send + Sync + 'static {
     /// A training phase ended; the answer decides what becomes of it.
     fn phase_left(&self, _json: RStr<'_>) -> Answer {
         Answer::Continue
+    }
+    /// Edits of a working context, JSON; none where the plugin's allocator is to choose.
+    fn allocate(&self, _json: RStr<'_>) -> RResult<ROption<RString>, AbiError> {
+        RResult::ROk(ROption::RNone)
     }
 }
 
@@ -143,6 +147,23 @@ pub trait RawSession: Send + Sync + 'static {
     /// Stores the history in a folder.
     fn save_tree(&self, _params_json: RStr<'_>) -> RResult<RString, AbiError> {
         RResult::RErr(AbiError::not_there("save_tree"))
+    }
+    /// Reads a LensNet for the open history.
+    fn open_lens(&self, _params_json: RStr<'_>) -> RResult<RString, AbiError> {
+        RResult::RErr(AbiError::not_there("open_lens"))
+    }
+    /// Scores of entries over the history: their first tokens, I64 `[W]`, and levels, U32 `[W]`, to F32 `[W]`.
+    fn focus_scores(
+        &self,
+        _start: TensorView<'_>,
+        _lod: TensorView<'_>,
+        _out: TensorViewMut<'_>,
+    ) -> RResult<(), AbiError> {
+        RResult::RErr(AbiError::not_there("focus_scores"))
+    }
+    /// Edits a working context by scores: F32 `[W]`, or `[0]` for LensNet's.
+    fn refocus(&self, _params_json: RStr<'_>, _scores: TensorView<'_>) -> RResult<RString, AbiError> {
+        RResult::RErr(AbiError::not_there("refocus"))
     }
 }
 

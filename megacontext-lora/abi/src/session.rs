@@ -215,4 +215,42 @@ impl Session {
     pub fn save_tree(&self, params: &Value) -> Result<Value> {
         json(self.raw.save_tree(params.to_string().as_str().into()))
     }
+
+    /// Reads a LensNet for the open history: `{network, other_adapter}`. `network` is a `lensnet.safetensors` of this base,
+    /// of the history's block and version of gists, trained beside what is on the base now (unless `other_adapter` is true) and
+    /// with the places of the session's positions. It stays until another is opened or another history is. The answer: `{network,
+    /// config, parameters, gist_version}`.
+    pub fn open_lens(&self, params: &Value) -> Result<Value> {
+        json(self.raw.open_lens(params.to_string().as_str().into()))
+    }
+
+    /// LensNet's scores of a working context over the history, its entries given by first token, I64 `[W]`, and level, U32
+    /// `[W]`: F32 `[W]` in −1 to 1, above 0 for a closer look, below 0 for a coarser one; tokens score 0 at most, gists of the topmost
+    /// level 0 at least.
+    pub fn focus_scores(
+        &self,
+        start: TensorView<'_>,
+        lod: TensorView<'_>,
+        out: TensorViewMut<'_>,
+    ) -> Result<()> {
+        self.raw.focus_scores(start, lod, out).into_result()
+    }
+
+    /// Edits a working context over the history: `{budget, protected, allocator, seed, entries, anew, tag}`, all but `budget`
+    /// optional. The session holds one context: begun as fine as the budget allows, with the newest `protected` tokens as tokens;
+    /// gone on with in the next call, when tokens that were appended come in as tokens, and what scores lowest collapses where there
+    /// is no room for them. `entries`, `[[start, lod], …]`, begins one with these instead, `anew` one of the whole history. `allocator`
+    /// has the settings of the plugin's allocator, `{expand_threshold, collapse_threshold, max_edits, cooldown, rounds, kind}`, unless
+    /// [`crate::Host::allocate`] chooses; `seed` is of what is drawn.
+    ///
+    /// Scores are LensNet's, or one for each entry, new tokens included, F32 `[W]`; entries that edits make score 0 then.
+    ///
+    /// The answer: `{entries, room, edits, focus_allocator}`: the context now, the collapses that made room, and the edits, `{action,
+    /// start, lod, score, age, cost_before, cost_after}` each; what the event `focus_allocator` says: `{tag, source (lensnet or host),
+    /// allocator (plugin or host), edits, num_expand, num_collapse, num_room, swap_rate, wc_length_before, wc_length, utilization,
+    /// residency_mean, residency_p95, score_mean, score_std, score_abs_mean, score_min, score_max}`.
+    pub fn refocus(&self, params: &Value, scores: Option<TensorView<'_>>) -> Result<Value> {
+        let scores = scores.unwrap_or_else(|| TensorView::of::<f32>(&[]));
+        json(self.raw.refocus(params.to_string().as_str().into(), scores))
+    }
 }

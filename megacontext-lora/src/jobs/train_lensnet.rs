@@ -34,6 +34,7 @@ use serde_json::{Map, Value, json};
 
 use crate::error::{PluginError, Result};
 use crate::host::HostApi;
+use crate::host_allocator::HostAllocator;
 use crate::jobs::evaluation::Inputs;
 use crate::jobs::{ModelDir, model_error, parse, to_value, with_threads};
 use crate::run::Telemetry;
@@ -182,8 +183,14 @@ fn prepare(config: LensRunConfig, resume: bool, host: &dyn HostApi) -> Result<Va
     let trainer = LensTrainer::new(network, rule, config.levels, objective, config.optimizer.adamw())
         .map_err(model_error)?;
     let loss = HorizonLoss::new(&decoder, &scaling, rule, Pattern::Dense).map_err(model_error)?;
-    let focus =
-        Focus { loss: &loss, allocator: &config.allocator, limits, refocuses: config.validation.refocuses };
+    let other = HostAllocator::new(host);
+    let focus = Focus {
+        loss: &loss,
+        allocator: &config.allocator,
+        other: Some(&other),
+        limits,
+        refocuses: config.validation.refocuses,
+    };
     let identity = Identity {
         adapter_fingerprint: Some(on_base.clone()),
         place_rule: Some(rule),

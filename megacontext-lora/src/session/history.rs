@@ -16,19 +16,20 @@
 //! Errors: `Usage` for what does not fit, with what was expected, and where no history is open; `Model` for files. The
 //! history is then what it was.
 //!
-//! Left out on purpose: training the network, and choosing a working context.
+//! Left out on purpose: training the network; choosing a working context, which is `lens`.
 
 use std::path::{Path, PathBuf};
-use std::sync::{PoisonError, RwLockReadGuard, RwLockWriteGuard};
+use std::sync::{Arc, PoisonError, RwLockReadGuard, RwLockWriteGuard};
 
-use gistnet_adapter::{Expected, GistNet};
+use gistnet_adapter::{Expected, GistNet, Identity};
 use megacontext_base::context::{
-    BaseModel, GistDtype, GistTree, Hierarchy, Node, StoreOptions, TreeFolder, write_tree,
+    BaseModel, GistDtype, GistTree, Hierarchy, Node, StoreOptions, TreeFolder, WorkingContext, write_tree,
 };
 use megacontext_base::rope::SigmaRule;
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
 
+use super::lens::Lens;
 use super::{Loaded, Session, size};
 use crate::error::{PluginError, Result};
 use crate::jobs::{model_error, parse};
@@ -42,11 +43,17 @@ const SAME_ROUNDED: f32 = 2e-2;
 
 /// The history of a session.
 pub(super) struct History {
-    network: GistNet,
+    pub(super) network: GistNet,
     network_path: PathBuf,
-    tree: GistTree,
+    pub(super) tree: GistTree,
     /// [`SAME`] or [`SAME_ROUNDED`].
     tolerance: f32,
+    /// What scores working contexts over it.
+    pub(super) lens: Option<Lens>,
+    /// The working context that the session edits.
+    pub(super) context: Option<WorkingContext>,
+    /// Tells this history with its LensNet from those that come later.
+    pub(super) id: Arc<()>,
 }
 
 #[derive(Deserialize)]
@@ -80,23 +87,39 @@ struct SaveTree {
 }
 
 /// Refuses a network whose entries stood otherwise than those of the session do.
-fn check_places(stated: Option<SigmaRule>, own: SigmaRule) -> Result<()> {
+pub(super) fn check_places(call: &str, stated: Option<SigmaRule>, own: SigmaRule) -> Result<()> {
     let Some(stated) = stated else { return Ok(()) };
     let (trained, now) = (PlaceSettings::from(stated), PlaceSettings::from(own));
     if trained.same_as(now) {
         return Ok(());
     }
     Err(PluginError::usage(format!(
-        "open_tree: expected a network trained with the places of the session's positions ({now}), got one trained with \
+        "{call}: expected a network trained with the places of the session's positions ({now}), got one trained with \
          {trained}: open the session with such positions.sigma, or train another network"
     )))
 }
 
-fn none_open(call: &str) -> PluginError {
+/// Refuses the network `what` where it states another adapter than what is on the base now.
+pub(super) fn check_adapter(identity: &Identity, loaded: &Loaded, what: &str, path: &Path) -> Result<()> {
+    if identity.adapter_fingerprint.is_none() {
+        return Ok(());
+    }
+    identity.check_adapter(&loaded.adapter_fingerprint()?, what, path).map_err(|error| {
+        let error = model_error(error);
+        let message = format!("{}; other_adapter = true takes it all the same", error.message);
+        PluginError { message, ..error }
+    })
+}
+
+pub(super) fn none_open(call: &str) -> PluginError {
     PluginError::usage(format!("{call}: expected an open history, there is none; open_tree begins one"))
 }
 
 impl History {
+    fn new(network: GistNet, network_path: PathBuf, tree: GistTree, tolerance: f32) -> Self {
+        Self { network, network_path, tree, tolerance, lens: None, context: None, id: Arc::default() }
+    }
+
     fn describe(&self) -> Value {
         let (tree, version) = (&self.tree, self.network.gist_version());
         let nodes: Map<String, Value> = (1..=tree.hierarchy().levels())
@@ -112,11 +135,13 @@ impl History {
             "stale": tree.stale(version),
             "base": { "name": tree.base().name, "fingerprint": tree.base().fingerprint },
             "network": self.network_path,
+            "lens": self.lens.as_ref().map(|lens| &lens.path),
+            "working_context": self.context.as_ref().map(WorkingContext::cost),
         })
     }
 
     /// Refuses where the newest whole block's gist would be another now.
-    fn check_embeddings(&self, call: &str, loaded: &Loaded) -> Result<()> {
+    pub(super) fn check_embeddings(&self, call: &str, loaded: &Loaded) -> Result<()> {
         let Some(last) = self.tree.nodes(1).checked_sub(1) else { return Ok(()) };
         let newest = Node { lod: 1, index: last };
         let span = self.tree.hierarchy().tokens(newest);
@@ -130,11 +155,11 @@ impl History {
 }
 
 impl Session {
-    fn history(&self) -> RwLockReadGuard<'_, Option<History>> {
+    pub(super) fn history(&self) -> RwLockReadGuard<'_, Option<History>> {
         self.history.read().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn history_mut(&self) -> RwLockWriteGuard<'_, Option<History>> {
+    pub(super) fn history_mut(&self) -> RwLockWriteGuard<'_, Option<History>> {
         self.history.write().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -148,7 +173,7 @@ impl Session {
     /// Begins a history: `{network, levels, name, stored, refresh, other_adapter}`, all but `network` optional. The network has
     /// to be one of this base, trained beside what is on it now (unless `other_adapter` is true) and with the places of the
     /// session's positions. Returns its description: `tokens`, `block`, `width`, `levels`, `nodes` by level, `gist_version`,
-    /// `stale` nodes, `base`, `network`.
+    /// `stale` nodes, `base`, `network`, `lens` and entries of the `working_context` where there are such.
     pub fn open_tree(&self, params: Value) -> Result<Value> {
         let OpenTree { network: path, levels, name, stored, refresh, other_adapter } = parse(params)?;
         let l = self.read()?;
@@ -160,15 +185,10 @@ impl Session {
             ..Expected::default()
         };
         let loaded = GistNet::load(&path, expected).map_err(model_error)?;
-        if !other_adapter && loaded.identity.adapter_fingerprint.is_some() {
-            let checked = loaded.identity.check_adapter(&l.adapter_fingerprint()?, "GistNet", &path);
-            checked.map_err(|error| {
-                let error = model_error(error);
-                let message = format!("{}; other_adapter = true takes it all the same", error.message);
-                PluginError { message, ..error }
-            })?;
+        if !other_adapter {
+            check_adapter(&loaded.identity, &l, "GistNet", &path)?;
         }
-        check_places(loaded.identity.place_rule, l.model.config.positions.sigma)?;
+        check_places("open_tree", loaded.identity.place_rule, l.model.config.positions.sigma)?;
         let network = loaded.network;
         let folder = || Some(l.dir.canonicalize().ok()?.file_name()?.to_string_lossy().into_owned());
         let name = name.or_else(folder).unwrap_or_else(|| "base".to_string());
@@ -180,7 +200,7 @@ impl Session {
                 let hierarchy =
                     Hierarchy::new(network.config().block, levels.unwrap_or(2)).map_err(model_error)?;
                 let tree = GistTree::new(hierarchy, network.config().width, base).map_err(model_error)?;
-                History { network, network_path: path, tree, tolerance: same(false) }
+                History::new(network, path, tree, same(false))
             }
             Some(dir) => {
                 let folder = TreeFolder::open(&dir).map_err(model_error)?;
@@ -195,7 +215,7 @@ impl Session {
                 }
                 let tree = folder.load(&base).map_err(model_error)?;
                 let narrow = folder.file(1).is_some_and(|file| file.header().dtype != Some(GistDtype::F32));
-                History { network, network_path: path, tree, tolerance: same(narrow) }
+                History::new(network, path, tree, same(narrow))
             }
         };
         if refresh {

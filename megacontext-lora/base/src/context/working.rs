@@ -118,6 +118,12 @@ impl WorkingContext {
 
     /// Holds every invariant, over a history of `tokens` tokens.
     fn check(&self, tokens: u64) -> Result<()> {
+        self.check_tiling(tokens)?;
+        self.check_limits()
+    }
+
+    /// Holds that nodes of the tree follow one another.
+    fn check_tiling(&self, tokens: u64) -> Result<()> {
         if self.entries.is_empty() {
             return fail("expected at least one entry, got none".into());
         }
@@ -153,6 +159,11 @@ impl WorkingContext {
                 }
             }
         }
+        Ok(())
+    }
+
+    /// Holds budget and protected tail.
+    fn check_limits(&self) -> Result<()> {
         self.check_budget(self.entries.len(), "the context")?;
         let tail = self.protected_from();
         match self.entries.iter().position(|entry| entry.lod > 0 && self.span_of(*entry).end > tail) {
@@ -169,6 +180,36 @@ impl WorkingContext {
             return Ok(());
         }
         fail(format!("{what}: expected at most {} entries, the budget, got {entries}", self.limits.budget))
+    }
+
+    /// The same entries, as old as they are, within other limits.
+    ///
+    /// # Errors
+    /// More entries than the budget; a gist in the protected tail.
+    pub fn with_limits(&self, limits: Limits) -> Result<Self> {
+        let context = Self { limits, ..self.clone() };
+        context.check_limits()?;
+        Ok(context)
+    }
+
+    /// A context of other entries for the same tokens, within the same limits; all of them new.
+    ///
+    /// # Errors
+    /// As [`WorkingContext::new`]; entries for other tokens.
+    pub fn with_entries(&self, entries: Vec<Entry>) -> Result<Self> {
+        let residency = vec![Residency { age: 0, change: Change::Placed }; entries.len()];
+        let context = Self { entries, residency, ..self.clone() };
+        let expected = self.coverage();
+        context.check_tiling(expected.end)?;
+        let got = context.coverage();
+        if expected != got {
+            return fail(format!(
+                "expected entries for the tokens {}..{}, got some for {}..{}",
+                expected.start, expected.end, got.start, got.end
+            ));
+        }
+        context.check_limits()?;
+        Ok(context)
     }
 
     /// The entries.
