@@ -13,6 +13,10 @@ use serde::{Deserialize, Serialize};
 
 /// The network's name in errors and files.
 pub(crate) const NETWORK: &str = "gistnet";
+/// What a stored history has 16 bits for.
+const MOST_ENTRIES: usize = u16::MAX as usize;
+/// Beyond this a number is damage rather than a width.
+const WIDEST: usize = 1 << 24;
 
 /// What stands between the entries of a block and its head.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -129,8 +133,11 @@ impl GistNetConfig {
         if self.block < 2 {
             return refuse(format!("block: expected at least 2 entries, got {}", self.block));
         }
-        if self.width == 0 {
-            return refuse("width: expected at least 1, got 0".to_string());
+        if self.block > MOST_ENTRIES {
+            return refuse(format!("block: expected at most {MOST_ENTRIES} entries, got {}", self.block));
+        }
+        if !(1..=WIDEST).contains(&self.width) {
+            return refuse(format!("width: expected 1 to {WIDEST}, got {}", self.width));
         }
         match self.mode {
             Mode::Mean if self.pooling != Pooling::Mean => {

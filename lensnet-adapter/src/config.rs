@@ -139,6 +139,10 @@ impl LensNetConfig {
         if self.block < 2 {
             return refuse(format!("block: expected at least 2 entries, got {}", self.block));
         }
+        // A stored history has 16 bits for it.
+        if self.block > usize::from(u16::MAX) {
+            return refuse(format!("block: expected at most {} entries, got {}", u16::MAX, self.block));
+        }
         if let Some(group) = self.group.filter(|group| *group < 2) {
             return refuse(format!("group: expected at least 2 entries, got {group}"));
         }

@@ -28,6 +28,7 @@ use megacontext_lora_abi::{
 use serde_json::Value;
 
 use crate::error::{Kind, PluginError};
+use crate::fault;
 use crate::host::{self, HostApi};
 use crate::jobs;
 use crate::session::{Context, Entries, Session};
@@ -134,6 +135,7 @@ struct HostProxy(HostBox);
 
 impl HostApi for HostProxy {
     fn event(&self, kind: &str, json: &Value) {
+        fault::at(kind);
         self.0.event(kind.into(), json.to_string().as_str().into());
     }
 
@@ -143,7 +145,11 @@ impl HostApi for HostProxy {
 
     fn documents(&self, split: &str, start: u64, count: u64) -> Result<Vec<String>, PluginError> {
         let documents = self.0.documents(split.into(), start, count).into_result();
-        let documents = documents.map_err(|e| PluginError::data(format!("the host's documents: {e}")))?;
+        let documents = documents.map_err(|e| {
+            // What the adaptor says for a host whose callback panicked.
+            let kind = if e.kind() == ErrorKind::Cancelled { Kind::Cancelled } else { Kind::Data };
+            PluginError::new(kind, format!("the host's documents: {e}"))
+        })?;
         Ok(documents.into_iter().map(RString::into_string).collect())
     }
 
@@ -232,7 +238,11 @@ impl SessionImpl {
         if self.poisoned.load(Ordering::Acquire) {
             return RResult::RErr(abi_error(poisoned()));
         }
-        let result = catch_unwind(AssertUnwindSafe(|| call(&self.session))).unwrap_or_else(|panic| {
+        let entered = || {
+            fault::at(entry);
+            call(&self.session)
+        };
+        let result = catch_unwind(AssertUnwindSafe(entered)).unwrap_or_else(|panic| {
             self.poisoned.store(true, Ordering::Release);
             Err(PluginError::internal(format!(
                 "{entry} panicked: {}; this session is no longer usable",

@@ -3,7 +3,7 @@
 //! A host loads the built library through `megacontext-lora-abi` and never sees this crate; [`glue`] is the one module
 //! that knows the ABI's types. Inside it is plain Rust: [`session`] holds a model for a host, [`jobs`] runs whole tasks,
 //! [`train`] is the step loop with its settings, plan and evaluation, [`run`] and [`report`] are what a run leaves on disk,
-//! [`data`], [`corpus`], [`bpe`] and [`ngram`] are text.
+//! [`data`], [`corpus`], [`bpe`] and [`ngram`] are text, [`untrusted`] is what fuzzers call.
 //!
 //! Errors are [`error::PluginError`]: what failed, what was expected, what came.
 
@@ -11,6 +11,7 @@ pub mod bpe;
 pub mod corpus;
 pub mod data;
 pub mod error;
+mod fault;
 pub mod glue;
 pub mod host;
 pub mod host_allocator;
@@ -20,3 +21,4 @@ pub mod report;
 pub mod run;
 pub mod session;
 pub mod train;
+pub mod untrusted;

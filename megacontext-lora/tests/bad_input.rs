@@ -8,7 +8,6 @@ mod common;
 
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::Command;
 
 use candle_core::DType;
 use common::{Fixture, Running, edit_json, edit_tensor, mclora, tree, truncate, with};
@@ -553,27 +552,7 @@ fn plugin_with_another_layout() {
     refuses_plugin(&fixture, &path, &["the version agrees but the types are laid out differently"]);
 }
 
-// Disks.
-
-#[test]
-fn output_that_cannot_be_written() {
-    let fixture = Fixture::new();
-    // Below a file nothing can be created, not even by root.
-    fs::write(fixture.path("file"), "").unwrap();
-    let run = fixture.at("file/run");
-    mclora(&with(fixture.extend("run"), &[("--out", &run)])).refused(1, &[&run, "Not a directory"]);
-
-    let adapter = fixture.adapter("trained");
-    let (base, merged, logits) =
-        (fixture.at("base"), fixture.at("file/merged"), fixture.at("file/x.safetensors"));
-    mclora(&["merge", "--base", &base, "--adapter", &adapter, "--out", &merged])
-        .refused(1, &[&merged, "is not a directory"]);
-    fs::write(fixture.path("tokens.json"), "[1]").unwrap();
-    let tokens = fixture.at("tokens.json");
-    mclora(&["logits", "--base", &base, "--tokens", &tokens, "--out", &logits])
-        .refused(1, &["/file", "directory"]);
-    assert_eq!(fs::read(fixture.path("file")).unwrap(), b"");
-}
+// Folders.
 
 #[test]
 fn output_folder_that_holds_something() {
@@ -613,84 +592,4 @@ fn folder_that_another_run_holds() {
     mclora(&[&fixture.extend("run")[..], &["--resume".into()]].concat())
         .refused(2, &[run.to_str().unwrap(), "another run holds"]);
     assert_eq!(first.end(), (Some(0), None), "the first is not disturbed: {}", first.said());
-}
-
-#[test]
-fn full_device() {
-    let fixture = Fixture::new();
-    let (base, tokens) = (fixture.at("base"), fixture.at("tokens.json"));
-    fs::write(&tokens, "[1, 2, 3]").unwrap();
-    mclora(&["logits", "--base", &base, "--tokens", &tokens, "--out", "/dev/full"])
-        .refused(1, &["/dev/full: No space left on device"]);
-}
-
-/// A small file system of its own, gone when dropped.
-struct Disk(PathBuf);
-
-impl Disk {
-    /// Nothing where this process may not mount one.
-    fn mount(path: PathBuf, options: &str) -> Option<Self> {
-        fs::create_dir(&path).unwrap();
-        let mounted = Command::new("mount").args(["-t", "tmpfs", "-o", options, "tmpfs"]).arg(&path).output();
-        if mounted.is_ok_and(|output| output.status.success()) {
-            return Some(Self(path));
-        }
-        println!("skipped: this process may not mount a small disk to fill");
-        None
-    }
-
-    fn remount(&self, options: &str) {
-        let options = format!("remount,{options}");
-        assert!(Command::new("mount").args(["-o", &options]).arg(&self.0).status().unwrap().success());
-    }
-}
-
-impl Drop for Disk {
-    fn drop(&mut self) {
-        Command::new("umount").arg(&self.0).status().ok();
-    }
-}
-
-#[test]
-fn full_disk_while_training() {
-    let fixture = Fixture::new();
-    let Some(disk) = Disk::mount(fixture.path("disk"), "size=400k") else { return };
-    let out = fixture.at("disk/run");
-    let args = with(fixture.extend("run"), &[("--out", &out)]);
-    mclora(&args).refused(1, &["No space left on device", "disk/run/"]);
-    let run = Path::new(&out);
-    assert!(!run.join("adapter").exists() && !run.join("summary.json").exists());
-    assert!(hidden_in(&run.join("checkpoints")).is_empty(), "no part of a checkpoint stays");
-
-    // With room again the run goes on and ends as one that always had room.
-    disk.remount("size=64m");
-    mclora(&[&args[..], &["--resume".into()]].concat()).success();
-    mclora(&fixture.extend("roomy")).success();
-    let adapter = |dir: &Path| fs::read(dir.join("adapter/adapter_model.safetensors")).unwrap();
-    assert!(adapter(run) == adapter(&fixture.path("roomy")));
-}
-
-#[test]
-fn full_disk_while_merging_and_writing_logits() {
-    let fixture = Fixture::new();
-    let adapter = fixture.adapter("trained");
-    let Some(_disk) = Disk::mount(fixture.path("disk"), "size=40k") else { return };
-    let (base, merged, logits) =
-        (fixture.at("base"), fixture.at("disk/merged"), fixture.at("disk/x.safetensors"));
-    let full = ["No space left on device", "/disk"];
-    mclora(&["merge", "--base", &base, "--adapter", &adapter, "--out", &merged]).refused(1, &full);
-    assert!(tree(&fixture.path("disk")).is_empty(), "{:?}", tree(&fixture.path("disk")).keys());
-
-    let tokens = fixture.at("tokens.json");
-    fs::write(&tokens, json!(vec![1; 100]).to_string()).unwrap();
-    mclora(&["logits", "--base", &base, "--tokens", &tokens, "--out", &logits]).refused(1, &full);
-    assert!(tree(&fixture.path("disk")).is_empty(), "{:?}", tree(&fixture.path("disk")).keys());
-}
-
-#[test]
-fn read_only_disk() {
-    let fixture = Fixture::new();
-    let Some(_disk) = Disk::mount(fixture.path("disk"), "size=64k,ro") else { return };
-    let run = fixture.at("disk/run");
-    mclora(&with(fixture.extend("run"), &[("--out", &run)])).refused(1, &[&run, "Read-only file system"]);
 }

@@ -10,6 +10,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
+use common::kills::{Torn, at_random, resumed};
 use common::{Fixture, Running, finish, mclora, metrics, read_json};
 use serde_json::Value;
 
@@ -128,18 +129,12 @@ fn killed_at_any_moment_and_resumed_gives_the_same_bytes() {
     let fixture = Fixture::new();
     let expected = uninterrupted(&fixture);
     let run = fixture.path("killed");
+    let start = |out: &Path| resumed(fixture.extend(out.file_name().unwrap().to_str().unwrap()), out);
+    let torn = Torn::new(&fixture, "killed", &start);
     let mut killed = Vec::new();
     for (name, moment) in MOMENTS {
-        let mut running = Running::start(&attempt(&fixture, "killed"), fixture.path("stderr"));
-        let in_time = running.wait_until(|| moment(&run));
-        if in_time {
-            running.signal("KILL");
-        }
-        match running.end() {
-            (None, Some(SIGKILL)) => killed.push(name),
-            // It was done before the signal came.
-            (Some(0), None) => {}
-            other => panic!("{name}: {other:?}: {}", running.said()),
+        if torn.kill(name, || moment(&run)) {
+            killed.push(name);
         }
         assert!(
             !run.join("adapter").exists() || run.join("adapter/adapter_model.safetensors").is_file(),
@@ -148,7 +143,7 @@ fn killed_at_any_moment_and_resumed_gives_the_same_bytes() {
     }
     println!("killed {}", killed.join(", "));
     assert!(killed.len() >= 6, "too few kills: {killed:?}");
-    let last = mclora(&attempt(&fixture, "killed")).success();
+    let last = torn.finish();
     assert!(last.stderr.contains("resuming after step 24 of 24"), "{}", last.stderr);
     Reached::of(&run).equals(&expected);
 
@@ -159,6 +154,13 @@ fn killed_at_any_moment_and_resumed_gives_the_same_bytes() {
         .collect();
     assert!(hidden.is_empty(), "left behind: {hidden:?}");
     assert_eq!(whole_checkpoints(&run), ["00000021", "00000024"]);
+}
+
+#[test]
+fn killed_at_random_moments_it_ends_with_the_same_bytes() {
+    let fixture = Fixture::new();
+    let start = |out: &Path| resumed(fixture.extend(out.file_name().unwrap().to_str().unwrap()), out);
+    at_random(&fixture, &start, &|whole, torn| Reached::of(torn).equals(&Reached::of(whole)));
 }
 
 #[test]

@@ -8,6 +8,7 @@ use std::path::Path;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
+use common::kills::{Torn, at_random, resumed};
 use common::{Fixture, Running, induction, mclora, metrics, read_json, with};
 use gistnet_adapter::{GistNet, GistNetConfig, Identity};
 use megacontext_base::weights::Weights;
@@ -102,7 +103,6 @@ fn a_run_leaves_a_network_labels_numbers_and_a_page() {
 fn killed_at_many_moments_it_ends_with_the_same_bytes() {
     let fixture = micro();
     mclora(&run(&fixture, "whole")).success();
-    let whole = reached(&fixture.path("whole"));
     let torn = fixture.path("torn");
     let lines =
         |kind: &str| metrics(&fixture.path("torn")).iter().filter(|line| line["kind"] == kind).count();
@@ -110,7 +110,6 @@ fn killed_at_many_moments_it_ends_with_the_same_bytes() {
         fs::read_to_string(torn.join(format!("labels/round-{round}.jsonl")))
             .map_or(0, |text| text.lines().count())
     };
-    let mut killed = Vec::new();
     let moments: [(&str, &dyn Fn() -> bool); 6] = [
         ("before anything is measured", &|| torn.join(".lock").exists()),
         ("while labels are made", &|| labels(1) >= 5),
@@ -119,28 +118,26 @@ fn killed_at_many_moments_it_ends_with_the_same_bytes() {
         ("while the second labels are made", &|| labels(2) >= 3),
         ("in the second round", &|| lines("lens_step") >= 9),
     ];
-    for (number, (what, moment)) in moments.into_iter().enumerate() {
-        let mut args = run(&fixture, "torn");
-        if torn.join(".lock").exists() {
-            args.push("--resume".to_string());
-        }
-        let mut program = Running::start(&args, fixture.path(&format!("log{number}")));
-        if program.wait_until(moment) {
-            program.signal("KILL");
-        }
-        match program.end() {
-            (None, Some(9)) => killed.push(what),
-            // It was done before the signal came.
-            (Some(0), None) => {}
-            other => panic!("{what}: {other:?}: {}", program.said()),
-        }
-    }
+    let start = |out: &Path| resumed(run(&fixture, "torn"), out);
+    let killed = Torn::new(&fixture, "torn", &start).at_moments(&moments);
     assert!(killed.len() >= 3, "too few kills: {killed:?}");
-    mclora(&and(run(&fixture, "torn"), "--resume")).success();
-    let torn = reached(&torn);
+    same(&fixture.path("whole"), &torn);
+}
+
+#[test]
+fn killed_at_random_moments_it_ends_with_the_same_bytes() {
+    let fixture = micro();
+    let start = |out: &Path| resumed(run(&fixture, out.file_name().unwrap().to_str().unwrap()), out);
+    at_random(&fixture, &start, &same);
+}
+
+/// Fails unless a run that was killed reached what one that was left alone did.
+fn same(whole: &Path, torn: &Path) {
+    let (whole, torn) = (reached(whole), reached(torn));
     for (number, (a, b)) in whole.2.iter().zip(&torn.2).enumerate() {
         assert_eq!(a, b, "line {} of metrics.jsonl", number + 1);
     }
+    assert_eq!(whole.2.len(), torn.2.len(), "lines of metrics.jsonl");
     assert_eq!(whole.3, torn.3, "labels");
     assert_eq!(whole.1, torn.1);
     assert!(whole.0 == torn.0, "lensnet.safetensors differs");

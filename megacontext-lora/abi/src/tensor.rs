@@ -18,6 +18,8 @@ use std::ffi::c_void;
 use std::marker::PhantomData;
 use std::ops::Range;
 
+pub mod hostile;
+
 /// Most dimensions that a view can have.
 pub const MAX_RANK: usize = 6;
 
@@ -141,6 +143,9 @@ pub enum TensorError {
     /// Shape and strides span more than an address space.
     #[error("{what}: the shape {shape} with its strides overflows the address space")]
     Overflow { what: String, shape: String },
+    /// A copy for which there is no memory: a broadcast view counts more elements than it has.
+    #[error("{what}: no memory for a copy of {elements} elements (shape {shape})")]
+    Memory { what: String, shape: String, elements: usize },
     /// A negative stride.
     #[error("{what}: expected strides of at least 0, got {got} in dimension {dim}")]
     Stride { what: String, dim: usize, got: isize },
@@ -281,6 +286,15 @@ impl Layout {
         Ok(())
     }
 
+    /// Room for a copy of all elements; call after `check`.
+    fn room<T>(&self, what: &str) -> Result<Vec<T>, TensorError> {
+        let (mut values, elements) = (Vec::new(), self.len());
+        match values.try_reserve_exact(elements) {
+            Ok(()) => Ok(values),
+            Err(_) => Err(TensorError::Memory { what: what.to_owned(), shape: text(self.shape()), elements }),
+        }
+    }
+
     fn is_contiguous(&self) -> bool {
         let mut expected = 1usize;
         for (&dim, &stride) in self.shape().iter().zip(self.strides()).rev() {
@@ -411,7 +425,7 @@ impl<'a> TensorView<'a> {
             // maker of the view promised readable, initialised, unwritten memory for 'a, and T takes every bit pattern.
             return Ok(Cow::Borrowed(unsafe { std::slice::from_raw_parts(data, len) }));
         }
-        let mut values = Vec::with_capacity(len);
+        let mut values = self.layout.room(what)?;
         // SAFETY: as above, and every offset lies inside the span that `check` found free of overflow.
         self.layout.for_each_offset(|offset| values.push(unsafe { *data.add(offset) }));
         Ok(Cow::Owned(values))
@@ -502,7 +516,8 @@ impl<'a> TensorViewMut<'a> {
             // maker of the view promised initialised memory that only this call uses, and T takes every bit pattern.
             return fill(unsafe { std::slice::from_raw_parts_mut(data, len) });
         }
-        let mut values = vec![T::default(); len];
+        let mut values = self.layout.room(what)?;
+        values.resize(len, T::default());
         let result = fill(&mut values)?;
         let mut values = values.into_iter();
         self.layout.for_each_offset(|offset| {

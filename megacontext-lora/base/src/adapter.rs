@@ -226,6 +226,11 @@ impl Adapter {
                 )));
             }
         }
+        if let Some(scaling) = self.rope_scaling() {
+            scaling
+                .check(base.rope_theta, base.architecture.rotary_width)
+                .map_err(|e| self.refuse(format!("megacontext.rope_scaling: {e}")))?;
+        }
         let theta = self.config.megacontext.as_ref().and_then(|own| own.base_rope_theta);
         if let Some(theta) = theta.filter(|theta| *theta != base.rope_theta) {
             return Err(self.refuse(format!(

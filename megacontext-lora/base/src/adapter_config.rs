@@ -9,7 +9,7 @@ use std::path::Path;
 
 use serde_json::{Map, Value, json};
 
-use crate::config::DecoderConfig;
+use crate::config::{DecoderConfig, LARGEST};
 use crate::error::{BaseError, Result};
 use crate::lora::{Layers, LoraConfig, LoraInit, LoraKind, Names, Patterns, TokenIndices};
 use crate::params::Group;
@@ -300,8 +300,8 @@ fn own_key(value: &Value, path: &Path) -> Result<MegacontextKey> {
                 }
             })
             .transpose()?,
-        original_max_position_embeddings: keys.count("original_max_position_embeddings")?,
-        context_length: keys.count("context_length")?,
+        original_max_position_embeddings: keys.length("original_max_position_embeddings")?,
+        context_length: keys.length("context_length")?,
         positions: match keys.get("positions") {
             None => PositionOptions::default(),
             Some(value) => serde_json::from_value(value.clone())
@@ -341,6 +341,14 @@ impl Keys<'_> {
             None => {
                 self.fail(format!("{}{key}: expected a positive number, got {}", self.under, self.shown(key)))
             }
+        }
+    }
+
+    /// A number of tokens, with the same limit as those of a model.
+    fn length(&self, key: &str) -> Result<usize> {
+        match self.count(key)? {
+            n if n as u64 <= LARGEST => Ok(n),
+            n => self.fail(format!("{}{key}: expected at most {LARGEST}, got {n}", self.under)),
         }
     }
 

@@ -24,7 +24,7 @@ pub use crate::names::{LinearPart, NormPart};
 use crate::rope::{PositionOptions, Rope, RopeKeys, RopeScaling, Stretched, sigma_scales};
 
 /// Sizes above these are damage rather than a model; below them no product of sizes overflows.
-const LARGEST: u64 = 1 << 24;
+pub(crate) const LARGEST: u64 = 1 << 24;
 const MOST_LAYERS: usize = 4096;
 
 /// A decoder's shape and constants.
@@ -149,6 +149,11 @@ impl DecoderConfig {
         rope_scaling
             .check(rope_theta, architecture.rotary_width)
             .map_err(|e| BaseError::config(path, format!("rope_parameters: {e}")))?;
+        if let Some(original) = rope_scaling.original().filter(|n| *n as u64 > LARGEST) {
+            return keys.fail(format!(
+                "original_max_position_embeddings: expected a whole number from 1 to {LARGEST}, got {original}"
+            ));
+        }
         let positions = keys.positions(architecture.rotary_width / 2)?;
         let config = Self {
             family,

@@ -41,6 +41,10 @@ pub const EPS: f64 = 1.192_092_9e-7;
 /// Base of the rotary frequencies.
 pub const THETA: f64 = 10_000.0;
 
+/// Sizes above these are damage rather than a network.
+const MOST_LAYERS: usize = 4096;
+const WIDEST: usize = 1 << 24;
+
 /// Sizes of a tower.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct TowerConfig {
@@ -63,8 +67,11 @@ impl TowerConfig {
     /// Refuses sizes that no tower has, in the words of their keys.
     pub fn check(&self) -> std::result::Result<(), String> {
         let Self { layers, width, heads, kv_heads } = *self;
-        if layers == 0 {
-            return Err("layers: expected at least 1, got 0".to_string());
+        if !(1..=MOST_LAYERS).contains(&layers) {
+            return Err(format!("layers: expected 1 to {MOST_LAYERS}, got {layers}"));
+        }
+        if width > WIDEST {
+            return Err(format!("width: expected at most {WIDEST}, got {width}"));
         }
         if heads == 0 || width == 0 || !width.is_multiple_of(heads) {
             return Err(format!("heads: expected a divisor of the width {width}, got {heads}"));

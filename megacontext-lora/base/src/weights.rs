@@ -120,6 +120,14 @@ impl MappedFile {
         }
         let (header_len, header) =
             SafeTensors::read_metadata(&map).map_err(|e| BaseError::weights(path, explain(&map, &e)))?;
+        for (name, info) in header.tensors() {
+            // An empty tensor passes whatever its other dimensions say, and strides are made of these.
+            let others = info.shape.iter().filter(|dim| **dim != 0);
+            if others.copied().try_fold(1usize, usize::checked_mul).is_none() {
+                let message = format!("expected dimensions that can be counted, got {:?}", info.shape);
+                return Err(BaseError::tensor(path, &name, message));
+            }
+        }
         Ok(Self { path: path.to_path_buf(), map, data: 8 + header_len, header })
     }
 

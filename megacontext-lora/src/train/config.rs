@@ -24,7 +24,7 @@ use crate::run::folder::config_hash;
 /// The longest context: what a merged model's `config.json` may state. Beyond it a number is a slip of the pen.
 pub const LONGEST_CONTEXT: usize = 1 << 24;
 /// Most steps, and most tokens of a step: far beyond any run, and no product of sizes overflows.
-const MOST: usize = 1 << 32;
+pub(super) const MOST: usize = 1 << 32;
 
 /// Optimiser steps over the default stages.
 pub const DEFAULT_STEPS: usize = 300;

@@ -20,7 +20,9 @@ use megacontext_kernels::precision::Precision;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use serde_json::Value;
 
-use super::config::{Attention, CheckpointConfig, GroupSize, OptimizerConfig, Schedule, pattern};
+use super::config::{
+    Attention, CheckpointConfig, GroupSize, LONGEST_CONTEXT, MOST, OptimizerConfig, Schedule, pattern,
+};
 use crate::error::{PluginError, Result};
 use crate::run::folder::config_hash;
 
@@ -304,7 +306,21 @@ impl GistRunConfig {
                 .check(self.data.len())
                 .map_err(|e| PluginError::usage(format!("stages, number {number}: {e}")))?;
         }
+        for (number, stage) in (1..).zip(&self.stages) {
+            for (key, value, most) in
+                [("horizon", stage.horizon, LONGEST_CONTEXT), ("steps", stage.steps, MOST)]
+            {
+                if value > most {
+                    return usage(format!(
+                        "stages, number {number}: {key}: expected at most {most}, got {value}"
+                    ));
+                }
+            }
+        }
         let context = *self.context.get_or_insert(trained);
+        if context > LONGEST_CONTEXT {
+            return usage(format!("context: expected at most {LONGEST_CONTEXT} tokens, got {context}"));
+        }
         let least = 2 * self.network.block + self.longest_horizon();
         if context < least {
             return usage(format!(
@@ -324,6 +340,9 @@ impl GistRunConfig {
         ] {
             if value == 0 {
                 return usage(format!("{key}: expected at least 1, got 0"));
+            }
+            if value > MOST {
+                return usage(format!("{key}: expected at most {MOST}, got {value}"));
             }
         }
         if !(self.holdout > 0.0 && self.holdout < 1.0) {
@@ -423,7 +442,8 @@ impl GistRunConfig {
     /// Bytes of held-out passages that are kept from one validation to the next, at most half of those for all passages.
     pub fn validation_bytes(&self, model: &DecoderConfig) -> u64 {
         let attentions = if matches!(self.sparse(), Ok(Some(_))) { 2 } else { 1 };
-        let all = (attentions * self.validation.passages) as u64 * self.bytes_of_passage(model, false);
+        let passages = (attentions * self.validation.passages) as u64;
+        let all = passages.saturating_mul(self.bytes_of_passage(model, false));
         all.min(self.passage_bytes / 2)
     }
 

@@ -20,7 +20,7 @@ use megacontext_base::rope::SigmaRule;
 use megacontext_kernels::precision::Precision;
 use serde::{Deserialize, Serialize};
 
-use super::config::{CheckpointConfig, OptimizerConfig, Schedule};
+use super::config::{CheckpointConfig, LONGEST_CONTEXT, MOST, OptimizerConfig, Schedule};
 use super::gistnet::PlaceSettings;
 use super::plan::{available_bytes, bytes, count, frozen_bytes, packed_bytes, resident_bytes};
 use crate::error::{PluginError, Result};
@@ -247,7 +247,7 @@ impl LensRunConfig {
 
     /// Steps of all rounds.
     pub fn all_steps(&self) -> usize {
-        self.labels.rounds * self.steps
+        self.labels.rounds.saturating_mul(self.steps)
     }
 
     /// Budget and protected tail of a resolved run.
@@ -282,6 +282,9 @@ impl LensRunConfig {
             if value == 0 {
                 return usage(format!("{key}: expected at least 1, got 0"));
             }
+            if value > MOST {
+                return usage(format!("{key}: expected at most {MOST}, got {value}"));
+            }
         }
         if self.labels.kind == LabelKind::Preference && self.labels.variants == 0 {
             return usage("labels.variants: expected at least 1, got 0".to_string());
@@ -300,7 +303,16 @@ impl LensRunConfig {
             return usage(format!("counterfactual.unit: expected nats above 0, got {got}"));
         }
         self.optimizer.validate()?;
+        if self.horizon > LONGEST_CONTEXT {
+            return usage(format!(
+                "horizon: expected at most {LONGEST_CONTEXT} tokens, got {}",
+                self.horizon
+            ));
+        }
         let history = *self.history.get_or_insert(trained.saturating_sub(self.horizon));
+        if history > LONGEST_CONTEXT {
+            return usage(format!("history: expected at most {LONGEST_CONTEXT} tokens, got {history}"));
+        }
         let least = 2 * block + self.protected as usize;
         if history < least {
             return usage(format!(

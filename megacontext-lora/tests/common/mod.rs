@@ -8,6 +8,7 @@
 #![allow(dead_code, clippy::unwrap_used)]
 
 pub mod induction;
+pub mod kills;
 
 use std::collections::BTreeMap;
 use std::ffi::OsStr;
@@ -256,8 +257,13 @@ pub struct Running {
 impl Running {
     /// Starts it; what it says goes to the file `stderr`.
     pub fn start<S: AsRef<OsStr>>(args: &[S], stderr: PathBuf) -> Self {
+        Self::spawn(command(args), stderr)
+    }
+
+    /// The same with any command.
+    pub fn spawn(mut command: Command, stderr: PathBuf) -> Self {
         let log = File::create(&stderr).unwrap();
-        let child = command(args).stdout(Stdio::null()).stderr(log).spawn().unwrap();
+        let child = command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(log).spawn().unwrap();
         Self { child, stderr }
     }
 

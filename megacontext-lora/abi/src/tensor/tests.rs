@@ -113,6 +113,21 @@ fn refuses_a_shape_that_overflows() {
 }
 
 #[test]
+fn refuses_a_copy_that_no_memory_holds() {
+    let mut data = [1f32; 2];
+    // One value, told to be read 2^60 times: it overflows nothing, and reaches no further than it may.
+    let broadcast = raw(data.as_ptr().cast(), &[1 << 60], &[0]);
+    broadcast.check("x", DType::F32, &[None]).unwrap();
+    let error = broadcast.read::<f32>("x", &[None]).unwrap_err();
+    assert_eq!(
+        error.to_string(),
+        "x: no memory for a copy of 1152921504606846976 elements (shape [1152921504606846976])"
+    );
+    let mut out = raw_mut(data.as_mut_ptr().cast(), &[2, 1], &[1, 7]);
+    assert_eq!(out.fill::<f32, _, TensorError>("x", &ANY, |v| Ok(v.len())), Ok(2));
+}
+
+#[test]
 fn refuses_a_span_past_the_end_of_memory() {
     let view = raw((usize::MAX - 7) as *const c_void, &[1024], &[1]);
     assert!(matches!(view.check("x", DType::F32, &[None]), Err(TensorError::Overflow { .. })));
