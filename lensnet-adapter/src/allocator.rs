@@ -10,6 +10,9 @@
 //!               expand that has no room waits for one collapse, which frees exactly what it needs; so the budget holds after
 //!               every edit. An entry is in one edit of a round at most: what an edit made has no score yet.
 //!   stochastic  each time, one of the k foremost candidates of the kind that is due, drawn by softmax(|u|/T).
+//! With [`Collapses::Pay`] nothing collapses for its own sake: a score of −u stands for m − u nats that a collapse costs
+//! ([`crate::counterfactual`]), so an expand that has no room is made with the best collapse where it is worth more than that,
+//! both or neither; what collapses alone is what costs less than nothing.
 //! A refocus is up to `rounds` of these, each on scores asked for anew, until one edits nothing; all of them together make at
 //! most `max_edits` (N_diff).
 //!
@@ -61,6 +64,28 @@ fn top_k() -> usize {
     4
 }
 
+/// What collapses are for.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase", deny_unknown_fields)]
+pub enum Collapses {
+    /// Room, now or later: they alternate with expands.
+    #[default]
+    Alternate,
+    /// An expand that is worth more.
+    Pay {
+        /// m: at a score of −m a collapse costs nothing. The margin of the labels that scores were learned from.
+        #[serde(default = "free")]
+        free: f32,
+        /// How much more an expand has to be worth than the collapse that pays for it costs, in units of scores.
+        #[serde(default)]
+        gain: f32,
+    },
+}
+
+fn free() -> f32 {
+    0.5
+}
+
 /// Settings.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
@@ -77,6 +102,8 @@ pub struct AllocatorConfig {
     pub rounds: usize,
     /// Which candidate is next.
     pub kind: Kind,
+    /// What collapses are for.
+    pub collapses: Collapses,
 }
 
 impl Default for AllocatorConfig {
@@ -88,6 +115,7 @@ impl Default for AllocatorConfig {
             cooldown: 2,
             rounds: 3,
             kind: Kind::Greedy,
+            collapses: Collapses::Alternate,
         }
     }
 }
@@ -108,6 +136,13 @@ impl AllocatorConfig {
         for (key, value) in [("max_edits", self.max_edits), ("rounds", self.rounds)] {
             if value == 0 {
                 return refuse(format!("{key}: expected at least 1, got 0"));
+            }
+        }
+        if let Collapses::Pay { free, gain } = self.collapses {
+            for (key, value) in [("free", free), ("gain", gain)] {
+                if !(0.0..=2.0).contains(&value) {
+                    return refuse(format!("collapses.pay.{key}: expected 0 to 2, got {value}"));
+                }
             }
         }
         match self.kind {
@@ -175,7 +210,10 @@ pub fn allocate(
     let [expands, collapses] = candidates(config, context, scores);
     let free = vec![true; context.cost()];
     let mut round = Round { kind: config.kind, context, random, expands, collapses, free, edits: Vec::new() };
-    round.run(config.max_edits)?;
+    match config.collapses {
+        Collapses::Alternate => round.alternate(config.max_edits)?,
+        Collapses::Pay { free, gain } => round.pay(config.max_edits, free, gain)?,
+    }
     Ok(round.edits)
 }
 
@@ -250,7 +288,29 @@ struct Round<'a> {
 }
 
 impl Round<'_> {
-    fn run(&mut self, most: usize) -> Result<()> {
+    /// Expands that are worth what they cost, then collapses that cost less than nothing.
+    fn pay(&mut self, most: usize, free: f32, gain: f32) -> Result<()> {
+        while self.edits.len() < most {
+            let Some(expand) = self.draw(Action::Expand, None) else { break };
+            if !self.has_room() {
+                let payer = self.draw(Action::Collapse, Some(expand.entries.start));
+                let worth = |payer: &Candidate| expand.score - (free + payer.score);
+                let payer = payer.filter(|payer| worth(payer) > gain && self.edits.len() + 2 <= most);
+                let Some(payer) = payer else { break };
+                self.apply(Action::Collapse, &payer)?;
+            }
+            self.apply(Action::Expand, &expand)?;
+        }
+        while self.edits.len() < most {
+            let Some(collapse) = self.draw(Action::Collapse, None).filter(|next| next.score < -free) else {
+                break;
+            };
+            self.apply(Action::Collapse, &collapse)?;
+        }
+        Ok(())
+    }
+
+    fn alternate(&mut self, most: usize) -> Result<()> {
         let mut due = Action::Expand;
         let mut waiting: Option<Candidate> = None;
         while self.edits.len() < most {

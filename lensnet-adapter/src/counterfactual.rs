@@ -39,6 +39,8 @@ pub struct CounterfactualConfig {
     pub unit: Option<f64>,
     /// m in units of s.
     pub margin: f64,
+    /// Do targets keep their sign where an entry can do one thing alone?
+    pub signed: bool,
     /// Of rank.
     pub rank_weight: f64,
     /// Pairs that rank looks at, at most; of more, every second, third, … is taken.
@@ -54,6 +56,7 @@ impl Default for CounterfactualConfig {
         Self {
             unit: None,
             margin: 0.5,
+            signed: false,
             rank_weight: 0.5,
             max_rank_pairs: 65_536,
             budget_weight: 0.1,
@@ -78,13 +81,15 @@ pub struct Scale {
     pub unit: f64,
     /// m, nats per token.
     pub margin: f64,
+    /// Is nothing cut off at 0 where an entry can do one thing alone?
+    pub signed: bool,
 }
 
 impl CounterfactualConfig {
     /// The scale of targets, where a score of 1 stands for `unit` nats unless the settings say otherwise.
     pub fn scale(&self, unit: f64) -> Scale {
         let unit = self.unit.unwrap_or(unit);
-        Scale { unit, margin: self.margin * unit }
+        Scale { unit, margin: self.margin * unit, signed: self.signed }
     }
 }
 
@@ -110,14 +115,16 @@ pub fn targets(now: f64, measured: &[Measured], scale: Scale) -> Result<Vec<Opti
         false => Err(BaseError::NonFinite { what, value }),
     };
     finite("NLL of the working context".to_string(), now)?;
-    let Scale { unit, margin } = scale;
+    let Scale { unit, margin, signed } = scale;
     let of_entry = |(at, measured): (usize, &Measured)| {
         let nll = |edit: &str, value: Option<f64>| {
             value.map(|value| finite(format!("NLL after {edit} entry {at}"), value)).transpose()
         };
-        let expand = nll("expanding", measured.expanded)?.map(|nll| ((now - nll) / unit).clamp(0.0, 1.0));
+        let alone = measured.expanded.is_none() || measured.collapsed.is_none();
+        let least = if signed && alone { -1.0 } else { 0.0 };
+        let expand = nll("expanding", measured.expanded)?.map(|nll| ((now - nll) / unit).clamp(least, 1.0));
         let collapse = nll("collapsing", measured.collapsed)?
-            .map(|nll| -((margin - (nll - now)) / unit).clamp(0.0, 1.0));
+            .map(|nll| -((margin - (nll - now)) / unit).clamp(least, 1.0));
         Ok(match (expand, collapse) {
             (Some(expand), Some(collapse)) if -collapse > expand => Some(collapse),
             (expand, collapse) => expand.or(collapse),

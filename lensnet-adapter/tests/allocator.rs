@@ -9,7 +9,7 @@ mod trees;
 
 use std::collections::HashMap;
 
-use lensnet_adapter::allocator::{Action, AllocatorConfig, Edit, Kind, allocate, refocus};
+use lensnet_adapter::allocator::{Action, AllocatorConfig, Collapses, Edit, Kind, allocate, refocus};
 use megacontext_base::context::{Change, Entry, GistTree, Limits, Residency, WorkingContext};
 use megacontext_base::error::Result;
 use megacontext_base::random::{Random, mix};
@@ -117,6 +117,9 @@ impl Plain {
 
     /// A greedy round, by the rules.
     fn round(&mut self, config: &AllocatorConfig) -> Vec<(Action, Entry, f32)> {
+        if let Collapses::Pay { free, gain } = config.collapses {
+            return self.paid_round(config, free, gain);
+        }
         let mut edits = Vec::new();
         let mut expand_is_due = true;
         while edits.len() < config.max_edits {
@@ -139,6 +142,32 @@ impl Plain {
             };
             expand_is_due = next.0 == Action::Collapse;
             edits.push(self.made(next.0, next.1));
+        }
+        edits
+    }
+
+    /// The same where collapses only pay.
+    fn paid_round(&mut self, config: &AllocatorConfig, free: f32, gain: f32) -> Vec<(Action, Entry, f32)> {
+        let mut edits = Vec::new();
+        while edits.len() < config.max_edits {
+            let Some((at, worth)) = self.best(config, Action::Expand, None) else { break };
+            let wanted = self.entries[at].0;
+            if self.entries.len() + self.block - 1 > self.limits.budget() {
+                let Some(payer) = self.best(config, Action::Collapse, Some(at)) else { break };
+                let cost = free + payer.1;
+                if worth - cost <= gain || edits.len() + 2 > config.max_edits {
+                    break;
+                }
+                edits.push(self.made(Action::Collapse, payer));
+            }
+            let at = self.entries.iter().position(|(e, ..)| *e == wanted).unwrap();
+            edits.push(self.made(Action::Expand, (at, worth)));
+        }
+        while edits.len() < config.max_edits {
+            match self.best(config, Action::Collapse, None) {
+                Some(collapse) if collapse.1 < -free => edits.push(self.made(Action::Collapse, collapse)),
+                _ => break,
+            }
         }
         edits
     }
@@ -177,14 +206,19 @@ fn configs() -> impl Strategy<Value = AllocatorConfig> {
         (0.01..2f32, 1..5usize).prop_map(|(temperature, top_k)| Kind::Stochastic { temperature, top_k }),
     ];
     let thresholds = prop::sample::select(vec![0.0, 0.1, 0.2, 0.5]);
-    (thresholds.clone(), thresholds, 1..7usize, 0..4u32, 1..4usize, kind).prop_map(
-        |(expand_threshold, collapse_threshold, max_edits, cooldown, rounds, kind)| AllocatorConfig {
-            expand_threshold,
-            collapse_threshold,
-            max_edits,
-            cooldown,
-            rounds,
-            kind,
+    let pay = (0.0..1.2f32, 0.0..0.5f32).prop_map(|(free, gain)| Collapses::Pay { free, gain });
+    let collapses = prop_oneof![Just(Collapses::Alternate), pay];
+    (thresholds.clone(), thresholds, 1..7usize, 0..4u32, 1..4usize, kind, collapses).prop_map(
+        |(expand_threshold, collapse_threshold, max_edits, cooldown, rounds, kind, collapses)| {
+            AllocatorConfig {
+                expand_threshold,
+                collapse_threshold,
+                max_edits,
+                cooldown,
+                rounds,
+                kind,
+                collapses,
+            }
         },
     )
 }
@@ -276,6 +310,13 @@ proptest! {
             for (round, edits) in done.rounds.iter().enumerate() {
                 prop_assert!(plain.matches(&seen[round]), "round {} saw another context", round);
                 let of_round = Plain::of(&seen[round], &scores(&seen[round], seed, round));
+                if let Collapses::Pay { free, gain } = config.collapses {
+                    // A collapse costs less than nothing, or pays for the expand behind it.
+                    for (at, edit) in edits.iter().enumerate().filter(|(_, e)| e.action == Action::Collapse) {
+                        let pays = |next: &Edit| next.action == Action::Expand && next.score - (free + edit.score) > gain;
+                        prop_assert!(edit.score < -free || edits.get(at + 1).is_some_and(pays));
+                    }
+                }
                 for edit in edits {
                     let Edit { action, entry, score, age, .. } = *edit;
                     prop_assert_eq!(edit.cost_before, plain.entries.len());
@@ -397,6 +438,31 @@ fn an_expand_is_not_paid_for_with_itself() {
 }
 
 #[test]
+fn a_collapse_that_only_pays_costs_less_than_what_it_pays_for() {
+    let (config, mut random) = greedy();
+    let paying = |free, gain| AllocatorConfig { collapses: Collapses::Pay { free, gain }, ..config.clone() };
+    let wishes = |expand: f32| [(0, expand), (4, -0.3), (5, -0.3), (6, -0.3), (7, -0.3)];
+    let mut made = |config: &AllocatorConfig, budget: usize, expand: f32| {
+        let (mut context, u) = gists(budget, &wishes(expand));
+        actions(&allocate(config, &mut context, &u, &mut random).unwrap())
+    };
+    let pair = [(Action::Collapse, 16), (Action::Expand, 0)];
+    // The collapse costs 0.5 - 0.3 = 0.2.
+    assert_eq!(made(&paying(0.5, 0.0), 8, 0.4), pair);
+    assert_eq!(made(&paying(0.5, 0.0), 8, 0.21), pair);
+    assert_eq!(made(&paying(0.75, 0.0), 8, 0.4), []);
+    assert_eq!(made(&paying(0.5, 0.25), 8, 0.4), []);
+    // Where there is room nothing pays, and what costs something is left alone.
+    assert_eq!(made(&paying(0.5, 0.0), 11, 0.4), [(Action::Expand, 0)]);
+    assert_eq!(made(&config, 11, 0.4), [(Action::Expand, 0), (Action::Collapse, 16)]);
+    // What costs less than nothing collapses by itself.
+    assert_eq!(made(&paying(0.25, 0.0), 11, 0.4), [(Action::Expand, 0), (Action::Collapse, 16)]);
+    // Of a pair there is no half.
+    let one = AllocatorConfig { max_edits: 1, ..paying(0.5, 0.0) };
+    assert_eq!(made(&one, 8, 0.9), []);
+}
+
+#[test]
 fn equal_scores_go_by_the_lower_index() {
     let (config, mut random) = greedy();
     let config = AllocatorConfig { max_edits: 2, ..config };
@@ -493,6 +559,9 @@ fn settings_are_read_strictly_and_have_defaults() {
     assert_eq!(config.kind, Kind::Stochastic { temperature: 0.5, top_k: 4 });
     let text = serde_json::to_string(&config).unwrap();
     assert_eq!(serde_json::from_str::<AllocatorConfig>(&text).unwrap(), config);
+    let text = r#"{"collapses": {"pay": {"gain": 0.25}}}"#;
+    let config: AllocatorConfig = serde_json::from_str(text).unwrap();
+    assert_eq!(config.collapses, Collapses::Pay { free: 0.5, gain: 0.25 });
     for text in [r#"{"max_edit": 2}"#, r#"{"kind": {"stochastic": {"k": 4}}}"#, r#"{"kind": "gready"}"#] {
         assert!(serde_json::from_str::<AllocatorConfig>(text).is_err(), "{text}");
     }
@@ -565,6 +634,9 @@ fn settings_out_of_range_are_refused() {
     let none = AllocatorConfig { rounds: 0, ..config.clone() };
     refused(none, &u, "focus allocator: rounds: expected at least 1, got 0");
     let kind = |temperature, top_k| Kind::Stochastic { temperature, top_k };
+    let pay = |free, gain| AllocatorConfig { collapses: Collapses::Pay { free, gain }, ..config.clone() };
+    refused(pay(-0.5, 0.0), &u, "focus allocator: collapses.pay.free: expected 0 to 2, got -0.5");
+    refused(pay(0.5, f32::NAN), &u, "focus allocator: collapses.pay.gain: expected 0 to 2, got NaN");
     let cold = AllocatorConfig { kind: kind(0.0, 4), ..config.clone() };
     refused(cold, &u, "focus allocator: temperature: expected a number above 0, got 0");
     let none = AllocatorConfig { kind: kind(1.0, 0), ..config };

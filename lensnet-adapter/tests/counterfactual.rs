@@ -14,7 +14,7 @@ const Y: [Option<f64>; 6] = [Some(0.4), Some(-0.05), Some(0.35), None, Some(-0.0
 const U: [f64; 6] = [0.3, -0.2, 0.15, 0.25, -0.6, -0.35];
 const K: usize = 4;
 /// As in the documents: a score is a nat.
-const SCALE: Scale = Scale { unit: 1.0, margin: 0.1 };
+const SCALE: Scale = Scale { unit: 1.0, margin: 0.1, signed: false };
 
 fn both(expanded: Option<f64>, collapsed: Option<f64>) -> Measured {
     Measured { expanded, collapsed }
@@ -160,8 +160,22 @@ fn a_unit_is_the_median_of_what_the_best_expands_save() {
 }
 
 #[test]
+fn signed_targets_keep_what_a_wrong_edit_costs() -> Result<()> {
+    let measured =
+        [both(Some(1.3), None), both(None, Some(1.3)), both(Some(1.3), Some(1.3)), both(Some(9.0), None)];
+    let of = |signed| targets(1.0, &measured, Scale { unit: 1.0, margin: 0.1, signed });
+    // Both edits lose 0.3. What an entry that can do both wants stays one sign for each edit.
+    let want = [[0.0, 0.0, 0.0, 0.0], [-0.3, 0.2, 0.0, -1.0]];
+    for (signed, want) in [false, true].into_iter().zip(want) {
+        let found: Vec<f64> = of(signed)?.into_iter().flatten().collect();
+        assert!(found.iter().zip(want).all(|(got, want)| (got - want).abs() < 1e-9), "{signed}: {found:?}");
+    }
+    Ok(())
+}
+
+#[test]
 fn the_unit_stretches_targets() -> Result<()> {
-    let scale = Scale { unit: 0.2, margin: 0.1 };
+    let scale = Scale { unit: 0.2, margin: 0.1, signed: false };
     let found = targets(1.0, &[both(Some(0.9), None), both(None, Some(1.04)), both(Some(0.5), None)], scale)?;
     let found: Vec<f64> = found.into_iter().flatten().collect();
     assert!(found.iter().zip([0.5, -0.3, 1.0]).all(|(got, want)| (got - want).abs() < 1e-9), "{found:?}");

@@ -149,7 +149,7 @@ fn an_oracle_shows_what_its_scores_ask_for() {
     let loss = world.loss();
     let focus = world.focus(&loss);
     let mut buffers = Buffers::default();
-    let scale = Scale { unit: 0.02, margin: 0.01 };
+    let scale = Scale { unit: 0.02, margin: 0.01, signed: false };
     let choose = |policy, buffers: &mut Buffers| {
         focus.choose(policy, &world.history, &mut Random::new(1), buffers).unwrap()
     };
@@ -205,7 +205,7 @@ fn a_label_comes_back_from_its_line() {
         let line = serde_json::to_string(&label).unwrap();
         let back: Label = serde_json::from_str(&line).unwrap();
         assert_eq!((&back, back.history()), (&label, number));
-        let scale = Scale { unit: 1.0, margin: 0.5 };
+        let scale = Scale { unit: 1.0, margin: 0.5, signed: false };
         assert_eq!(
             back.lesson(&focus, &world.history, scale).unwrap(),
             label.lesson(&focus, &world.history, scale).unwrap()

@@ -37,8 +37,8 @@ fn run(fixture: &Fixture, out: &str) -> Vec<String> {
     let args = [
         "train", "lensnet", "--base", &base, "--gistnet", &gistnet, "--data", &data, "--out", &out, "--history", "40",
         "--budget", "24", "--horizon", "4", "--protected", "4", "--holdout", "0.2", "--rounds", "2", "--label-histories",
-        "12", "--steps", "6", "--batch", "2", "--checkpoint-every", "4", "--validation-histories", "6", "--threads", "2",
-        "--seed", "7",
+        "12", "--steps", "6", "--batch", "2", "--checkpoint-every", "4", "--validation-histories", "6",
+        "--test-histories", "5", "--threads", "2", "--seed", "7",
     ];
     args.map(str::to_owned).to_vec()
 }
@@ -49,7 +49,7 @@ fn and(mut args: Vec<String>, flag: &str) -> Vec<String> {
 }
 
 /// What a run reached, without what depends on the clock or the machine.
-fn reached(run: &Path) -> (Vec<u8>, Value, Vec<Value>, Vec<String>) {
+fn reached(run: &Path) -> (Vec<u8>, [Value; 2], Vec<Value>, Vec<String>) {
     let summary = read_json(&run.join("summary.json"));
     let mut metrics = metrics(run);
     for line in &mut metrics {
@@ -59,7 +59,7 @@ fn reached(run: &Path) -> (Vec<u8>, Value, Vec<Value>, Vec<String>) {
         [1, 2].map(|round| fs::read_to_string(run.join(format!("labels/round-{round}.jsonl"))).unwrap());
     (
         fs::read(run.join("lensnet.safetensors")).unwrap(),
-        summary["validation"].clone(),
+        ["validation", "test"].map(|key| summary[key].clone()),
         metrics,
         labels.to_vec(),
     )
@@ -79,6 +79,7 @@ fn a_run_leaves_a_network_labels_numbers_and_a_page() {
             "summary.json",
             "report.html",
             "references.json",
+            "test-references.json",
             "labels/round-1.jsonl",
             "labels/round-2.jsonl",
         ] {
@@ -87,6 +88,17 @@ fn a_run_leaves_a_network_labels_numbers_and_a_page() {
         let keys: Vec<&String> = summary["focus_loss"].as_object().unwrap().keys().collect();
         assert_eq!(keys, ["lensnet", "oracle", "random", "recency"]);
         assert_eq!([&summary["labels"], &summary["steps"]], [&json!(24), &json!(12)]);
+        // The figures are those of the test histories, which are others than the network was chosen by.
+        assert_eq!([&summary["held_out_histories"], &summary["test_histories"]], [&json!(6), &json!(5)]);
+        assert_eq!(summary["focus_loss"]["lensnet"], summary["test"]["loss_at_h"]);
+        let losses = |key: &str| summary[key]["outcome"]["losses"].as_array().unwrap().clone();
+        assert_eq!([losses("validation").len(), losses("test").len()], [6, 5]);
+        assert!(losses("test").iter().all(|loss| !losses("validation").contains(loss)));
+        let recency = |file: &str| read_json(&folder.join(file))["outcomes"]["recency"]["losses"].clone();
+        let tested: Vec<f64> = serde_json::from_value(recency("test-references.json")).unwrap();
+        let mean = tested.iter().sum::<f64>() / 5.0;
+        assert!((summary["focus_loss"]["recency"].as_f64().unwrap() - mean).abs() < 1e-12);
+        assert_ne!(recency("references.json"), recency("test-references.json"));
         let [peak, planned] = ["peak_bytes", "planned_bytes"].map(|key| summary[key].as_u64().unwrap());
         assert!(peak < planned * 11 / 10, "{peak} of {planned}");
         // What follows measured worth loses less than what follows nothing, on the histories that it was measured on.
@@ -171,9 +183,9 @@ fn a_planted_fact_is_looked_at() {
     let out = fixture.at("lens");
     #[rustfmt::skip]
     let args = [
-        "train", "lensnet", "--base", &base, "--gistnet", &gistnet, "--data", "planted:90", "--out", &out,
-        "--history", "480", "--budget", "160", "--horizon", "6", "--holdout", "0.15", "--rounds", "1",
-        "--label-histories", "72", "--steps", "70", "--threads", "2", "--seed", "1", "--json",
+        "train", "lensnet", "--base", &base, "--gistnet", &gistnet, "--data", "planted:92", "--out", &out,
+        "--history", "480", "--budget", "160", "--horizon", "6", "--holdout", "0.21", "--rounds", "1",
+        "--label-histories", "72", "--steps", "70", "--validation-histories", "3", "--threads", "2", "--seed", "1", "--json",
     ];
     let summary = mclora(&args).success().json();
     let shown = |policy: &str| summary["facts_shown"][policy].as_f64().unwrap();
@@ -233,9 +245,9 @@ fn text_too_short_for_a_history_is_refused() {
 #[test]
 fn planted_documents_that_are_none_are_refused() {
     let fixture = micro();
-    for bad in ["planted:", "planted:1", "planted:many"] {
+    for bad in ["planted:", "planted:2", "planted:many"] {
         mclora(&with(run(&fixture, "out"), &[("--data", bad)]))
-            .refused(2, &["data: expected planted:N with N documents, at least 2", bad]);
+            .refused(2, &["data: expected planted:N with N documents, at least 3", bad]);
     }
 }
 

@@ -5,6 +5,9 @@
 //! policy as it is, LensNet learns from all labels so far, and is validated. The best network so far, by loss@H of the
 //! contexts that it chooses on held-out histories, stands in `lensnet.safetensors` at any time.
 //!
+//! The lowest of several validations on the same histories is a little too good. So the figures that a run ends with come from
+//! other held-out histories, on which nothing was chosen: measured once, when the best network stands.
+//!
 //! Labels are written as they are made (`labels/round-N.jsonl`; whole rounds as tables, `labels/round-N.parquet`), each one following from the seed, the round and the network
 //! with which the round began; a run that is taken up goes on where it stopped and ends with the same network.
 //!
@@ -47,8 +50,10 @@ use crate::train::plan::since;
 
 /// The best network's file in a run folder.
 pub const NETWORK: &str = "lensnet.safetensors";
-/// What other policies came to, in a run folder.
+/// What other policies came to on the histories that the network is chosen by, and on those to test on, in a run folder.
 const REFERENCES: &str = "references.json";
+/// See there.
+const TEST_REFERENCES: &str = "test-references.json";
 /// Refocuses of the contexts in the report, in a run folder.
 const TRACES: &str = "traces.jsonl";
 
@@ -63,11 +68,14 @@ struct Params {
 /// A finished run.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct LensSummary {
-    /// The best network on held-out histories.
+    /// The best network on the test histories, on which nothing was chosen.
+    pub test: Validation,
+    /// The same network on the histories that it was chosen by.
     pub validation: Validation,
-    /// Mean loss@H of contexts by policy, LensNet's among them (`lensnet`, `recency`, `random`, `oracle`), nats per token.
+    /// Mean loss@H on the test histories of contexts by policy, LensNet's among them (`lensnet`, `recency`, `random`, `oracle`),
+    /// nats per token.
     pub focus_loss: BTreeMap<String, f64>,
-    /// Share of held-out histories whose planted fact a policy's context shows, where facts were planted.
+    /// Share of the test histories whose planted fact a policy's context shows, where facts were planted.
     pub facts_shown: BTreeMap<String, f64>,
     /// W_max.
     pub budget: usize,
@@ -105,10 +113,12 @@ pub struct LensSummary {
     pub gistnet: String,
     /// Where the text came from.
     pub data: Vec<String>,
-    /// Histories to learn from, and held out.
+    /// Histories to learn from, to choose by, and to test on.
     pub histories: usize,
     /// See there.
     pub held_out_histories: usize,
+    /// See there.
+    pub test_histories: usize,
     /// The network's file.
     pub network: String,
 }
@@ -164,8 +174,8 @@ fn prepare(config: LensRunConfig, resume: bool, host: &dyn HostApi) -> Result<Va
     let trained = model.trained_context(config.adapter.as_deref())?;
     let config = config.resolve(&model.config, block, trained)?;
     let limits = config.limits()?;
-    let [text, held_out] = histories::read(&config, &model, block, host)?;
-    let count = text.len() + held_out.len();
+    let [text, held_out, test] = histories::read(&config, &model, block, host)?;
+    let count = text.len() + held_out.len() + test.len();
     let gist_values = gistnet.config().parameters();
     let plan = LensPlan::new(&config, &model.config, lora.as_ref(), gist_values, block, count)?;
     let network = LensNet::new(config.network.of(&model.config, block), config.seed).map_err(model_error)?;
@@ -201,7 +211,7 @@ fn prepare(config: LensRunConfig, resume: bool, host: &dyn HostApi) -> Result<Va
     let toml = config_toml(&config)?;
     let folder = RunFolder::open(&config.out, resume)?;
     let config_hash = config.identity()?;
-    let tokens = text.iter().chain(&held_out).map(|passage| &passage.tokens);
+    let tokens = text.iter().chain(&held_out).chain(&test).map(|passage| &passage.tokens);
     let state = State {
         config_hash: config_hash.clone(),
         seed: config.seed,
@@ -261,9 +271,12 @@ fn prepare(config: LensRunConfig, resume: bool, host: &dyn HostApi) -> Result<Va
     let trees = |passages: &[Passage], what: &str| {
         make_trees(passages, what, &decoder, &gistnet, config.levels, &base, host)
     };
-    let (text, held_out) =
-        (trees(&text, "histories to learn from")?, trees(&held_out, "held-out histories")?);
-    let data = Data { text, held_out, gist_version: gistnet.gist_version() };
+    let data = Data {
+        text: trees(&text, "histories to learn from")?,
+        held_out: trees(&held_out, "held-out histories")?,
+        test: trees(&test, "histories to test on")?,
+        gist_version: gistnet.gist_version(),
+    };
     let result = run.finish(&data, &plan, parameters)?;
     if hashes(decoder.params(), gistnet.params())? != frozen {
         return Err(PluginError::internal(
@@ -304,6 +317,7 @@ fn make_trees(
 struct Data {
     text: Vec<History>,
     held_out: Vec<History>,
+    test: Vec<History>,
     gist_version: u16,
 }
 
@@ -388,18 +402,13 @@ impl Run<'_> {
         self.config.counterfactual.scale(self.state.unit.unwrap_or(1.0))
     }
 
-    fn validator<'a>(&'a self, data: &'a Data) -> Validator<'a> {
-        Validator {
-            focus: self.focus,
-            histories: &data.held_out,
-            scale: self.scale(),
-            seed: self.config.seed,
-        }
+    fn validator<'a>(&'a self, histories: &'a [History]) -> Validator<'a> {
+        Validator { focus: self.focus, histories, scale: self.scale(), seed: self.config.seed }
     }
 
-    /// What other policies come to; none where the host stopped it.
-    fn references(&mut self, data: &Data) -> Result<Option<References>> {
-        let path = self.folder.path().join(REFERENCES);
+    /// What other policies come to, kept in the file `name`; none where the host stopped it.
+    fn references(&mut self, histories: &[History], name: &str) -> Result<Option<References>> {
+        let path = self.folder.path().join(name);
         if path.is_file() {
             let text = std::fs::read_to_string(&path)
                 .map_err(|e| PluginError::data(format!("{}: {e}", path.display())))?;
@@ -408,16 +417,13 @@ impl Run<'_> {
             })?;
             return Ok(Some(found));
         }
-        self.say(&format!(
-            "measuring recency, random focus and the oracle on {} histories",
-            data.held_out.len()
-        ));
+        self.say(&format!("measuring recency, random focus and the oracle on {} histories", histories.len()));
         let mut buffers = std::mem::take(&mut self.buffers);
         let host = self.host;
-        let found = self.validator(data).references(&mut buffers, &mut || !host.cancelled());
+        let found = self.validator(histories).references(&mut buffers, &mut || !host.cancelled());
         self.buffers = buffers;
         let Some(found) = found.map_err(model_error)? else { return Ok(None) };
-        self.folder.write_json(REFERENCES, &found)?;
+        self.folder.write_json(name, &found)?;
         Ok(Some(found))
     }
 
@@ -426,9 +432,12 @@ impl Run<'_> {
         let begun = Instant::now();
         let mut buffers = std::mem::take(&mut self.buffers);
         let host = self.host;
-        let found =
-            self.validator(data)
-                .measure(&self.trainer.network, references, &mut buffers, &mut || !host.cancelled());
+        let found = self.validator(&data.held_out).measure(
+            &self.trainer.network,
+            references,
+            &mut buffers,
+            &mut || !host.cancelled(),
+        );
         self.buffers = buffers;
         let Some(found) = found.map_err(model_error)? else { return Ok(false) };
         if !found.loss_at_h.is_finite() {
@@ -516,8 +525,8 @@ impl Run<'_> {
         Ok(())
     }
 
-    /// All rounds; gives back what other policies came to.
-    fn rounds(&mut self, data: &Data) -> Result<References> {
+    /// All rounds.
+    fn rounds(&mut self, data: &Data) -> Result<()> {
         let c = self.config;
         if self.state.unit.is_none() {
             self.state.unit = Some(self.measure_unit(data)?);
@@ -533,7 +542,7 @@ impl Run<'_> {
             if round > self.state.validated {
                 let references = match known.take() {
                     Some(references) => references,
-                    None => match self.references(data)? {
+                    None => match self.references(&data.held_out, REFERENCES)? {
                         Some(references) => references,
                         None => return self.cancelled(),
                     },
@@ -563,12 +572,27 @@ impl Run<'_> {
                 }
             }
         }
-        match known {
-            Some(references) => Ok(references),
-            None => match self.references(data)? {
-                Some(references) => Ok(references),
-                None => self.cancelled(),
-            },
+        Ok(())
+    }
+
+    /// The best network.
+    fn best(&self) -> Result<LensNet> {
+        let path = self.folder.path().join(NETWORK);
+        Ok(LensNet::load(&path, lensnet_adapter::Expected::default()).map_err(model_error)?.network)
+    }
+
+    /// The best network and other policies on the test histories.
+    fn test(&mut self, data: &Data) -> Result<(Validation, References)> {
+        let Some(references) = self.references(&data.test, TEST_REFERENCES)? else { return self.cancelled() };
+        let best = self.best()?;
+        let mut buffers = std::mem::take(&mut self.buffers);
+        let host = self.host;
+        let found =
+            self.validator(&data.test).measure(&best, &references, &mut buffers, &mut || !host.cancelled());
+        self.buffers = buffers;
+        match found.map_err(model_error)? {
+            Some(found) => Ok((found, references)),
+            None => self.cancelled(),
         }
     }
 }

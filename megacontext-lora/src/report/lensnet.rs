@@ -21,7 +21,7 @@ pub struct LensReport<'a> {
     pub summary: &'a LensSummary,
     /// What was measured on the way, in its order.
     pub records: &'a [Record],
-    /// Contexts of held-out histories as the best network chose them.
+    /// Contexts of test histories as the best network chose them.
     pub pictures: &'a [Picture],
     /// The settings as resolved, TOML.
     pub config: &'a str,
@@ -48,7 +48,7 @@ pub fn render(report: &LensReport) -> String {
     body += &policies(s);
     body += &pictures(report.pictures);
     body += &course(report.records);
-    body += &metrics(&s.validation);
+    body += &metrics(&s.test);
     body += &how(report);
     page(&title, &body)
 }
@@ -61,7 +61,7 @@ fn clear(v: &Validation, reference: Reference) -> Option<bool> {
 
 /// The outcome in a sentence.
 fn headline(s: &LensSummary) -> String {
-    let against = |reference, name: &str| match clear(&s.validation, reference) {
+    let against = |reference, name: &str| match clear(&s.test, reference) {
         Some(true) => format!("better than {name}"),
         Some(false) => format!("worse than {name}"),
         None => format!("not to be told from {name}"),
@@ -74,12 +74,12 @@ fn headline(s: &LensSummary) -> String {
 }
 
 fn text(s: &LensSummary) -> String {
-    let v = &s.validation;
+    let v = &s.test;
     let of = |name: &str| s.focus_loss.get(name).copied().unwrap_or(f64::NAN);
     let mut text = format!(
         "With {} entries for {} tokens, the next {} tokens cost {:.3} nats each behind contexts that LensNet chose; {:.3} behind the \
          newest tokens and coarse gists of the rest, {:.3} behind random focus, {:.3} behind contexts that follow what every edit \
-         was measured to be worth. Measured on {} held-out histories.",
+         was measured to be worth. Measured on {} held-out histories that nothing was chosen by.",
         s.budget,
         count(s.history as u64),
         s.horizon,
@@ -128,7 +128,7 @@ fn policies(s: &LensSummary) -> String {
     for (policy, loss) in rows {
         let own = policy == "lensnet";
         let reference = Reference::ALL.into_iter().find(|reference| reference.name() == policy);
-        let difference = reference.and_then(|reference| s.validation.against.get(&reference));
+        let difference = reference.and_then(|reference| s.test.against.get(&reference));
         let difference = difference.map_or("\u{2013}".to_string(), |difference| {
             format!("{:+.4} \u{b1} {:.4}", difference.mean, difference.error)
         });
@@ -145,9 +145,14 @@ fn policies(s: &LensSummary) -> String {
         }
         out += "</tr>\n";
     }
-    out + "</tbody>\n</table></div>\n<p class=\"note\">All contexts begin the same and keep to the same budget. Differences are paired, \
-           history by history, with their standard error. The network is the best of the validations on these histories.</p>\n\
-           </section>\n"
+    let _ = write!(
+        out,
+        "</tbody>\n</table></div>\n<p class=\"note\">All contexts begin the same and keep to the same budget. Differences are paired, \
+         history by history, with their standard error. Nothing was chosen by these histories; the network is the best of the \
+         validations on {} others, where its loss is {:.4}.</p>\n</section>\n",
+        s.held_out_histories, s.validation.loss_at_h
+    );
+    out
 }
 
 fn pictures(all: &[Picture]) -> String {
@@ -244,7 +249,12 @@ fn how(report: &LensReport) -> String {
         ("a score of 1 stands for", format!("{:.4} nats per token", s.unit)),
         (
             "histories",
-            format!("{} to learn from, {} held out", count(s.histories as u64), s.held_out_histories),
+            format!(
+                "{} to learn from, {} to choose by, {} to test on",
+                count(s.histories as u64),
+                s.held_out_histories,
+                s.test_histories
+            ),
         ),
         ("sources", s.data.join(", ")),
         ("GistNet", s.gistnet.clone()),

@@ -128,15 +128,17 @@ impl Default for LabelSettings {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct LensValidation {
-    /// Held-out histories.
+    /// Held-out histories that the network is chosen by.
     pub histories: usize,
+    /// Other held-out histories, on which the chosen network is measured once.
+    pub test_histories: usize,
     /// Refocuses of a context, one after another.
     pub refocuses: usize,
 }
 
 impl Default for LensValidation {
     fn default() -> Self {
-        Self { histories: 32, refocuses: 2 }
+        Self { histories: 32, test_histories: 32, refocuses: 2 }
     }
 }
 
@@ -276,6 +278,7 @@ impl LensRunConfig {
             ("labels.rounds", self.labels.rounds),
             ("labels.histories", self.labels.histories),
             ("validation.histories", self.validation.histories),
+            ("validation.test_histories", self.validation.test_histories),
             ("validation.refocuses", self.validation.refocuses),
             ("checkpoint.every", self.checkpoint.every),
         ] {

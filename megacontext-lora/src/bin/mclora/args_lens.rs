@@ -73,9 +73,12 @@ pub struct TrainLensnet {
     /// Most memory to plan for, such as 8GB [default: what is free]
     #[arg(long, value_name = "SIZE", help_heading = "How")]
     pub memory: Option<String>,
-    /// Held-out histories [default: 32]
+    /// Held-out histories that the network is chosen by [default: 32]
     #[arg(long, value_name = "N", help_heading = "Validation")]
     pub validation_histories: Option<u64>,
+    /// Other held-out histories, on which the chosen network is measured once [default: 32]
+    #[arg(long, value_name = "N", help_heading = "Validation")]
+    pub test_histories: Option<u64>,
     /// Steps between checkpoints [default: 60]
     #[arg(long, value_name = "N", help_heading = "Validation")]
     pub checkpoint_every: Option<u64>,

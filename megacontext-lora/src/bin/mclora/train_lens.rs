@@ -48,6 +48,7 @@ fn parameters(args: &TrainLensnet, global: &Global) -> Result<(Value, PathBuf)> 
     params.set_some("dtype", args.dtype.as_deref());
     params.set_some("memory_budget_bytes", args.memory.as_deref().map(bytes).transpose()?);
     params.set_some("validation.histories", args.validation_histories);
+    params.set_some("validation.test_histories", args.test_histories);
     params.set_some("checkpoint.every", args.checkpoint_every);
     let out = PathBuf::from(params.text("out").unwrap_or(DEFAULT_OUT));
     Ok((params.into_value(), out))
@@ -67,7 +68,7 @@ fn finished(summary: &Value, run: &Path) -> String {
         .into_iter()
         .map(|(key, name)| {
             let mut row = vec![name.to_string(), format!("{:.4}", number(&summary["focus_loss"][key]))];
-            let against = &summary["validation"]["against"][key];
+            let against = &summary["test"]["against"][key];
             row.push(match against["mean"].as_f64() {
                 Some(mean) => format!("{mean:+.4} ± {:.4}", number(&against["error"])),
                 None => String::new(),
@@ -88,7 +89,7 @@ fn finished(summary: &Value, run: &Path) -> String {
         "\nWhat the next {horizon} tokens cost behind {} entries for {} tokens ({} held-out histories):\n\n{}\n",
         summary["budget"],
         summary["history"],
-        summary["validation"]["histories"],
+        summary["test_histories"],
         table(&heads, &rows)
     );
     let peak = number(&summary["peak_bytes"]) / 1e6;

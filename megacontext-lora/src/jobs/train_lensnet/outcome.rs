@@ -1,6 +1,5 @@
 //! What a run that trained LensNet leaves: pictures and traces of contexts as its best network chooses them, the report, the summary.
 
-use lensnet_adapter::LensNet;
 use lensnet_adapter::focus::Policy;
 use megacontext_base::random::Random;
 use serde_json::{Value, json};
@@ -17,15 +16,14 @@ use crate::train::lensnet::LensPlan;
 use crate::train::plan::{peak_bytes, since};
 
 impl Run<'_> {
-    /// How the best network chooses contexts of the first held-out histories: pictures, and traces in `traces.jsonl`.
+    /// How the best network chooses contexts of the first test histories: pictures, and traces in `traces.jsonl`.
     fn pictures(&mut self, data: &Data) -> Result<Vec<Picture>> {
         const SHOWN: usize = 3;
-        let path = self.folder.path().join(NETWORK);
-        let best = LensNet::load(&path, lensnet_adapter::Expected::default()).map_err(model_error)?.network;
+        let best = self.best()?;
         let mut pictures = Vec::new();
         let mut traces = TraceLog::open(self.folder.path().join(TRACES), 0)?;
         let mut refocused = 0;
-        for history in data.held_out.iter().take(SHOWN) {
+        for history in data.test.iter().take(SHOWN) {
             let mut random = Random::new(self.config.seed);
             let chosen = self
                 .focus
@@ -50,12 +48,12 @@ impl Run<'_> {
                 "the host did not want the training to begin; go on with --resume",
             ));
         }
-        let references = self.rounds(data)?;
+        self.rounds(data)?;
+        let (test, references) = self.test(data)?;
         let Some(validation) = self.state.best.clone() else {
             return Err(PluginError::internal("a run ended without a validation"));
         };
-        let phase =
-            json!({ "job": "train_lensnet", "groups": ["lensnet"], "loss_at_h": validation.loss_at_h });
+        let phase = json!({ "job": "train_lensnet", "groups": ["lensnet"], "loss_at_h": test.loss_at_h });
         if self.host.phase_left(&phase) != Answer::Continue {
             return Err(PluginError::cancelled(
                 "the host turned the result down; the network and the checkpoints are kept",
@@ -63,12 +61,13 @@ impl Run<'_> {
         }
         let named = |of: &dyn Fn(&lensnet_adapter::validate::Outcome) -> Option<f64>| {
             let all = references.outcomes.iter().map(|(reference, outcome)| (reference.name(), outcome));
-            let all = all.chain([("lensnet", &validation.outcome)]);
+            let all = all.chain([("lensnet", &test.outcome)]);
             all.filter_map(|(name, outcome)| Some((name.to_string(), of(outcome)?))).collect()
         };
         let summary = LensSummary {
             focus_loss: named(&|outcome| Some(outcome.loss())),
             facts_shown: named(&|outcome| outcome.shows()),
+            test,
             validation,
             budget: self.config.budget.unwrap_or(0),
             history: self.config.history.unwrap_or(0),
@@ -90,6 +89,7 @@ impl Run<'_> {
             data: self.config.data.clone(),
             histories: data.text.len(),
             held_out_histories: data.held_out.len(),
+            test_histories: data.test.len(),
             network: self.folder.path().join(NETWORK).display().to_string(),
         };
         let pictures = self.pictures(data)?;
