@@ -147,6 +147,19 @@ impl Validator<'_> {
         buffers: &mut Buffers,
         going: &mut dyn FnMut() -> bool,
     ) -> Result<Option<References>> {
+        self.references_of(&Reference::ALL, buffers, going)
+    }
+
+    /// The same of some policies only: the oracle measures every edit anew for every round, which costs more than all else.
+    ///
+    /// # Errors
+    /// See the module; none where the answer was no.
+    pub fn references_of(
+        &self,
+        which: &[Reference],
+        buffers: &mut Buffers,
+        going: &mut dyn FnMut() -> bool,
+    ) -> Result<Option<References>> {
         let mut found = References::default();
         for (number, history) in self.histories.iter().enumerate() {
             if !going() {
@@ -164,15 +177,19 @@ impl Validator<'_> {
                 &mut random,
                 buffers,
             )?);
-            let policies = [Policy::Recency, Policy::Random, Policy::Oracle(self.scale)];
-            let mut chosen = Vec::with_capacity(policies.len());
-            for policy in policies {
+            let mut chosen = Vec::with_capacity(which.len());
+            for reference in which {
+                let policy = match reference {
+                    Reference::Recency => Policy::Recency,
+                    Reference::Random => Policy::Random,
+                    Reference::Oracle => Policy::Oracle(self.scale),
+                };
                 chosen.push(self.focus.choose(policy, history, &mut random, buffers)?.context);
             }
             let contexts: Vec<&WorkingContext> = chosen.iter().collect();
             let losses = loss.measure(&history.tree, &contexts, &history.future, buffers)?;
-            for ((reference, loss), context) in Reference::ALL.into_iter().zip(losses).zip(&chosen) {
-                found.outcomes.entry(reference).or_default().add(loss, context, history);
+            for ((reference, loss), context) in which.iter().zip(losses).zip(&chosen) {
+                found.outcomes.entry(*reference).or_default().add(loss, context, history);
             }
         }
         Ok(Some(found))

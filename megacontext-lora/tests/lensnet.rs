@@ -112,6 +112,21 @@ fn a_run_leaves_a_network_labels_numbers_and_a_page() {
 }
 
 #[test]
+fn the_oracle_can_be_left_out() {
+    let fixture = micro();
+    let config = fixture.path("plain.toml");
+    fs::write(&config, "[validation]\noracle = false\n").unwrap();
+    let said = mclora(&with(run(&fixture, "lens"), &[("--config", config.to_str().unwrap())])).success();
+    assert!(!said.stdout.contains("oracle"), "{}", said.stdout);
+    let summary = read_json(&fixture.path("lens/summary.json"));
+    let keys: Vec<&String> = summary["focus_loss"].as_object().unwrap().keys().collect();
+    assert_eq!(keys, ["lensnet", "random", "recency"]);
+    assert!(summary["test"]["against"]["random"]["mean"].is_number(), "{summary}");
+    let page = fs::read_to_string(fixture.path("lens/report.html")).unwrap();
+    assert!(!page.contains("NaN") && !page.contains("behind contexts that follow"));
+}
+
+#[test]
 fn killed_at_many_moments_it_ends_with_the_same_bytes() {
     let fixture = micro();
     mclora(&run(&fixture, "whole")).success();

@@ -417,10 +417,13 @@ impl Run<'_> {
             })?;
             return Ok(Some(found));
         }
-        self.say(&format!("measuring recency, random focus and the oracle on {} histories", histories.len()));
+        let mut which = Reference::ALL.to_vec();
+        which.retain(|reference| self.config.validation.oracle || *reference != Reference::Oracle);
+        let names: Vec<&str> = which.iter().map(|reference| reference.name()).collect();
+        self.say(&format!("measuring {} on {} histories", names.join(", "), histories.len()));
         let mut buffers = std::mem::take(&mut self.buffers);
         let host = self.host;
-        let found = self.validator(histories).references(&mut buffers, &mut || !host.cancelled());
+        let found = self.validator(histories).references_of(&which, &mut buffers, &mut || !host.cancelled());
         self.buffers = buffers;
         let Some(found) = found.map_err(model_error)? else { return Ok(None) };
         self.folder.write_json(name, &found)?;
@@ -466,16 +469,11 @@ impl Run<'_> {
     }
 
     fn told(&self, found: &Validation, references: &References) -> String {
-        let of = |reference| references.outcomes.get(&reference).map_or(f64::NAN, |outcome| outcome.loss());
-        let mut text = format!(
-            "  step {:>5}  loss@{} LensNet {:.4}  recency {:.4}  random {:.4}  oracle {:.4}",
-            self.step,
-            self.config.horizon,
-            found.loss_at_h,
-            of(Reference::Recency),
-            of(Reference::Random),
-            of(Reference::Oracle)
-        );
+        let horizon = self.config.horizon;
+        let mut text = format!("  step {:>5}  loss@{horizon} LensNet {:.4}", self.step, found.loss_at_h);
+        for (reference, outcome) in &references.outcomes {
+            text += &format!("  {} {:.4}", reference.name(), outcome.loss());
+        }
         if let Some(shown) = found.facts_shown {
             text += &format!("  facts shown {:.0} %", 100.0 * shown);
         }

@@ -76,17 +76,19 @@ fn headline(s: &LensSummary) -> String {
 fn text(s: &LensSummary) -> String {
     let v = &s.test;
     let of = |name: &str| s.focus_loss.get(name).copied().unwrap_or(f64::NAN);
+    let oracle = s.focus_loss.get("oracle").map_or(String::new(), |loss| {
+        format!(", {loss:.3} behind contexts that follow what every edit was measured to be worth")
+    });
     let mut text = format!(
         "With {} entries for {} tokens, the next {} tokens cost {:.3} nats each behind contexts that LensNet chose; {:.3} behind the \
-         newest tokens and coarse gists of the rest, {:.3} behind random focus, {:.3} behind contexts that follow what every edit \
-         was measured to be worth. Measured on {} held-out histories that nothing was chosen by.",
+         newest tokens and coarse gists of the rest, {:.3} behind random focus{oracle}. Measured on {} held-out histories that nothing \
+         was chosen by.",
         s.budget,
         count(s.history as u64),
         s.horizon,
         of("lensnet"),
         of("recency"),
         of("random"),
-        of("oracle"),
         v.histories
     );
     if let Some(shown) = v.facts_shown {

@@ -132,13 +132,15 @@ pub struct LensValidation {
     pub histories: usize,
     /// Other held-out histories, on which the chosen network is measured once.
     pub test_histories: usize,
+    /// Measure the oracle too? It takes longer than everything else of a validation.
+    pub oracle: bool,
     /// Refocuses of a context, one after another.
     pub refocuses: usize,
 }
 
 impl Default for LensValidation {
     fn default() -> Self {
-        Self { histories: 32, test_histories: 32, refocuses: 2 }
+        Self { histories: 32, test_histories: 32, oracle: true, refocuses: 2 }
     }
 }
 

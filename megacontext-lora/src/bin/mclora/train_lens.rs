@@ -66,6 +66,7 @@ fn finished(summary: &Value, run: &Path) -> String {
     let planted = summary["facts_shown"].as_object().is_some_and(|shown| !shown.is_empty());
     let rows: Vec<Vec<String>> = names
         .into_iter()
+        .filter(|(key, _)| summary["focus_loss"][key].is_number())
         .map(|(key, name)| {
             let mut row = vec![name.to_string(), format!("{:.4}", number(&summary["focus_loss"][key]))];
             let against = &summary["test"]["against"][key];
