@@ -21,7 +21,7 @@ use megacontext_kernels::attention::Pattern;
 
 use crate::config::NETWORK;
 use crate::curriculum::Stage;
-use crate::delta_nll::{DeltaNll, Passage, Rows, Slot, StandIn, Substitution};
+use crate::delta_nll::{DeltaNll, Passage, Rows, Slot, Span, StandIn, Substitution};
 use crate::losses::OnGists;
 use crate::network::GistNet;
 use crate::passages::Passages;
@@ -82,6 +82,8 @@ pub struct Lesson<'a> {
     pub number: usize,
     /// Its tokens.
     pub tokens: &'a [u32],
+    /// The spans that each row replaces, such as those that a policy collapsed; none means drawn by the stage.
+    pub rows: Option<&'a [Vec<Span>]>,
 }
 
 /// The slots of one level, by number.
@@ -186,7 +188,7 @@ impl<'a> GistTrainer<'a> {
         &self.gradients
     }
 
-    /// One step over some documents, up to `rows` spans of each.
+    /// One step over some documents, up to `rows` rows of each where it does not bring its own.
     ///
     /// # Errors
     /// See the module.
@@ -211,10 +213,14 @@ impl<'a> GistTrainer<'a> {
             .map(|(lesson, fresh)| self.passages.of(lesson.number, fresh))
             .collect();
         let mut all: Vec<(&Passage, Rows)> = Vec::new();
-        for passage in passages {
-            let spans = stage.draw(passage.document.tokens().len(), block, rows, random);
+        for (lesson, passage) in lessons.iter().zip(passages) {
+            let drawn = match lesson.rows {
+                Some(_) => Vec::new(),
+                None => stage.draw(passage.document.tokens().len(), block, rows, random),
+            };
+            let spans = lesson.rows.unwrap_or(&drawn);
             if !spans.is_empty() {
-                all.push((passage, delta.rows(passage, &spans, StandIn::Entry)?));
+                all.push((passage, delta.rows(passage, spans, StandIn::Entry)?));
             }
         }
         let count: usize = all.iter().map(|(_, rows)| rows.dims().0).sum();

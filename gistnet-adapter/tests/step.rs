@@ -64,8 +64,12 @@ impl<'a> Steps<'a> {
 
     /// A step that moves nothing.
     fn step(&mut self, stage: &Stage) -> Result<StepReport> {
-        let lessons: Vec<Lesson> =
-            self.documents.iter().enumerate().map(|(number, tokens)| Lesson { number, tokens }).collect();
+        let lessons: Vec<Lesson> = self
+            .documents
+            .iter()
+            .enumerate()
+            .map(|(number, tokens)| Lesson { number, tokens, rows: None })
+            .collect();
         Ok(self.trainer.step(&lessons, stage, ROWS, 0.0, &mut Random::new(SEED))?)
     }
 
@@ -211,5 +215,31 @@ fn passages_that_are_kept_give_the_same_step() -> Result<()> {
     let kept = of(1 << 30)?;
     assert_eq!(kept[0], kept[1]);
     assert_eq!(kept, of(0)?);
+    Ok(())
+}
+
+#[test]
+fn rows_that_a_lesson_brings_are_those_that_are_measured() -> Result<()> {
+    let decoder = decoder("tied_f32", &[])?;
+    let mut steps = Steps::new(&decoder, 0)?;
+    let stage = Stage { horizon: H, ..Stage::default() };
+    let own = [vec![Span { start: 8, lod: 1 }, Span { start: 20, lod: 1 }], vec![Span { start: 16, lod: 2 }]];
+    let tokens = steps.documents[0].clone();
+    let lesson = Lesson { number: 0, tokens: &tokens, rows: Some(&own) };
+    let report = steps.trainer.step(&[lesson], &stage, ROWS, 0.0, &mut Random::new(SEED))?;
+    let delta = setting(&decoder).delta_nll(&decoder, H)?;
+    let mut buffers = Buffers::default();
+    let passage = delta.run(&tokens, false, &mut buffers)?;
+    let mut rows = delta.rows(&passage, &own, StandIn::Entry)?;
+    let gists: Vec<f32> = rows
+        .slots()
+        .iter()
+        .map(|slot| gist(&steps.trainer.network, &passage.x_te, slot.span))
+        .collect::<Result<Vec<_>>>()?
+        .concat();
+    rows.fill(&gists)?;
+    let expected = delta.measure(&passage, &rows, None, &mut buffers)?.delta();
+    assert_eq!(report.rows, 2);
+    assert!((report.delta_nll - expected).abs() < 1e-5, "{} for {expected}", report.delta_nll);
     Ok(())
 }

@@ -38,11 +38,13 @@ use crate::weights::Weights;
 
 mod adapted;
 mod continuation;
+mod entries;
 mod fingerprint;
 mod merged;
 mod step;
 
 pub use continuation::{Continuation, ContinuationLoss, Document, DocumentShape, Objective};
+pub use entries::{EntryLoss, EntryStep};
 
 use adapted::Attached;
 use merged::Merged;

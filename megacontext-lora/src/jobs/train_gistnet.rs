@@ -505,8 +505,10 @@ impl<'a> Run<'a> {
         let c = self.config;
         let start = Instant::now();
         let numbers = self.text.of_step(self.step, c.passages_per_step, &stage.mix, c.seed);
-        let lessons: Vec<Lesson> =
-            numbers.iter().map(|at| Lesson { number: *at, tokens: &self.text.tokens[*at] }).collect();
+        let lessons: Vec<Lesson> = numbers
+            .iter()
+            .map(|at| Lesson { number: *at, tokens: &self.text.tokens[*at], rows: None })
+            .collect();
         let lr = c.optimizer.lr_at(self.state.stage_step, self.step, c.steps());
         let mut random = Random::named(c.seed, &format!("spans of step {}", self.step));
         let report =

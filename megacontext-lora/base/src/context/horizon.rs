@@ -11,19 +11,21 @@
 //!
 //! Shapes: W entries of a context, H horizon, n other contexts. Units: nats per token. Errors: no future; contexts that end
 //! at different tokens, or are not over the tree; what the decoder refuses.
-//! Left out: gradients (GistNet's are `gistnet-adapter`'s).
+//! The same contexts are what LoRA learns from ([`HorizonLoss::accumulate`]); gists get no gradient here (GistNet's are
+//! `gistnet-adapter`'s).
 
 use candle_core::{Device, Tensor};
-use megacontext_kernels::attention::Pattern;
+use megacontext_kernels::attention::{Pattern, Rows};
 use megacontext_kernels::loss::IGNORE;
 
 use super::input::ContextInput;
 use super::source::TokenEmbeddings;
 use super::tree::GistTree;
-use super::working::{WorkingContext, fail};
+use super::working::{Limits, WorkingContext, fail};
 use crate::buffers::Buffers;
-use crate::decoder::{Continuation, Decoder, Document};
+use crate::decoder::{Continuation, Decoder, Document, EntryStep, Forward};
 use crate::error::{BaseError, Result};
+use crate::gradients::Gradients;
 use crate::rope::{Entries, Rope, RopeScaling, RopeTables, SigmaRule};
 
 /// Entries of contexts that run together, but for one that is longer by itself.
@@ -35,6 +37,30 @@ pub struct HorizonLoss<'a> {
     rope: Rope,
     rule: SigmaRule,
     pattern: Pattern,
+}
+
+/// What is made smaller for one context: weight·(loss@H + kl·KL@H), KL being the mean divergence from a teacher that is given.
+#[derive(Clone, Copy, Debug)]
+pub struct HorizonObjective<'a> {
+    /// Factor of the whole.
+    pub weight: f64,
+    /// Factor of the divergence.
+    pub kl: f64,
+    /// The teacher's hidden states, [H, E]: see [`HorizonLoss::teacher`]. Needed where `kl` is not 0.
+    pub teacher: Option<&'a [f32]>,
+    /// Seed of LoRA's dropout; none switches it off.
+    pub dropout_seed: Option<u64>,
+    /// Activation checkpointing.
+    pub recompute: bool,
+}
+
+/// What one context came to in a training step, nats per token.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct HorizonStep {
+    /// loss@H.
+    pub loss: f64,
+    /// KL@H, where there was a teacher.
+    pub kl: Option<f64>,
 }
 
 /// Entries as the decoder is given them, the future among them.
@@ -131,6 +157,71 @@ impl<'a> HorizonLoss<'a> {
             }
         }
         Ok(losses)
+    }
+
+    /// Loss@H behind the whole history as tokens: what nothing that is shown coarser should be dearer than.
+    ///
+    /// # Errors
+    /// See the module.
+    pub fn full(&self, tree: &GistTree, future: &[u32], buffers: &mut Buffers) -> Result<f64> {
+        let whole = Self::whole(tree)?;
+        Ok(self.measure(tree, &[&whole], future, buffers)?[0])
+    }
+
+    fn whole(tree: &GistTree) -> Result<WorkingContext> {
+        WorkingContext::recent(tree, Limits::new(tree.len() as usize, 0)?)
+    }
+
+    /// What the model as it is says of the future behind the whole history, as final hidden states of the H entries that it is
+    /// read from, [H, E]: a teacher for [`HorizonLoss::accumulate`].
+    ///
+    /// # Errors
+    /// See the module.
+    pub fn teacher(&self, tree: &GistTree, future: &[u32]) -> Result<Vec<f32>> {
+        let shown = self.show(tree, &Self::whole(tree)?, future)?;
+        let width = self.decoder.config().hidden_size;
+        let rope = self.tables(&shown.input, tree.len() as usize + future.len())?;
+        let x = Tensor::from_vec(shown.input.embeddings_we, (1, shown.targets.len(), width), &Device::Cpu)?;
+        let with = Forward { pattern: self.pattern, rope: &rope, rows: &Rows::default(), dropout_seed: None };
+        let hidden: Vec<f32> = self.decoder.hidden(&x, &with)?.flatten_all()?.to_vec1()?;
+        Ok(hidden[hidden.len() - future.len() * width..].to_vec())
+    }
+
+    /// One context of a training step of the model: loss@H forward and backward, into the gradients of what learns.
+    ///
+    /// # Errors
+    /// See the module; those of [`Decoder::accumulate_entries`].
+    pub fn accumulate(
+        &self,
+        tree: &GistTree,
+        context: &WorkingContext,
+        future: &[u32],
+        objective: &HorizonObjective,
+        gradients: &mut Gradients,
+    ) -> Result<HorizonStep> {
+        if future.is_empty() {
+            return fail("loss@H: expected a future of at least 1 token, got none".to_string());
+        }
+        let shown = self.show(tree, context, future)?;
+        let rope = self.tables(&shown.input, context.coverage().end as usize + future.len())?;
+        let each = objective.weight / future.len() as f64;
+        let step = EntryStep {
+            x_te: &shown.input.embeddings_we,
+            tokens: &shown.input.tokens_w,
+            targets: &shown.targets,
+            nll: each,
+            kl: each * objective.kl,
+            teacher: objective.teacher,
+        };
+        let with = Forward {
+            pattern: self.pattern,
+            rope: &rope,
+            rows: &Rows::default(),
+            dropout_seed: objective.dropout_seed,
+        };
+        let found = self.decoder.accumulate_entries(&step, &with, objective.recompute, gradients)?;
+        let h = future.len() as f64;
+        Ok(HorizonStep { loss: found.nll / h, kl: found.kl.map(|kl| kl / h) })
     }
 
     /// NLL of rows over the first context, [n, longest], 0 where nothing is scored.

@@ -22,7 +22,7 @@ use megacontext_kernels::attention::{Pattern, Rows};
 use megacontext_kernels::cpu::Values;
 use megacontext_kernels::loss::{Gradient, IGNORE, Targets, Teacher, head_cross_entropy, head_divergence};
 use megacontext_kernels::precision::Precision;
-use megacontext_kernels::store::bf16;
+use megacontext_kernels::store::{Store, bf16};
 
 use super::step::StepInput;
 use super::{Decoder, Forward, HeldTables};
@@ -397,7 +397,7 @@ impl Decoder {
             let nll = self.nll_of(hidden, rows.targets)?;
             let kl = match rows.teacher {
                 None => None,
-                Some(teacher) => Some(self.divergence(hidden, ran, rows.targets, teacher, None)?.0),
+                Some(teacher) => Some(self.divergence_from(hidden, ran, rows.targets, teacher, None)?.0),
             };
             return Ok(ContinuationLoss { nll, kl, d_nre: None });
         };
@@ -437,7 +437,7 @@ impl Decoder {
             None => None,
             Some(teacher) => {
                 let wanted = (objective.kl != 0.0).then_some((objective, &mut d_hidden[..]));
-                let (kl, sum) = self.divergence(hidden, ran, rows.targets, teacher, wanted)?;
+                let (kl, sum) = self.divergence_from(hidden, ran, rows.targets, teacher, wanted)?;
                 if !sum.is_finite() {
                     return Err(BaseError::NonFinite { what: "divergence".to_string(), value: sum });
                 }
@@ -447,23 +447,17 @@ impl Decoder {
         Ok((ContinuationLoss { nll: loss.nll, kl, d_nre: None }, d_hidden))
     }
 
-    /// KL(document ‖ row) of scored entries, 0 at others, and its sum; its gradient is added where it is wanted.
-    fn divergence<S: Activation>(
+    /// KL(teacher ‖ model) of the `scored` entries, given the teacher's hidden states of each; its gradient is added where it is
+    /// wanted, whose weights are those of all entries.
+    pub(super) fn divergence<S: Activation, T: Store>(
         &self,
         hidden: &[S],
-        ran: &Ran<S>,
-        targets: &[u32],
-        teacher: &[usize],
+        scored: &[usize],
+        teacher: &[T],
         wanted: Option<(Objective, &mut [f32])>,
-    ) -> Result<(Vec<f32>, f64)> {
+    ) -> Result<Vec<f32>> {
         let width = self.config.hidden_size;
-        let scored: Vec<usize> = (0..targets.len()).filter(|at| targets[*at] != IGNORE).collect();
-        let of_document = ran.hidden.as_deref().unwrap_or_default();
-        let gather = |from: &[S], places: &mut dyn Iterator<Item = usize>| -> Vec<S> {
-            places.flat_map(|at| from[at * width..][..width].iter().copied()).collect()
-        };
-        let student = gather(hidden, &mut scored.iter().copied());
-        let says = gather(of_document, &mut scored.iter().map(|at| teacher[*at]));
+        let student = gather(hidden, scored.iter().copied(), width);
         let weights: Option<Vec<f32>> = wanted
             .as_ref()
             .and_then(|(objective, _)| objective.weights)
@@ -476,7 +470,7 @@ impl Decoder {
         let products = self.precision.products();
         let found = self.with_head(lora.as_ref(), |head| {
             let sizes = self.head_sizes(scored.len());
-            let teacher = Teacher::Hidden { h: &says, width, head };
+            let teacher = Teacher::Hidden { h: teacher, width, head };
             Ok(head_divergence(&student, head, sizes, teacher, weights.as_deref(), gradient, products)?)
         })?;
         if let (Some((_, into)), Some(d)) = (wanted, &found.d_hidden) {
@@ -486,11 +480,32 @@ impl Decoder {
                 }
             }
         }
+        Ok(found.kl)
+    }
+
+    /// KL(document ‖ row) of scored entries, 0 at others, and its sum; its gradient is added where it is wanted.
+    fn divergence_from<S: Activation>(
+        &self,
+        hidden: &[S],
+        ran: &Ran<S>,
+        targets: &[u32],
+        teacher: &[usize],
+        wanted: Option<(Objective, &mut [f32])>,
+    ) -> Result<(Vec<f32>, f64)> {
+        let scored: Vec<usize> = (0..targets.len()).filter(|at| targets[*at] != IGNORE).collect();
+        let of_document = ran.hidden.as_deref().unwrap_or_default();
+        let says = gather(of_document, scored.iter().map(|at| teacher[*at]), self.config.hidden_size);
+        let found = self.divergence(hidden, &scored, &says, wanted)?;
         let mut kl = vec![0f32; targets.len()];
-        for (at, value) in scored.iter().zip(&found.kl) {
+        for (at, value) in scored.iter().zip(&found) {
             kl[*at] = *value;
         }
-        let sum = found.kl.iter().map(|kl| f64::from(*kl)).sum();
+        let sum = found.iter().map(|kl| f64::from(*kl)).sum();
         Ok((kl, sum))
     }
+}
+
+/// Rows of these numbers.
+fn gather<S: Copy>(from: &[S], places: impl Iterator<Item = usize>, width: usize) -> Vec<S> {
+    places.flat_map(|at| from[at * width..][..width].iter().copied()).collect()
 }

@@ -262,6 +262,12 @@ impl LoraModules {
         self.modules.iter().any(embedding) || self.tokens.iter().any(|rows| rows.embedding)
     }
 
+    /// Does it change the output head, by itself or through the embedding that the head is tied to?
+    pub fn changes_head(&self) -> bool {
+        let head = |module: &LoraModule| module.kind == LoraKind::Head || module.tied;
+        self.modules.iter().any(head) || self.tokens.iter().any(|rows| rows.tied || !rows.embedding)
+    }
+
     /// Does anything in this block learn with the group?
     pub fn in_block(&self, layer: usize) -> bool {
         self.modules.iter().any(|module| module.layer == Some(layer))

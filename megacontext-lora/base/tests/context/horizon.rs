@@ -6,10 +6,13 @@ use candle_core::{Device, Tensor};
 use megacontext_base::buffers::Buffers;
 use megacontext_base::config::DecoderConfig;
 use megacontext_base::context::{
-    Entry, GistTree, Hierarchy, HorizonLoss, Limits, TokenEmbeddings, WorkingContext,
+    Entry, GistTree, Hierarchy, HorizonLoss, HorizonObjective, Limits, TokenEmbeddings, WorkingContext,
 };
 use megacontext_base::decoder::{Decoder, Forward};
-use megacontext_base::random::mix;
+use megacontext_base::gradients::Gradients;
+use megacontext_base::lora::LoraConfig;
+use megacontext_base::params::Group;
+use megacontext_base::random::{Random, mix};
 use megacontext_base::rope::SigmaRule;
 use megacontext_base::weights::Weights;
 use megacontext_kernels::attention::{Pattern, Rows};
@@ -139,4 +142,138 @@ fn no_future_is_refused() {
     let context = WorkingContext::recent(&case.tree, Limits::new(T, 0).unwrap()).unwrap();
     let found = case.loss(Pattern::Dense).measure(&case.tree, &[&context], &[], &mut Buffers::default());
     says(found, &["expected a future of at least 1 token, got none"]);
+}
+
+/// No teacher, no dropout.
+fn plainly(weight: f64) -> HorizonObjective<'static> {
+    HorizonObjective { weight, kl: 0.0, teacher: None, dropout_seed: None, recompute: true }
+}
+
+impl Case {
+    /// LoRA whose B is not 0 any more, and learns.
+    fn with_lora(mut self, groups: &[Group]) -> Self {
+        self.decoder.attach_lora(LoraConfig::default(), 4).unwrap();
+        let params = self.decoder.params_mut();
+        let names: Vec<String> =
+            params.names().filter(|n| n.ends_with("lora_B.weight")).map(str::to_string).collect();
+        let mut random = Random::new(5);
+        for name in names {
+            let shape = params.shape(&name).unwrap().to_vec();
+            let values: Vec<f32> =
+                (0..shape.iter().product()).map(|_| random.uniform(-0.05, 0.05) as f32).collect();
+            params.set(&name, &Tensor::from_vec(values, shape, &Device::Cpu).unwrap()).unwrap();
+        }
+        params.set_learning(groups.iter().copied()).unwrap();
+        self
+    }
+}
+
+#[test]
+fn a_step_finds_the_measured_loss_and_its_slope() {
+    for name in ["llama/tied_f32", "families/gemma3_bf16", "families/nanochat_bf16"] {
+        let mut case = Case::new(name);
+        let teacher = case.loss(Pattern::Dense).teacher(&case.tree, &case.future).unwrap();
+        case = case.with_lora(&[Group::Lora]);
+        let context = case.contexts().remove(0);
+        let objective = HorizonObjective { kl: 0.6, teacher: Some(&teacher), ..plainly(0.8) };
+        let step = |case: &Case, gradients: &mut Gradients| {
+            let loss = case.loss(Pattern::Dense);
+            let found = loss.accumulate(&case.tree, &context, &case.future, &objective, gradients).unwrap();
+            let measured =
+                loss.measure(&case.tree, &[&context], &case.future, &mut Buffers::default()).unwrap();
+            assert!((found.loss - measured[0]).abs() < 1e-5, "{name}: {} for {}", found.loss, measured[0]);
+            0.8 * (found.loss + 0.6 * found.kl.unwrap())
+        };
+        let mut gradients = Gradients::new();
+        step(&case, &mut gradients);
+        let names: Vec<String> = gradients.names().map(str::to_string).collect();
+        assert!(
+            !names.is_empty() && names.iter().all(|n| case.decoder.params().group(n) == Some(Group::Lora))
+        );
+        // All factors together along their gradient, as far as f32 sees it.
+        let square =
+            |name: &String| gradients.get(name).unwrap().iter().map(|v| f64::from(*v).powi(2)).sum::<f64>();
+        let length = names.iter().map(square).sum::<f64>().sqrt();
+        let values: Vec<Tensor> =
+            names.iter().map(|name| case.decoder.params().get(name).unwrap().copy().unwrap()).collect();
+        let far = (2e-3 / length).clamp(1e-3, 2e-2);
+        let mut moved = |sign: f64| {
+            for (name, value) in names.iter().zip(&values) {
+                let d =
+                    Tensor::from_slice(gradients.get(name).unwrap(), value.shape(), &Device::Cpu).unwrap();
+                let value = (value + (d * (sign * far / length)).unwrap()).unwrap();
+                case.decoder.params_mut().set(name, &value).unwrap();
+            }
+            step(&case, &mut Gradients::new())
+        };
+        let slope = (moved(1.0) - moved(-1.0)) / (2.0 * far);
+        assert!((slope - length).abs() / length < 0.02, "{name}: gradient {length}, differences {slope}");
+    }
+}
+
+#[test]
+fn a_model_does_not_diverge_from_itself() {
+    let case = Case::new("llama/tied_f32").with_lora(&[Group::Lora]);
+    let loss = case.loss(Pattern::Dense);
+    let teacher = loss.teacher(&case.tree, &case.future).unwrap();
+    let whole = WorkingContext::recent(&case.tree, Limits::new(T, 0).unwrap()).unwrap();
+    let (mut with, mut without) = (Gradients::new(), Gradients::new());
+    let objective = HorizonObjective { kl: 1.0, teacher: Some(&teacher), ..plainly(1.0) };
+    let found = loss.accumulate(&case.tree, &whole, &case.future, &objective, &mut with).unwrap();
+    loss.accumulate(&case.tree, &whole, &case.future, &plainly(1.0), &mut without).unwrap();
+    assert!(found.kl.unwrap().abs() < 1e-6, "{found:?}");
+    let full = loss.full(&case.tree, &case.future, &mut Buffers::default()).unwrap();
+    assert!((found.loss - full).abs() < 1e-5, "{found:?} for {full}");
+    for name in without.names() {
+        let (a, b) = (with.get(name).unwrap(), without.get(name).unwrap());
+        let off = a.iter().zip(b).map(|(a, b)| (a - b).abs()).fold(0f32, f32::max);
+        assert!(off < 1e-5, "{name}: {off}");
+    }
+}
+
+#[test]
+fn embeddings_learn_from_the_tokens_among_the_entries() {
+    for name in ["llama/tied_f32", "families/gemma3_bf16", "families/nanochat_bf16"] {
+        let case = Case::new(name).with_lora(&[Group::Lora, Group::Embeddings, Group::Norms]);
+        let whole = WorkingContext::recent(&case.tree, Limits::new(T, 0).unwrap()).unwrap();
+        let mut got = Gradients::new();
+        let loss = case.loss(Pattern::Dense);
+        loss.accumulate(&case.tree, &whole, &case.future, &plainly(1.0), &mut got).unwrap();
+        // The same as a plain step over the tokens, of which the last H are scored.
+        let tokens: Vec<u32> = case.tree.tokens().iter().chain(&case.future).copied().collect();
+        let targets: Vec<u32> = (1..tokens.len())
+            .map(|at| if at < T { megacontext_kernels::loss::IGNORE } else { tokens[at] })
+            .collect();
+        let c = case.decoder.config();
+        let rope = c.rope(&c.rope_scaling).sequence(tokens.len() - 1).unwrap();
+        let rows = Rows::default();
+        let with = Forward { pattern: Pattern::Dense, rope: &rope, rows: &rows, dropout_seed: None };
+        let mut expected = Gradients::new();
+        let inputs = &tokens[..tokens.len() - 1];
+        let scale = 1.0 / H as f64;
+        case.decoder.accumulate_gradients(inputs, 1, &targets, &with, scale, true, &mut expected).unwrap();
+        assert_eq!(got.names().collect::<Vec<_>>(), expected.names().collect::<Vec<_>>(), "{name}");
+        for parameter in expected.names() {
+            let (a, b) = (got.get(parameter).unwrap(), expected.get(parameter).unwrap());
+            let largest = b.iter().fold(0f32, |most, v| most.max(v.abs()));
+            let off = a.iter().zip(b).map(|(a, b)| (a - b).abs()).fold(0f32, f32::max);
+            assert!(off <= 1e-4 * largest, "{name}: {parameter}: {off} of {largest}");
+        }
+    }
+}
+
+#[test]
+fn a_head_that_learns_has_no_teacher_of_hidden_states() {
+    let case = Case::new("llama/tied_f32").with_lora(&[Group::Lora, Group::Embeddings]);
+    let loss = case.loss(Pattern::Dense);
+    let teacher = loss.teacher(&case.tree, &case.future).unwrap();
+    let whole = WorkingContext::recent(&case.tree, Limits::new(T, 0).unwrap()).unwrap();
+    let objective = HorizonObjective { kl: 1.0, teacher: Some(&teacher), ..plainly(1.0) };
+    let mut gradients = Gradients::new();
+    let found = loss.accumulate(&case.tree, &whole, &case.future, &objective, &mut gradients);
+    says(found, &["expected an output head that is frozen", "got one that learns"]);
+    assert_eq!(gradients.names().count(), 0);
+    let short = HorizonObjective { teacher: Some(&teacher[1..]), ..objective };
+    let found = loss.accumulate(&case.tree, &whole, &case.future, &short, &mut gradients);
+    says(found, &["expected the teacher's hidden states of 6 scored entries"]);
 }
