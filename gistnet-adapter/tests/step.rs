@@ -220,7 +220,7 @@ fn passages_that_are_kept_give_the_same_step() -> Result<()> {
 
 #[test]
 fn rows_that_a_lesson_brings_are_those_that_are_measured() -> Result<()> {
-    let decoder = decoder("tied_f32", &[])?;
+    let decoder = decoder("llama/tied_f32");
     let mut steps = Steps::new(&decoder, 0)?;
     let stage = Stage { horizon: H, ..Stage::default() };
     let own = [vec![Span { start: 8, lod: 1 }, Span { start: 20, lod: 1 }], vec![Span { start: 16, lod: 2 }]];

@@ -25,7 +25,7 @@ pub(crate) struct GistText {
 }
 
 /// Documents with the number of their source.
-type Documents = Vec<(usize, Document)>;
+pub(crate) type Documents = Vec<(usize, Document)>;
 
 /// Reads and splits the text of a resolved run.
 pub(crate) fn read_text(config: &GistRunConfig, model: &ModelDir, host: &dyn HostApi) -> Result<GistText> {
@@ -83,7 +83,7 @@ pub(crate) fn read_text(config: &GistRunConfig, model: &ModelDir, host: &dyn Hos
 }
 
 /// Those that are not held out, and those that are.
-fn split(documents: Documents, fraction: f64, seed: u64, what: &str) -> (Documents, Documents) {
+pub(crate) fn split(documents: Documents, fraction: f64, seed: u64, what: &str) -> (Documents, Documents) {
     let all: Vec<&Document> = documents.iter().map(|(_, document)| document).collect();
     let sides = held_out(&all, fraction, seed, what);
     let (mut rest, mut held) = (Vec::new(), Vec::new());

@@ -14,7 +14,7 @@ pub mod labels;
 pub mod metrics;
 pub mod summary;
 mod telemetry;
-mod tensor_file;
+pub(crate) mod tensor_file;
 pub mod tensorboard;
 pub mod traces;
 

@@ -104,7 +104,7 @@ impl<'a> Named<'a> {
 }
 
 /// Writes a new safetensors file with these tensors and makes it durable.
-pub(super) fn write_tensors(path: &Path, tensors: &[Named]) -> Result<Stamp> {
+pub(crate) fn write_tensors(path: &Path, tensors: &[Named]) -> Result<Stamp> {
     let file = File::create_new(path).at(path)?;
     let mut writer = Stamping::new(file);
     stream(&mut writer, path, tensors)?;
@@ -170,7 +170,7 @@ pub(super) fn read_stamped(path: &Path, stamp: &Stamp) -> std::result::Result<Ve
 
 /// The tensors of a safetensors file in the order of their names, read once and held against its stamp; the error is the
 /// reason in words.
-pub(super) fn read_tensors(path: &Path, stamp: &Stamp) -> std::result::Result<Vec<Named<'static>>, String> {
+pub(crate) fn read_tensors(path: &Path, stamp: &Stamp) -> std::result::Result<Vec<Named<'static>>, String> {
     let mut reader = Stamping::new(open_stamped(path, stamp)?);
     let tensors = parse(&mut reader, stamp.size);
     // Whatever is wrong with the content, that it is not what was written says more.

@@ -124,6 +124,31 @@ impl Default for LabelSettings {
     }
 }
 
+impl LabelSettings {
+    /// Refuses settings that mean nothing.
+    ///
+    /// # Errors
+    /// Names the key under `labels`.
+    pub fn check(&self) -> Result<()> {
+        if self.kind == LabelKind::Preference && self.variants == 0 {
+            return Err(PluginError::usage("labels.variants: expected at least 1, got 0"));
+        }
+        if !(0.0..=1.0).contains(&self.explore) {
+            let got = self.explore;
+            return Err(PluginError::usage(format!("labels.explore: expected a share from 0 to 1, got {got}")));
+        }
+        Ok(())
+    }
+
+    /// Contexts that a label scores.
+    pub fn contexts(&self) -> usize {
+        match self.kind {
+            LabelKind::Counterfactual => 1,
+            LabelKind::Preference => self.variants + 1,
+        }
+    }
+}
+
 /// Validation while training.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
@@ -291,18 +316,10 @@ impl LensRunConfig {
                 return usage(format!("{key}: expected at most {MOST}, got {value}"));
             }
         }
-        if self.labels.kind == LabelKind::Preference && self.labels.variants == 0 {
-            return usage("labels.variants: expected at least 1, got 0".to_string());
-        }
         if !(self.holdout > 0.0 && self.holdout < 1.0) {
             return usage(format!("holdout: expected a share between 0 and 1, got {}", self.holdout));
         }
-        if !(0.0..=1.0).contains(&self.labels.explore) {
-            return usage(format!(
-                "labels.explore: expected a share from 0 to 1, got {}",
-                self.labels.explore
-            ));
-        }
+        self.labels.check()?;
         if self.counterfactual.unit.is_some_and(|unit| !(unit.is_finite() && unit > 0.0)) {
             let got = self.counterfactual.unit.unwrap_or_default();
             return usage(format!("counterfactual.unit: expected nats above 0, got {got}"));
@@ -389,10 +406,7 @@ impl LensPlan {
         let passes = evaluation_bytes(model, pass(entries.max(512))).total()
             + keys_values_bytes(model, config.dtype, entries)
             + packed_bytes();
-        let rows = match config.labels.kind {
-            LabelKind::Counterfactual => config.batch,
-            LabelKind::Preference => config.batch * (config.labels.variants + 1),
-        } as u64;
+        let rows = (config.batch * config.labels.contexts()) as u64;
         let graph = 4 * rows * (budget + block) as u64 * e * GRAPH_WIDTHS * (network.layers as u64 + 1);
         let nodes = (history / block * 2) as u64;
         let plan = Self {

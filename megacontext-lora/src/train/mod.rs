@@ -1,5 +1,6 @@
 //! Training: settings, memory plan, the step loop, and what is measured of a model: perplexity, passkeys.
 pub mod config;
+pub mod cycle;
 pub mod eval;
 pub mod gistnet;
 pub mod histories;

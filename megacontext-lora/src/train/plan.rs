@@ -418,7 +418,7 @@ pub fn plan_beside(
 }
 
 /// Measured: a step takes about so many times as long as its products alone would.
-const ALLOWANCE: f64 = 1.3;
+pub(crate) const ALLOWANCE: f64 = 1.3;
 
 impl Plan {
     /// Two lines for people: the run, and what the embeddings cost.

@@ -1,0 +1,286 @@
+//! What a run of alternating optimisation will cost, said before the base model is in memory: bytes by kind, and time by phase.
+//!
+//! The model of memory: what the process holds when it plans stays; the base model with what is on it, both networks and what
+//! learns of the base come on top, each with its gradients and moments; so do the histories' tokens and gists, and packed
+//! operands. Then the largest of what the kinds of phases hold besides, since one runs at a time. Where everything does not fit
+//! and moments of pausing modules would make the difference, those are put on the disk while they pause (`spill`).
+//!
+//! The model of time: multiply-adds of passes over the base model and of the networks, over the speed of a product measured now,
+//! with the allowance that plans of `extend` have. Judging phases comes on top.
+//!
+//! Units: bytes, seconds. Errors: a plan beyond the budget, with the numbers and what would help.
+
+use megacontext_base::buffers::{PassShape, evaluation_bytes, keys_values_bytes, training_bytes};
+use megacontext_base::config::DecoderConfig;
+use megacontext_base::decoder::DocumentShape;
+use megacontext_base::lora::LoraModules;
+use megacontext_base::params::Group;
+use megacontext_kernels::attention::Pattern;
+use megacontext_kernels::gemm::measured_flops;
+use serde::Serialize;
+
+use super::{CycleConfig, PhaseKind};
+use crate::error::{PluginError, Result};
+use crate::train::plan::{
+    ALLOWANCE, F32, available_bytes, bytes, count, duration, frozen_bytes, packed_bytes, resident_bytes,
+};
+use crate::train::work;
+
+/// What one kind of phase takes.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+pub struct PhaseCost {
+    /// Which.
+    pub kind: PhaseKind,
+    /// Bytes that it holds besides what is always there.
+    pub bytes: u64,
+    /// Optimiser steps of one such phase.
+    pub steps: usize,
+    /// Seconds of a step, about.
+    pub seconds_per_step: f64,
+    /// Seconds of making its labels, about.
+    pub label_seconds: f64,
+}
+
+/// What a run takes.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct CyclePlan {
+    /// What the process held when it planned.
+    pub program: u64,
+    /// The base model, and what is frozen on it.
+    pub weights: u64,
+    /// Both networks with gradients and moments.
+    pub networks: u64,
+    /// What learns of the base model, with gradients and moments.
+    pub trainables: u64,
+    /// Tokens and gists of all histories.
+    pub histories: u64,
+    /// Packed operands of products, all threads together.
+    pub packed: u64,
+    /// By kind of phase.
+    pub phases: Vec<PhaseCost>,
+    /// The most there is at one time.
+    pub total: u64,
+    /// Moments of a module lie on the disk while it pauses.
+    pub spill: bool,
+    /// Seconds of all phases, about.
+    pub seconds: f64,
+}
+
+/// Values of an entry that a network's graph keeps, in widths of the model and per block.
+const GRAPH_WIDTHS: u64 = 40;
+
+impl CyclePlan {
+    /// Plans a resolved run over `histories` histories; what it would hold must fit.
+    ///
+    /// # Errors
+    /// When it does not.
+    pub fn new(
+        config: &CycleConfig,
+        model: &DecoderConfig,
+        lora: &LoraModules,
+        histories: usize,
+    ) -> Result<Self> {
+        let e = model.hidden_size as u64;
+        let context = config.longest();
+        let budget = config.budget_of(context);
+        let block = config.network.block;
+        let (gist, lens) = (config.network.of(model), config.lens.of(model, block));
+        let learns = |group: Group| config.jt3.steps > 0 && config.jt3.groups.contains(&group);
+        let whole: u64 = model
+            .tensors()
+            .iter()
+            .filter(|(name, _)| learns(model.group_of(name)))
+            .map(|(_, shape)| shape.iter().product::<usize>() as u64)
+            .sum();
+        let learning = whole + if learns(Group::Lora) { lora.values() as u64 } else { 0 };
+
+        // Bytes.
+        let pass = |entries| PassShape { entries, precision: config.dtype, lora: Some(lora) };
+        let forward = evaluation_bytes(model, pass(context.max(512))).total();
+        let passage = DocumentShape { entries: context, precision: config.dtype, hidden: true }.bytes(model)
+            + F32 * context as u64 * e;
+        let rows = training_bytes(model, pass(512.max(budget + config.horizon)), model.num_hidden_layers, true);
+        let rows = rows.activations + rows.workspace + rows.loss;
+        let graph = |entries: usize, layers: usize| {
+            F32 * entries as u64 * e * GRAPH_WIDTHS * (layers as u64 + 1)
+        };
+        let bytes_of = |kind: PhaseKind| match kind {
+            PhaseKind::WarmGistnet | PhaseKind::Jt1 => {
+                let phase = config.gist_phase(kind);
+                let spans = phase.spans.max(context / block);
+                phase.batch as u64 * passage + graph(phase.batch * spans * block, gist.layers) + rows + forward
+            }
+            PhaseKind::WarmLensnet | PhaseKind::Jt2 => {
+                let phase = config.lens_phase(kind);
+                let contexts = phase.batch * phase.labels.contexts();
+                graph(contexts * (budget + block), lens.layers)
+                    + forward
+                    + keys_values_bytes(model, config.dtype, context)
+            }
+            PhaseKind::Jt3 => rows + forward,
+        };
+
+        // Time.
+        let speed = measured_flops(config.dtype.products());
+        let seconds = |flops: f64| flops / speed * ALLOWANCE;
+        let read = |entries: usize| forward_flops(model, entries);
+        let step = |entries| {
+            let head = learns(Group::Embeddings) && model.tie_word_embeddings;
+            work::step(model, lora, entries, Pattern::Dense, true, head).total()
+        };
+        let chosen = (config.refocuses * config.allocator.rounds) as f64
+            * 2.0
+            * (lens.parameters() * budget) as f64;
+        let cost = |kind: PhaseKind| {
+            let (step_flops, label_flops) = match kind {
+                PhaseKind::WarmGistnet | PhaseKind::Jt1 => {
+                    let phase = config.gist_phase(kind);
+                    let whole = if kind.warm() { 0.0 } else { phase.whole };
+                    let singly = (1.0 - whole) * (phase.spans * (1 + config.horizon)) as f64;
+                    let entries = singly + whole * (budget + config.horizon) as f64;
+                    let spans = (1.0 - whole) * phase.spans as f64 + whole * (context / block) as f64;
+                    let of_history = read(context)
+                        + 4.0 * read(1) * entries
+                        + 6.0 * gist.parameters() as f64 * spans * block as f64
+                        + if kind.warm() { 0.0 } else { chosen };
+                    (phase.batch as f64 * of_history, 0.0)
+                }
+                PhaseKind::WarmLensnet | PhaseKind::Jt2 => {
+                    let phase = config.lens_phase(kind);
+                    let contexts = phase.batch * phase.labels.contexts();
+                    let edits = match phase.labels.edits {
+                        0 => context / block,
+                        most => most.min(context / block),
+                    };
+                    let labels = (phase.labels.histories * phase.labels.rounds) as f64;
+                    let label = read(budget + config.horizon) * (1.0 + edits as f64 / 2.0) + chosen;
+                    (6.0 * lens.parameters() as f64 * (contexts * budget) as f64, labels * label)
+                }
+                PhaseKind::Jt3 => {
+                    let contexts = if config.jt3.keep_alive > 0.0 { 2.0 } else { 1.0 };
+                    (config.jt3.batch as f64 * (contexts * step(budget + config.horizon) + chosen), 0.0)
+                }
+            };
+            PhaseCost {
+                kind,
+                bytes: bytes_of(kind),
+                steps: config.steps_of(kind),
+                seconds_per_step: seconds(step_flops),
+                label_seconds: seconds(label_flops),
+            }
+        };
+        let places = config.phases();
+        let mut kinds: Vec<PhaseKind> = places.iter().map(|place| place.kind).collect();
+        kinds.sort_unstable();
+        kinds.dedup();
+        let phases: Vec<PhaseCost> = kinds.into_iter().map(cost).collect();
+        let of = |kind: PhaseKind| phases.iter().find(|cost| cost.kind == kind);
+        let seconds = places
+            .iter()
+            .filter_map(|place| of(place.kind))
+            .map(|cost| cost.label_seconds + cost.steps as f64 * cost.seconds_per_step)
+            .sum();
+
+        let nodes = (context / block * 2) as u64;
+        let (gist, lens) = (gist.parameters() as u64, lens.parameters() as u64);
+        let mut plan = Self {
+            program: resident_bytes().unwrap_or(0),
+            weights: frozen_bytes(model, Some(lora), config.dtype),
+            networks: 4 * F32 * (gist + lens),
+            trainables: 4 * F32 * whole + 3 * F32 * (learning - whole),
+            histories: histories as u64 * (F32 * context as u64 + nodes * (F32 * e + 2)),
+            packed: packed_bytes(),
+            phases,
+            total: 0,
+            spill: false,
+            seconds,
+        };
+        plan.total = plan.sum();
+        let free = available_bytes().map(|free| free + plan.program);
+        let allowed = config.memory_budget_bytes.or(free).unwrap_or(u64::MAX);
+        if plan.total > allowed {
+            // All moments but those of the largest module.
+            let moments = [gist, lens, learning].map(|values| 2 * F32 * values);
+            let saved = moments.iter().sum::<u64>() - moments.iter().max().copied().unwrap_or(0);
+            if plan.total - saved <= allowed {
+                plan.spill = true;
+                plan.total -= saved;
+            }
+        }
+        if plan.total > allowed {
+            let mut help = vec!["smaller batches", "a smaller budget of entries", "shorter contexts"];
+            help.extend((!config.dtype.stores_bf16()).then_some("--dtype bf16"));
+            return Err(PluginError::memory(format!(
+                "the run needs about {}, but may use {}: {}. What would help: {}",
+                bytes(plan.total),
+                bytes(allowed),
+                plan.kinds(),
+                help.join(", ")
+            )));
+        }
+        Ok(plan)
+    }
+
+    fn sum(&self) -> u64 {
+        let largest = self.phases.iter().map(|phase| phase.bytes).max().unwrap_or(0);
+        self.program
+            + self.weights
+            + self.networks
+            + self.trainables
+            + self.histories
+            + self.packed
+            + largest
+    }
+
+    fn kinds(&self) -> String {
+        let largest = self.phases.iter().max_by_key(|phase| phase.bytes);
+        let largest = largest.map_or("nothing".to_string(), |phase| {
+            format!("{} {}", phase.kind.name(), bytes(phase.bytes))
+        });
+        format!(
+            "program {}, weights {}, networks {}, what learns of the base {}, histories {}, packed {}, and the largest phase, {}",
+            bytes(self.program),
+            bytes(self.weights),
+            bytes(self.networks),
+            bytes(self.trainables),
+            bytes(self.histories),
+            bytes(self.packed),
+            largest
+        )
+    }
+
+    /// The plan for people: memory, then a line for each kind of phase.
+    pub fn text(&self) -> String {
+        let mut text = format!(
+            "plan: at most about {} of memory ({}); about {} of training",
+            bytes(self.total),
+            self.kinds(),
+            duration(self.seconds)
+        );
+        if self.spill {
+            text += "; moments of modules that pause are kept on the disk";
+        }
+        for phase in &self.phases {
+            text += &format!(
+                "\n  {:<13} {} steps, about {:.3} s each",
+                phase.kind.name(),
+                count(phase.steps as u64),
+                phase.seconds_per_step
+            );
+            if phase.label_seconds > 0.0 {
+                text += &format!("; labels about {}", duration(phase.label_seconds));
+            }
+        }
+        text
+    }
+}
+
+/// FLOPs of a forward pass over one row of entries.
+fn forward_flops(model: &DecoderConfig, entries: usize) -> f64 {
+    let linears = model.linears().into_iter().filter(|linear| linear.layer.is_some());
+    let weights: usize = linears.map(|linear| linear.out * linear.inp).sum();
+    let head = model.hidden_size * model.vocab_size;
+    let heads = model.num_attention_heads;
+    let attention = work::attention_forward(Pattern::Dense, entries, heads, model.head_dim);
+    2.0 * (weights + head) as f64 * entries as f64 + model.num_hidden_layers as f64 * attention
+}
