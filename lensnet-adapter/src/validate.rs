@@ -275,7 +275,8 @@ impl Outcome {
     }
 }
 
-fn difference(ours: &[f64], theirs: &[f64]) -> Difference {
+/// Mean of one policy's losses less another's, history by history, and its standard error.
+pub fn difference(ours: &[f64], theirs: &[f64]) -> Difference {
     let all: Vec<f64> = ours.iter().zip(theirs).map(|(ours, theirs)| ours - theirs).collect();
     let n = all.len().max(1) as f64;
     let centre = mean(&all);

@@ -10,7 +10,6 @@ use std::collections::BTreeMap;
 use std::path::Path;
 use std::time::Instant;
 
-use megacontext_base::adapter::{AdapterConfig, MegacontextKey, write_adapter};
 use megacontext_base::decoder::Decoder;
 use megacontext_base::params::Group;
 use megacontext_base::rope::RopeScaling;
@@ -24,7 +23,7 @@ use crate::data::packing::{TokenStream, split_holdout};
 use crate::error::{PluginError, Result};
 use crate::host::{Answer, HostApi};
 use crate::jobs::evaluation::Inputs;
-use crate::jobs::{ModelDir, model_error, parse, to_value, with_threads};
+use crate::jobs::{ModelDir, model_error, parse, save_adapter, to_value, with_threads};
 use crate::report::{self, RunReport};
 use crate::run::Telemetry;
 use crate::run::checkpoint::load_latest;
@@ -490,23 +489,10 @@ impl<'h> Run<'h> {
 
     fn write_adapter(&self, scaling: &RopeScaling) -> Result<()> {
         let decoder: &Decoder = &self.trainer.decoder;
-        let trained: Vec<_> =
-            decoder.params().trainable().into_iter().map(|(name, t)| (name, t.detach())).collect();
-        let (lora, trained) = decoder.saved_lora(trained).map_err(model_error)?;
-        let base = &self.model.config;
-        let whole = trained.iter().map(|(name, _)| name.as_str()).filter(|n| base.group_of(n) != Group::Lora);
-        let own = MegacontextKey {
-            base_fingerprint: self.model.weights.fingerprint(),
-            rope_scaling: scaling.clone(),
-            base_rope_scaling: Some(base.rope_scaling.clone()),
-            base_rope_theta: Some(base.rope_theta),
-            original_max_position_embeddings: base.original_context(),
-            context_length: self.config.context,
-            positions: base.positions.clone(),
-            sigma_scales: decoder.sigma_scales(),
-        };
-        let config = AdapterConfig::new(&lora, base, whole, &self.config.base, own).map_err(model_error)?;
-        write_adapter(&self.folder.path().join("adapter"), &config, &trained).map_err(model_error)
+        let trained = decoder.params().trainable().into_iter().map(|(name, t)| (name, t.detach())).collect();
+        let dir = self.folder.path().join("adapter");
+        save_adapter(&dir, &self.model, &self.config.base, decoder, trained, scaling, self.config.context)?;
+        Ok(())
     }
 
     fn summary(&self, before: f64, sparse: ByContext, gap: Option<f64>) -> Result<Summary> {

@@ -3,6 +3,7 @@
 //! | kind | parameters | result |
 //! |---|---|---|
 //! | `extend` | [`crate::train::config::ExtendConfig`] | [`crate::run::summary::Summary`] |
+//! | `train` | [`crate::train::cycle::CycleConfig`] | [`train::CycleSummary`] |
 //! | `train_gistnet` | [`crate::train::gistnet::GistRunConfig`] | [`train_gistnet::GistSummary`] |
 //! | `train_lensnet` | [`crate::train::lensnet::LensRunConfig`] | [`train_lensnet::LensSummary`] |
 //! | `pretrain` | [`pretrain::PretrainConfig`] | losses of the model and of the n-gram baselines |
@@ -22,13 +23,13 @@
 
 use std::path::Path;
 
-use megacontext_base::adapter::{Adapter, read_adapter};
+use megacontext_base::adapter::{Adapter, AdapterConfig, MegacontextKey, read_adapter, write_adapter};
 use megacontext_base::config::DecoderConfig;
 use megacontext_base::decoder::{Decoder, stored_narrow};
 use megacontext_base::error::BaseError;
 use megacontext_base::lora::LoraModules;
 use megacontext_base::params::Group;
-use megacontext_base::rope::RopeScaling;
+use megacontext_base::rope::{RopeScaling, SIGMA};
 use megacontext_base::tokenizer::Tokenizer;
 use megacontext_base::weights::Weights;
 use megacontext_kernels::precision::Precision;
@@ -54,12 +55,14 @@ pub mod parameters;
 pub mod pretrain;
 pub mod rope;
 pub mod sweep;
+pub mod train;
 pub mod train_gistnet;
 pub mod train_lensnet;
 
 /// Names of all jobs.
-pub const KINDS: [&str; 15] = [
+pub const KINDS: [&str; 16] = [
     "extend",
+    "train",
     "train_gistnet",
     "train_lensnet",
     "pretrain",
@@ -83,6 +86,7 @@ pub const KINDS: [&str; 15] = [
 pub fn run(kind: &str, params: Value, host: &dyn HostApi) -> Result<Value> {
     match kind {
         "extend" => extend::run(params, host),
+        "train" => train::run(params, host),
         "train_gistnet" => train_gistnet::run(params, host),
         "train_lensnet" => train_lensnet::run(params, host),
         "pretrain" => pretrain::run(params, host),
@@ -271,6 +275,46 @@ pub(crate) struct Adapted {
     pub beyond: u64,
     /// Bytes of the adapter's tensors, which are there twice while they are read.
     pub read: u64,
+}
+
+/// Writes an adapter in PEFT's format: these tensors of a model with LoRA on it, whose positions are stretched by `scaling` for
+/// `context` tokens. Returns how many tensors it has.
+pub(crate) fn save_adapter(
+    dir: &Path,
+    model: &ModelDir,
+    base: &Path,
+    decoder: &Decoder,
+    mut tensors: Vec<(String, candle_core::Tensor)>,
+    scaling: &RopeScaling,
+    context: usize,
+) -> Result<usize> {
+    // The model's own configuration: an adapter may have given it a head of its own.
+    let (config, params) = (decoder.config(), decoder.params());
+    // The scales of sigma are a line of adapter_config.json.
+    tensors.retain(|(name, _)| name != SIGMA);
+    // PEFT keeps all norms or none.
+    if tensors.iter().any(|(name, _)| config.group_of(name) == Group::Norms) {
+        for name in params.names().filter(|name| config.group_of(name) == Group::Norms) {
+            if let Some(tensor) = params.get(name).filter(|_| !tensors.iter().any(|(n, _)| n == name)) {
+                tensors.push((name.to_string(), tensor));
+            }
+        }
+    }
+    let (lora, tensors) = decoder.saved_lora(tensors).map_err(model_error)?;
+    let whole = tensors.iter().map(|(name, _)| name.as_str()).filter(|n| config.group_of(n) != Group::Lora);
+    let own = MegacontextKey {
+        base_fingerprint: model.weights.fingerprint(),
+        rope_scaling: scaling.clone(),
+        base_rope_scaling: Some(config.rope_scaling.clone()),
+        base_rope_theta: Some(config.rope_theta),
+        original_max_position_embeddings: config.original_context(),
+        context_length: context,
+        positions: config.positions.clone(),
+        sigma_scales: decoder.sigma_scales().filter(|scales| scales.iter().any(|scale| *scale != 1.0)),
+    };
+    let config = AdapterConfig::new(&lora, config, whole, base, own).map_err(model_error)?;
+    write_adapter(dir, &config, &tensors).map_err(model_error)?;
+    Ok(tensors.len())
 }
 
 /// More threads than any machine has cores; asking for more is a slip of the pen.

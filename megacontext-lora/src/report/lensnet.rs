@@ -107,7 +107,7 @@ fn text(s: &LensSummary) -> String {
 }
 
 /// Name of a policy for people.
-fn name(policy: &str) -> &'static str {
+pub(super) fn policy_name(policy: &str) -> &'static str {
     match policy {
         "lensnet" => "LensNet",
         "recency" => "recency (newest fine, the rest coarse)",
@@ -139,7 +139,7 @@ fn policies(s: &LensSummary) -> String {
         let _ = write!(
             out,
             "<tr><th scope=\"row\">{}</th><td{class}>{loss}</td><td>{difference}</td>",
-            name(policy)
+            policy_name(policy)
         );
         if planted {
             let shown = s.facts_shown.get(policy).map_or("\u{2013}".to_string(), |share| percent(*share));

@@ -1,7 +1,7 @@
 //! `metrics.jsonl`: what a run measured, one JSON object a line, in the order it happened.
 //!
 //! A line has a `kind` (`stage`, `train`, `evaluation`; `gist_step`, `gist_baselines`, `gist_validation`; `lens_step`,
-//! `lens_validation`) and a `step`; every field that depends on the clock or on the
+//! `lens_validation`; `cycle_step`, `phase`) and a `step`; every field that depends on the clock or on the
 //! machine begins with `wall_`, all others are the same in every run with the same seed. Losses are nats per token.
 //!
 //! Resuming cuts the file back to what the checkpoint knows ([`MetricsLog::resume`]), so that apart from `wall_` fields
@@ -46,6 +46,10 @@ pub enum Record {
     LensStep(LensStepRecord),
     /// LensNet was validated.
     LensValidation(Box<LensValidationRecord>),
+    /// An optimiser step of a phase of alternating optimisation was done.
+    CycleStep(CycleStepRecord),
+    /// Such a phase ended.
+    Phase(Box<PhaseRecord>),
 }
 
 /// A stage begins after `step` optimiser steps.
@@ -218,6 +222,47 @@ pub struct LensValidationRecord {
     pub wall_seconds: f64,
 }
 
+/// Optimiser step number `step` (from 1, of all phases) was done.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct CycleStepRecord {
+    /// Number of the step in the run, from 1.
+    pub step: u64,
+    /// `warm_gistnet`, `warm_lensnet`, `jt1`, `jt2` or `jt3`.
+    pub phase: String,
+    /// From 1; 0 is the warm start.
+    pub cycle: usize,
+    /// Number of the step in the phase, from 1.
+    pub phase_step: u64,
+    /// What was made smaller.
+    #[serde(deserialize_with = "nan_if_null")]
+    pub loss: f64,
+    /// Mean ΔNLL@H of GistNet's rows, loss@H of JT3's contexts, nats.
+    pub measured: Option<f64>,
+    /// Learning rate of the step.
+    #[serde(deserialize_with = "nan_if_null")]
+    pub lr: f64,
+    /// L2 norm of the gradient before clipping.
+    #[serde(deserialize_with = "nan_if_null")]
+    pub grad_norm: f64,
+    /// Rows, labels or contexts.
+    pub items: u64,
+    /// Seconds since 1970.
+    pub wall_time: f64,
+    /// Seconds of this step.
+    pub wall_seconds: f64,
+}
+
+/// A phase of alternating optimisation ended after `step` optimiser steps.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct PhaseRecord {
+    /// Optimiser steps done in the run.
+    pub step: u64,
+    /// What it came to.
+    pub summary: crate::jobs::train::PhaseSummary,
+    /// Seconds since 1970.
+    pub wall_time: f64,
+}
+
 fn nan_if_null<'de, D: Deserializer<'de>>(deserializer: D) -> std::result::Result<f64, D::Error> {
     Ok(Option::<f64>::deserialize(deserializer)?.unwrap_or(f64::NAN))
 }
@@ -234,6 +279,8 @@ impl Record {
             Self::GistValidation(r) => r.wall_time,
             Self::LensStep(r) => r.wall_time,
             Self::LensValidation(r) => r.wall_time,
+            Self::CycleStep(r) => r.wall_time,
+            Self::Phase(r) => r.wall_time,
         }
     }
 }

@@ -25,7 +25,7 @@ use crate::error::{IoResultExt, PluginError, Result};
 /// Size and SHA-256 of a file, as a manifest holds them.
 #[derive(Debug, Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 #[serde(deny_unknown_fields)]
-pub(super) struct Stamp {
+pub(crate) struct Stamp {
     /// Bytes.
     pub size: u64,
     /// Lower-case hex of the SHA-256 of the content.

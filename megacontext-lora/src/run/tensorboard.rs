@@ -180,6 +180,30 @@ impl EventFile {
                 let tag = format!("perplexity{sparse}/{}/{}", r.model, r.context);
                 self.scalars(r.wall_time, r.step, &[(tag.as_str(), r.perplexity)])
             }
+            Record::CycleStep(r) => {
+                let measured = if r.phase == "jt3" { "train/loss_at_h" } else { "train/delta_nll" };
+                let mut all =
+                    vec![("train/loss", r.loss), ("train/lr", r.lr), ("train/grad_norm", r.grad_norm)];
+                all.extend(r.measured.map(|value| (measured, value)));
+                self.scalars(r.wall_time, r.step, &all)
+            }
+            Record::Phase(r) => {
+                let after = &r.summary.after;
+                let mut all = vec![
+                    ("val/loss_at_h", after.loss_at_h),
+                    ("val/full_loss", after.full_loss),
+                    ("val/delta_nll_degradation", after.delta_nll_degradation),
+                    ("val/swap_rate", after.swap_rate),
+                    ("val/mean_residency", after.residency_mean),
+                    ("val/token_budget_utilization", after.utilization),
+                    ("val/phase_kept", f64::from(u8::from(r.summary.verdict.kept()))),
+                ];
+                all.extend(after.sparse_dense_gap.map(|gap| ("val/sparse_dense_gap", gap)));
+                let costs: Vec<(String, f64)> =
+                    after.delta_nll.iter().map(|(name, cost)| (format!("delta_nll/{name}"), *cost)).collect();
+                all.extend(costs.iter().map(|(tag, cost)| (tag.as_str(), *cost)));
+                self.scalars(r.wall_time, r.step, &all)
+            }
             Record::GistStep(r) => self.scalars(
                 r.wall_time,
                 r.step,

@@ -14,7 +14,6 @@ use std::path::Path;
 use std::sync::atomic::Ordering;
 
 use candle_core::Tensor;
-use megacontext_base::adapter::{AdapterConfig, MegacontextKey, write_adapter};
 use megacontext_base::params::Group;
 use megacontext_base::rope::SIGMA;
 use serde::Deserialize;
@@ -22,7 +21,7 @@ use serde_json::{Value, json};
 
 use super::Session;
 use crate::error::{IoResultExt, PluginError, Result};
-use crate::jobs::{model_error, to_value};
+use crate::jobs::{model_error, save_adapter, to_value};
 use crate::run::checkpoint::{self, Named};
 use crate::run::folder::{CONFIG, expect_run};
 use crate::run::metrics::METRICS;
@@ -183,30 +182,9 @@ impl Session {
             }
             tensors.push((name.to_string(), tensor));
         }
-        // PEFT keeps all norms or none.
-        if tensors.iter().any(|(n, _)| base.group_of(n) == Group::Norms) {
-            for name in params.names().filter(|n| base.group_of(n) == Group::Norms) {
-                if let Some(tensor) = params.get(name).filter(|_| !tensors.iter().any(|(n, _)| n == name)) {
-                    tensors.push((name.to_string(), tensor));
-                }
-            }
-        }
-        let (lora, tensors) = l.decoder.saved_lora(tensors).map_err(model_error)?;
-        let whole = tensors.iter().map(|(n, _)| n.as_str()).filter(|n| base.group_of(n) != Group::Lora);
-        let own = MegacontextKey {
-            base_fingerprint: l.model.weights.fingerprint(),
-            rope_scaling: l.scaling.clone(),
-            base_rope_scaling: Some(base.rope_scaling.clone()),
-            base_rope_theta: Some(base.rope_theta),
-            original_max_position_embeddings: base.original_context(),
-            context_length: l.context_length,
-            positions: base.positions.clone(),
-            sigma_scales: l.decoder.sigma_scales().filter(|scales| scales.iter().any(|s| *s != 1.0)),
-        };
-        let config = AdapterConfig::new(&lora, base, whole, &l.dir, own).map_err(model_error)?;
-        write_adapter(dir, &config, &tensors).map_err(model_error)?;
+        let written = save_adapter(dir, &l.model, &l.dir, &l.decoder, tensors, &l.scaling, l.context_length)?;
         l.unsaved.store(false, Ordering::Release);
-        to_value(json!({ "path": dir, "tensors": tensors.len() }))
+        to_value(json!({ "path": dir, "tensors": written }))
     }
 }
 

@@ -504,7 +504,8 @@ impl CycleConfig {
         }
         if self.adapter.is_some() && self.lora.is_some() {
             return usage(
-                "lora: expected none beside an adapter, whose own LoRA goes on learning, got settings".to_string(),
+                "lora: expected none beside an adapter, whose own LoRA goes on learning, got settings"
+                    .to_string(),
             );
         }
         if self.adapter.is_none() {
@@ -579,7 +580,10 @@ impl CycleConfig {
                     return usage(format!("{name}.{key}: expected at least 1, got 0"));
                 }
             }
-            phase.labels.check().map_err(|e| PluginError { message: format!("{name}.{}", e.message), ..e })?;
+            phase
+                .labels
+                .check()
+                .map_err(|e| PluginError { message: format!("{name}.{}", e.message), ..e })?;
         }
         let jt3 = &self.jt3;
         if jt3.batch == 0 {
@@ -609,13 +613,9 @@ impl CycleConfig {
                 return usage(format!("{key}: expected a number of at least 0, got {value}"));
             }
         }
-        for kind in [
-            PhaseKind::WarmGistnet,
-            PhaseKind::WarmLensnet,
-            PhaseKind::Jt1,
-            PhaseKind::Jt2,
-            PhaseKind::Jt3,
-        ] {
+        for kind in
+            [PhaseKind::WarmGistnet, PhaseKind::WarmLensnet, PhaseKind::Jt1, PhaseKind::Jt2, PhaseKind::Jt3]
+        {
             self.optimizer_of(kind)
                 .validate()
                 .map_err(|e| PluginError { message: format!("{}.{}", kind.name(), e.message), ..e })?;
@@ -630,16 +630,8 @@ impl CycleConfig {
     pub fn identity(&self) -> Result<String> {
         let mut value = crate::jobs::to_value(self)?;
         if let serde_json::Value::Object(map) = &mut value {
-            let beside = [
-                "base",
-                "adapter",
-                "gistnet",
-                "lensnet",
-                "data",
-                "out",
-                "threads",
-                "memory_budget_bytes",
-            ];
+            let beside =
+                ["base", "adapter", "gistnet", "lensnet", "data", "out", "threads", "memory_budget_bytes"];
             map.retain(|key, _| !beside.contains(&key.as_str()));
         }
         config_hash(&value)
@@ -655,10 +647,7 @@ mod tests {
         let config = CycleConfig { cycles: 2, ..CycleConfig::default() };
         let names: Vec<String> =
             config.phases().iter().map(|phase| format!("{}{}", phase.kind.name(), phase.cycle)).collect();
-        assert_eq!(
-            names,
-            ["warm_gistnet0", "warm_lensnet0", "jt11", "jt21", "jt31", "jt12", "jt22", "jt32"]
-        );
+        assert_eq!(names, ["warm_gistnet0", "warm_lensnet0", "jt11", "jt21", "jt31", "jt12", "jt22", "jt32"]);
     }
 
     #[test]

@@ -135,7 +135,9 @@ impl LabelSettings {
         }
         if !(0.0..=1.0).contains(&self.explore) {
             let got = self.explore;
-            return Err(PluginError::usage(format!("labels.explore: expected a share from 0 to 1, got {got}")));
+            return Err(PluginError::usage(format!(
+                "labels.explore: expected a share from 0 to 1, got {got}"
+            )));
         }
         Ok(())
     }

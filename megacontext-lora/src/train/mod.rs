@@ -4,6 +4,7 @@ pub mod cycle;
 pub mod eval;
 pub mod gistnet;
 pub mod histories;
+pub(crate) mod labelling;
 pub mod lensnet;
 pub mod passkey;
 pub mod plan;

@@ -76,7 +76,10 @@ impl Modules {
                 _ => self.decoder.params_mut(),
             };
             let (Some(group), Some(shape)) = (params.group(name), params.shape(name)) else {
-                return Err(PluginError::data(format!("{}: expected a parameter of the run, got another", tensor.name)));
+                return Err(PluginError::data(format!(
+                    "{}: expected a parameter of the run, got another",
+                    tensor.name
+                )));
             };
             if shape != tensor.shape {
                 return Err(PluginError::data(format!(
@@ -95,7 +98,8 @@ impl Modules {
 pub(super) fn with_named<R>(parts: &[Part], f: impl FnOnce(&[Named]) -> Result<R>) -> Result<R> {
     let mut held = Vec::new();
     for part in parts {
-        let in_groups = |name: &&str| part.params.group(name).is_some_and(|group| part.groups.contains(&group));
+        let in_groups =
+            |name: &&str| part.params.group(name).is_some_and(|group| part.groups.contains(&group));
         for name in part.params.names().filter(in_groups) {
             let values = part.params.values(name).map_err(model_error)?;
             held.push((format!("{}/{name}", part.module), part.params.shape(name).unwrap_or(&[]), values));
@@ -142,8 +146,9 @@ impl Stored {
     /// When it is not what was written.
     pub fn read(&self, run: &Path) -> Result<Vec<Named<'static>>> {
         let path = run.join(&self.file);
-        read_tensors(&path, &self.stamp)
-            .map_err(|e| PluginError::data(format!("{}: {e}; begin a new run in another folder", path.display())))
+        read_tensors(&path, &self.stamp).map_err(|e| {
+            PluginError::data(format!("{}: {e}; begin a new run in another folder", path.display()))
+        })
     }
 }
 

@@ -79,8 +79,11 @@ impl Text {
             validation.append(&mut test);
             test = validation.split_off(validation.len() / 2);
         }
-        let sides =
-            [("to learn from", &train), ("held out", &test), ("held out, beside the one to test on,", &validation)];
+        let sides = [
+            ("to learn from", &train),
+            ("held out", &test),
+            ("held out, beside the one to test on,", &validation),
+        ];
         for (what, side) in sides {
             if side.is_empty() {
                 return Err(PluginError::data(format!(

@@ -6,23 +6,17 @@
 use std::path::Path;
 use std::time::Instant;
 
-use lensnet_adapter::allocator::Action;
-use lensnet_adapter::counterfactual::{Measured, targets, unit};
-use lensnet_adapter::focus::{Focus, Policy};
 use lensnet_adapter::labels::Label;
-use lensnet_adapter::utility::{Utilities, measure};
-use lensnet_adapter::variants::{VariantConfig, variants};
-use megacontext_base::context::{Limits, WorkingContext};
+use lensnet_adapter::utility::Utilities;
 use megacontext_base::random::Random;
 use serde_json::{Value, json};
 
 use super::{Data, Run};
 use crate::error::{PluginError, Result};
-use crate::jobs::model_error;
 use crate::run::label_log::LabelLog;
 use crate::run::labels::{self, LabelStamp};
 use crate::run::metrics::wall_time;
-use crate::train::lensnet::LabelKind;
+use crate::train::labelling::{LOOKED_AT, begun_utilities, label_of, rows, unit_of};
 use crate::train::plan::since;
 
 /// A label as hosts are told of it: which document, which context of the round, loss@H of the context as it is, and how many
@@ -52,20 +46,14 @@ fn told(label: &Label, round: usize, context: usize, block: usize) -> Value {
 impl Run<'_> {
     /// What the best expands of a few contexts save, in nats: what a score of 1 stands for.
     pub(super) fn measure_unit(&mut self, data: &Data) -> Result<f64> {
-        const LOOKED_AT: usize = 24;
         let mut found: Vec<Utilities> = Vec::new();
         for history in data.text.iter().take(LOOKED_AT) {
             if self.host.cancelled() {
                 return self.cancelled();
             }
-            let begun = self.focus.begin(history).map_err(model_error)?;
-            let loss = self.focus.loss;
-            let mut random = Random::new(self.config.seed);
-            let measured =
-                measure(loss, &history.tree, &begun, &history.future, None, &mut random, &mut self.buffers);
-            found.push(measured.map_err(model_error)?);
+            found.push(begun_utilities(self.focus, history, self.config.seed, &mut self.buffers)?);
         }
-        Ok(unit(found.iter().map(|one| (one.now, &one.measured[..]))))
+        Ok(unit_of(&found))
     }
 
     /// What labels hold for: another run's are not this one's.
@@ -132,74 +120,18 @@ impl Run<'_> {
             horizon: self.config.horizon,
             block: self.focus.loss.rule().block,
         };
+        let Some(history) = data.text.first() else { return Ok(()) };
         let timestamp_ms = (wall_time() * 1e3) as i64;
-        let mut rows = Vec::new();
-        for (context, label) in (0..).zip(round) {
-            let Label::Utilities { history, entries, utilities } = label else { continue };
-            let hierarchy = data.text[*history].tree.hierarchy();
-            let wanted = targets(utilities.now, &utilities.measured, self.scale()).map_err(model_error)?;
-            for (at, (start, lod)) in entries.iter().enumerate() {
-                let Measured { expanded, collapsed } = utilities.measured[at];
-                let first = *lod < hierarchy.levels() && start.is_multiple_of(hierarchy.span(lod + 1));
-                let edits = [
-                    (Action::Expand, expanded, *lod),
-                    (Action::Collapse, collapsed.filter(|_| first), lod + 1),
-                ];
-                rows.extend(edits.into_iter().filter_map(|(action, nll, node)| {
-                    let nll = nll?;
-                    Some(labels::Label {
-                        block: hierarchy.node_at(node, *start),
-                        action,
-                        delta_nll: nll - utilities.now,
-                        timestamp_ms,
-                        document: *history as u64,
-                        context,
-                        entry_start: *start,
-                        lod: *lod,
-                        nll_now: utilities.now,
-                        target: wanted[at].unwrap_or(0.0),
-                    })
-                }));
-            }
-        }
+        let rows = rows(round, history.tree.hierarchy(), self.scale(), timestamp_ms)?;
         labels::write(path, &stamp, &rows)
     }
 
     fn label_of(&mut self, data: &Data, number: usize, round: usize, at: usize) -> Result<Label> {
         let c = self.config;
         let mut random = Random::named(c.seed, &format!("label {at} of round {round}"));
-        let explores = random.unit() < c.labels.explore;
-        let policy = match (explores, round) {
-            (true, _) => Policy::Random,
-            // Nothing is learned yet: contexts as every policy begins with them.
-            (false, 0) => Policy::Recency,
-            (false, _) => Policy::Lens(&self.trainer.network),
-        };
-        // So many refocuses that contexts of all ages of a run come up.
-        let focus = Focus { refocuses: 1 + random.below(c.validation.refocuses), ..*self.focus };
+        // Nothing is learned before the first round: contexts as every policy begins with them.
+        let learned = (round > 0).then_some(&self.trainer.network);
         let history = (number, &data.text[number]);
-        let buffers = &mut self.buffers;
-        match c.labels.kind {
-            LabelKind::Counterfactual => {
-                let most = (c.labels.edits > 0).then_some(c.labels.edits);
-                Label::of_edits(&focus, policy, history, most, &mut random, buffers).map_err(model_error)
-            }
-            LabelKind::Preference => {
-                let chosen = focus.choose(policy, history.1, &mut random, buffers).map_err(model_error)?;
-                let config = VariantConfig {
-                    count: c.labels.variants,
-                    recent: c.protected,
-                    ..VariantConfig::default()
-                };
-                let tree = &history.1.tree;
-                let whole = Limits::new(tree.len() as usize, c.protected)
-                    .and_then(|limits| WorkingContext::recent(tree, limits))
-                    .map_err(model_error)?;
-                let budget = focus.limits.budget();
-                let mut contexts = vec![chosen.context];
-                contexts.extend(variants(&config, &whole, tree, budget, &mut random).map_err(model_error)?);
-                Label::of_variants(&focus, &contexts, history, buffers).map_err(model_error)
-            }
-        }
+        label_of(&c.labels, self.focus, learned, history, &mut random, &mut self.buffers)
     }
 }

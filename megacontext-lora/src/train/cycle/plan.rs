@@ -99,16 +99,19 @@ impl CyclePlan {
         let forward = evaluation_bytes(model, pass(context.max(512))).total();
         let passage = DocumentShape { entries: context, precision: config.dtype, hidden: true }.bytes(model)
             + F32 * context as u64 * e;
-        let rows = training_bytes(model, pass(512.max(budget + config.horizon)), model.num_hidden_layers, true);
+        let rows =
+            training_bytes(model, pass(512.max(budget + config.horizon)), model.num_hidden_layers, true);
         let rows = rows.activations + rows.workspace + rows.loss;
-        let graph = |entries: usize, layers: usize| {
-            F32 * entries as u64 * e * GRAPH_WIDTHS * (layers as u64 + 1)
-        };
+        let graph =
+            |entries: usize, layers: usize| F32 * entries as u64 * e * GRAPH_WIDTHS * (layers as u64 + 1);
         let bytes_of = |kind: PhaseKind| match kind {
             PhaseKind::WarmGistnet | PhaseKind::Jt1 => {
                 let phase = config.gist_phase(kind);
                 let spans = phase.spans.max(context / block);
-                phase.batch as u64 * passage + graph(phase.batch * spans * block, gist.layers) + rows + forward
+                phase.batch as u64 * passage
+                    + graph(phase.batch * spans * block, gist.layers)
+                    + rows
+                    + forward
             }
             PhaseKind::WarmLensnet | PhaseKind::Jt2 => {
                 let phase = config.lens_phase(kind);
@@ -128,9 +131,8 @@ impl CyclePlan {
             let head = learns(Group::Embeddings) && model.tie_word_embeddings;
             work::step(model, lora, entries, Pattern::Dense, true, head).total()
         };
-        let chosen = (config.refocuses * config.allocator.rounds) as f64
-            * 2.0
-            * (lens.parameters() * budget) as f64;
+        let chosen =
+            (config.refocuses * config.allocator.rounds) as f64 * 2.0 * (lens.parameters() * budget) as f64;
         let cost = |kind: PhaseKind| {
             let (step_flops, label_flops) = match kind {
                 PhaseKind::WarmGistnet | PhaseKind::Jt1 => {
@@ -223,20 +225,13 @@ impl CyclePlan {
 
     fn sum(&self) -> u64 {
         let largest = self.phases.iter().map(|phase| phase.bytes).max().unwrap_or(0);
-        self.program
-            + self.weights
-            + self.networks
-            + self.trainables
-            + self.histories
-            + self.packed
-            + largest
+        self.program + self.weights + self.networks + self.trainables + self.histories + self.packed + largest
     }
 
     fn kinds(&self) -> String {
         let largest = self.phases.iter().max_by_key(|phase| phase.bytes);
-        let largest = largest.map_or("nothing".to_string(), |phase| {
-            format!("{} {}", phase.kind.name(), bytes(phase.bytes))
-        });
+        let largest = largest
+            .map_or("nothing".to_string(), |phase| format!("{} {}", phase.kind.name(), bytes(phase.bytes)));
         format!(
             "program {}, weights {}, networks {}, what learns of the base {}, histories {}, packed {}, and the largest phase, {}",
             bytes(self.program),

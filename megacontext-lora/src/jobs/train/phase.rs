@@ -1,0 +1,702 @@
+//! One phase after another: entering, learning, judging, keeping or undoing.
+
+use std::time::Instant;
+
+use gistnet_adapter::curriculum::Stage;
+use gistnet_adapter::trainer::{GistTrainer, Setting};
+use lensnet_adapter::LensNet;
+use lensnet_adapter::focus::Focus;
+use lensnet_adapter::trainer::{LensTrainer, Objective};
+use megacontext_base::buffers::Buffers;
+use megacontext_base::context::HorizonLoss;
+use megacontext_base::gradients::{Gradients, Optimizer};
+use megacontext_base::params::Group;
+use megacontext_kernels::attention::Pattern;
+use serde_json::{Value, json};
+
+use super::judge::{Evaluation, Judging, Verdict, change};
+use super::learners::{Failure, GistLearner, Learner, LensLearner, LoraLearner, Scene, by_history};
+use super::modules::{Modules, Stored, with_named, word};
+use super::text::{Data, Maker, Order};
+use super::{PassSummary, PhaseSummary, Run, Scope, Warm, frozen_hashes};
+use crate::error::{PluginError, Result};
+use crate::host::Answer;
+use crate::jobs::{model_error, to_value};
+use crate::run::labels::LabelStamp;
+use crate::run::metrics::{CycleStepRecord, PhaseRecord, Record, wall_time};
+use crate::run::tensor_file::Named;
+use crate::train::config::pattern;
+use crate::train::cycle::{PhaseKind, PhasePlace};
+use crate::train::histories::Passage;
+use crate::train::labelling::{LOOKED_AT, begun_utilities, unit_of};
+use crate::train::plan::since;
+
+/// Bytes of passages that a phase of GistNet keeps instead of running them again.
+const PASSAGE_BYTES: u64 = 128 << 20;
+
+/// Which held-out histories are measured.
+#[derive(Clone, Copy, PartialEq)]
+pub(super) enum Side {
+    Validation,
+    Test,
+}
+
+/// The modules after the steps of a phase, its optimiser, and what was not finite.
+type Learned = (Modules, Optimizer, Option<String>);
+
+impl Run<'_> {
+    /// All phases that are left.
+    pub(super) fn cycles(&mut self, mut modules: Modules) -> Result<Modules> {
+        while let Some(place) = self.phases.get(self.state.phase).copied() {
+            if self.state.last_cycle.is_some_and(|last| place.cycle > last) {
+                self.state.phase += 1;
+                continue;
+            }
+            if place.cycle > 0 && self.state.warm.is_none() {
+                self.after_warm_start(&modules)?;
+            }
+            if place.without != self.state.without {
+                self.end_pass(&modules)?;
+                self.begin_pass(&mut modules, place.without)?;
+            }
+            modules = self.phase(modules, place)?;
+            self.plateau(place);
+        }
+        self.end_pass(&modules)?;
+        Ok(modules)
+    }
+
+    /// Keeps the modules for ablations, and measures them on the test histories.
+    fn after_warm_start(&mut self, modules: &Modules) -> Result<()> {
+        if self.state.test_before.is_none() {
+            self.say("measuring the modules after the warm start on test histories");
+            self.state.test_before = Some(self.evaluate(modules, &self.scope(1)?, Side::Test)?);
+        }
+        let tensors = with_named(&modules.parts(&self.config.jt3.groups), |tensors| {
+            Stored::write(self.folder.path(), "warm.safetensors".to_string(), tensors)
+        })?;
+        self.state.warm = Some(Warm {
+            tensors,
+            moments: self.state.moments.clone(),
+            gist_version: modules.gistnet.gist_version(),
+            lens_ready: self.state.lens_ready,
+        });
+        self.checkpoint(&modules.parts(&self.config.jt3.groups), None)
+    }
+
+    /// What a pass ended with; the run's own leaves its files before anything is frozen for an ablation.
+    fn end_pass(&mut self, modules: &Modules) -> Result<()> {
+        let without = self.state.without;
+        if self.state.passes.iter().any(|pass| pass.without == without) {
+            return Ok(());
+        }
+        let last = self.state.last_cycle.unwrap_or(self.config.cycles);
+        let scope = self.scope(last.max(1))?;
+        self.say("measuring what the modules came to on test histories");
+        let test = self.evaluate(modules, &scope, Side::Test)?;
+        if without.is_none() {
+            self.references(modules, &scope, &test)?;
+            self.write_modules(modules, &scope)?;
+        }
+        self.state.passes.push(PassSummary { without, test });
+        self.checkpoint(&modules.parts(&self.config.jt3.groups), None)
+    }
+
+    /// Goes back to the warm start, for a pass in which one module stays frozen.
+    fn begin_pass(&mut self, modules: &mut Modules, without: Option<Group>) -> Result<()> {
+        let Some(warm) = self.state.warm.clone() else {
+            return Err(PluginError::internal("an ablation without a warm start to go back to"));
+        };
+        modules.put(warm.tensors.read(self.folder.path())?)?;
+        modules.gistnet.set_gist_version(warm.gist_version);
+        self.state.gist_version = warm.gist_version;
+        self.state.lens_ready = warm.lens_ready;
+        self.state.moments.only(&warm.moments);
+        self.state.without = without;
+        self.state.before = None;
+        if let Some(data) = &self.data {
+            data.forget();
+        }
+        if let Some(group) = without {
+            self.say(&format!("ablation: the cycles again from the warm start, with {group} frozen"));
+        }
+        self.checkpoint(&modules.parts(&self.config.jt3.groups), None)
+    }
+
+    /// Ends the cycles where one of the run's own lowered loss@H by less than it has to.
+    fn plateau(&mut self, place: PhasePlace) {
+        let next = self.phases.get(self.state.phase);
+        let over = next.is_none_or(|next| (next.cycle, next.without) != (place.cycle, place.without));
+        let own = place.cycle > 0 && place.without.is_none() && place.cycle < self.config.cycles;
+        if !over || !own || self.config.judge.plateau == 0.0 {
+            return;
+        }
+        let of_cycle =
+            |phase: &&PhaseSummary| phase.place.without.is_none() && phase.place.cycle == place.cycle;
+        let Some(first) = self.state.phases.iter().find(of_cycle) else { return };
+        let Some(now) = &self.state.before else { return };
+        let gained = first.before.loss_at_h - now.loss_at_h;
+        if first.context == self.state.context && gained < self.config.judge.plateau {
+            self.say(&format!(
+                "cycle {} lowered loss@H by {gained:.4} nats, less than {}: it is the last one",
+                place.cycle, self.config.judge.plateau
+            ));
+            self.state.last_cycle = Some(place.cycle);
+        }
+    }
+
+    /// Calls `f` with everything that measures the modules in a cycle.
+    pub(super) fn judging<R>(
+        &self,
+        modules: &Modules,
+        scope: &Scope,
+        f: impl FnOnce(&Judging) -> Result<R>,
+    ) -> Result<R> {
+        let decoder = &modules.decoder;
+        let horizon =
+            |pattern| HorizonLoss::new(decoder, &scope.scaling, scope.rule, pattern).map_err(model_error);
+        let loss = horizon(Pattern::Dense)?;
+        let entries = scope.limits.budget() + self.config.horizon;
+        let sparse = match self.config.validation.sparse_group {
+            None => None,
+            Some(group) => Some(horizon(pattern(crate::train::config::Attention::S2, group, entries)?)?),
+        };
+        let setting = Setting { scaling: scope.scaling.clone(), rule: scope.rule, pattern: Pattern::Dense };
+        let delta = setting.delta_nll(decoder, self.config.horizon).map_err(model_error)?;
+        let focus = Focus {
+            loss: &loss,
+            allocator: &self.config.allocator,
+            limits: scope.limits,
+            refocuses: self.config.refocuses,
+        };
+        f(&Judging {
+            focus: &focus,
+            delta: &delta,
+            sparse: sparse.as_ref(),
+            maker: Maker { decoder, levels: self.config.levels, base: &self.base },
+            lens_ready: self.state.lens_ready,
+            spans: self.config.validation.spans,
+            seed: self.config.seed,
+            host: self.host,
+        })
+    }
+
+    /// What the modules are worth.
+    pub(super) fn evaluate(&mut self, modules: &Modules, scope: &Scope, side: Side) -> Result<Evaluation> {
+        let data = self.data(scope.context)?;
+        let passages: &[Passage] = if side == Side::Test { &data.test } else { &data.validation };
+        let mut buffers = std::mem::take(&mut self.buffers);
+        let found = self.judging(modules, scope, |judging| {
+            judging.measure(passages, &modules.gistnet, &modules.lensnet, &mut buffers)
+        });
+        self.buffers = buffers;
+        let Some(found) = found? else {
+            self.checkpoint(&modules.parts(&self.config.jt3.groups), None)?;
+            return self.stopped();
+        };
+        let mut event = to_value(&found)?;
+        if let Value::Object(map) = &mut event {
+            map.remove("losses");
+        }
+        self.host.event("evaluation", &json!({ "job": "train", "evaluation": event }));
+        Ok(found)
+    }
+
+    fn groups(&self, kind: PhaseKind) -> Vec<Group> {
+        match kind {
+            PhaseKind::Jt3 => self.config.jt3.groups.clone(),
+            other => vec![other.module()],
+        }
+    }
+
+    /// What the host and the metrics are told of a phase.
+    fn told(&self, place: PhasePlace) -> Value {
+        json!({
+            "job": "train", "phase": place.kind.name(), "cycle": place.cycle, "without": place.without,
+            "index": self.state.phase, "phases": self.phases.len(), "groups": self.groups(place.kind),
+            "steps": self.config.steps_of(place.kind), "gist_version": self.state.gist_version,
+        })
+    }
+
+    /// Measures, asks the host, and keeps what the phase may go back to; false where the host left the phase out.
+    fn enter(&mut self, modules: &Modules, place: PhasePlace, scope: &Scope) -> Result<bool> {
+        if self.state.context != scope.context {
+            self.state.context = scope.context;
+            self.state.before = None;
+        }
+        if self.state.before.is_none() {
+            self.state.before = Some(self.evaluate(modules, scope, Side::Validation)?);
+        }
+        match self.host.phase_entered(&self.told(place)) {
+            Answer::Continue => {}
+            Answer::RollBack => return Ok(false),
+            Answer::Stop => {
+                self.checkpoint(&modules.parts(&self.config.jt3.groups), None)?;
+                return Err(PluginError::cancelled(format!(
+                    "the host did not want to go on with {place}; go on with --resume"
+                )));
+            }
+        }
+        let part = modules.parts(&self.config.jt3.groups);
+        let own = match place.kind.module() {
+            Group::Gistnet => &part[..1],
+            Group::Lensnet => &part[1..2],
+            _ => &part[2..],
+        };
+        let file = format!("phase/{}-{}.safetensors", self.state.phase, word(place.kind.module()));
+        let path = self.folder.path();
+        self.state.start = Some(with_named(own, |tensors| Stored::write(path, file, tensors))?);
+        self.state.teacher = None;
+        self.state.entered = true;
+        self.state.phase_step = 0;
+        self.state.failed = None;
+        self.say(&format!("{place}: {} steps", self.config.steps_of(place.kind)));
+        Ok(true)
+    }
+
+    /// One phase, or what is left of it.
+    fn phase(&mut self, mut modules: Modules, place: PhasePlace) -> Result<Modules> {
+        let scope = self.scope(place.cycle.max(1))?;
+        if !self.state.entered && !self.enter(&modules, place, &scope)? {
+            self.say(&format!("{place}: left out, as the host asked"));
+            self.state.phase += 1;
+            self.checkpoint(&modules.parts(&self.config.jt3.groups), None)?;
+            return Ok(modules);
+        }
+        let learning = self.groups(place.kind);
+        let frozen = frozen_hashes(&modules, &learning)?;
+        let (learned, optimizer, failed) = match place.kind {
+            PhaseKind::WarmGistnet | PhaseKind::Jt1 => self.gistnet(modules, place, &scope)?,
+            PhaseKind::WarmLensnet | PhaseKind::Jt2 => self.lensnet(modules, place, &scope)?,
+            PhaseKind::Jt3 => self.lora(modules, place, &scope)?,
+        };
+        modules = learned;
+        if failed.is_some() {
+            self.state.failed = failed;
+        }
+        for (before, after) in frozen.iter().zip(frozen_hashes(&modules, &learning)?) {
+            if *before != after {
+                return Err(PluginError::internal(format!("{place}: the frozen group {} changed", before.0)));
+            }
+        }
+        self.leave(modules, place, &scope, &optimizer)
+    }
+
+    /// Judges the phase, asks the host, keeps or undoes.
+    fn leave(
+        &mut self,
+        mut modules: Modules,
+        place: PhasePlace,
+        scope: &Scope,
+        optimizer: &Optimizer,
+    ) -> Result<Modules> {
+        let before = self.state.before.clone().unwrap_or_default();
+        let (version, was_ready) = (self.state.gist_version, self.state.lens_ready);
+        let module = place.kind.module();
+        // Gists are others when GistNet has learned, or the embeddings that they are made from.
+        let gists_change = module == Group::Gistnet || self.groups(place.kind).contains(&Group::Embeddings);
+        if gists_change {
+            let next = version.checked_add(1).ok_or_else(|| {
+                PluginError::usage("gist_version: expected at most 65535 versions of gists in a run")
+            })?;
+            modules.gistnet.set_gist_version(next);
+            self.state.gist_version = next;
+        }
+        self.state.lens_ready |= module == Group::Lensnet;
+        let (after, mut verdict) = match self.state.failed.clone() {
+            Some(message) => (before.clone(), Verdict::NotFinite { message }),
+            None => {
+                // A run that is stopped here measures again: the state has to be as it was.
+                let found =
+                    self.evaluate_ended(&modules, scope, optimizer, [version, u16::from(was_ready)])?;
+                let verdict = Verdict::of(&before, &found, &self.config.judge);
+                (found, verdict)
+            }
+        };
+        let mut told = self.told(place);
+        told["before"] = json!({ "loss_at_h": before.loss_at_h, "full_loss": before.full_loss });
+        told["after"] = json!({ "loss_at_h": after.loss_at_h, "full_loss": after.full_loss });
+        told["kept"] = json!(verdict.kept());
+        told["verdict"] = to_value(&verdict)?;
+        let answer = self.host.phase_left(&told);
+        if answer == Answer::RollBack && verdict.kept() {
+            verdict = Verdict::Host;
+        }
+        if verdict.kept() {
+            self.state.moments.keep(self.folder.path(), module, self.state.phase, optimizer)?;
+            self.state.before = Some(after.clone());
+            if gists_change {
+                self.host.event(
+                    "labels_stale",
+                    &json!({ "job": "train", "gist_version": self.state.gist_version }),
+                );
+            }
+        } else {
+            if let Some(start) = &self.state.start {
+                modules.put(start.read(self.folder.path())?)?;
+            }
+            modules.gistnet.set_gist_version(version);
+            (self.state.gist_version, self.state.lens_ready) = (version, was_ready);
+        }
+        if let Some(data) = &self.data {
+            data.forget();
+        }
+        let summary = PhaseSummary {
+            place,
+            change: change(&before, &after),
+            context: scope.context,
+            before,
+            after,
+            steps: self.state.phase_step as u64,
+            gist_version: self.state.gist_version,
+            verdict,
+        };
+        self.telemetry.record(Record::Phase(Box::new(PhaseRecord {
+            step: self.state.step,
+            summary: summary.clone(),
+            wall_time: wall_time(),
+        })))?;
+        let text = format!(
+            "{place}: loss@{} {:.4} -> {:.4} ({:+.4} ± {:.4}), {}",
+            self.config.horizon,
+            summary.before.loss_at_h,
+            summary.after.loss_at_h,
+            summary.change.mean,
+            summary.change.error,
+            summary.verdict.text()
+        );
+        let mut event = self.told(place);
+        event["kept"] = json!(summary.verdict.kept());
+        event["text"] = json!(text);
+        self.host.event("phase", &event);
+        self.state.phases.push(summary);
+        self.state.phase += 1;
+        self.state.entered = false;
+        self.state.phase_step = 0;
+        (self.state.start, self.state.teacher, self.state.failed) = (None, None, None);
+        let parts = modules.parts(&self.config.jt3.groups);
+        self.checkpoint(&parts, None)?;
+        let warm = self.state.warm.as_ref().map(|warm| &warm.moments);
+        self.state.moments.tidy(self.folder.path(), warm.as_slice())?;
+        if answer == Answer::Stop {
+            return Err(PluginError::cancelled(format!(
+                "the host stopped the run after {place}; go on with --resume"
+            )));
+        }
+        Ok(modules)
+    }
+
+    /// [`Run::evaluate`] of a phase whose steps are done: stopped in the middle, the run stands where the steps ended.
+    fn evaluate_ended(
+        &mut self,
+        modules: &Modules,
+        scope: &Scope,
+        optimizer: &Optimizer,
+        [version, ready]: [u16; 2],
+    ) -> Result<Evaluation> {
+        let data = self.data(scope.context)?;
+        let mut buffers = std::mem::take(&mut self.buffers);
+        let found = self.judging(modules, scope, |judging| {
+            judging.measure(&data.validation, &modules.gistnet, &modules.lensnet, &mut buffers)
+        });
+        self.buffers = buffers;
+        match found? {
+            Some(found) => Ok(found),
+            None => {
+                (self.state.gist_version, self.state.lens_ready) = (version, ready == 1);
+                self.checkpoint(&modules.parts(&self.config.jt3.groups), Some(optimizer))?;
+                self.stopped()
+            }
+        }
+    }
+
+    /// The steps of a phase that are left.
+    fn drive(&mut self, learner: &mut dyn Learner, place: PhasePlace) -> Result<Option<String>> {
+        let steps = if self.state.failed.is_some() { 0 } else { self.config.steps_of(place.kind) };
+        let settings = self.config.optimizer_of(place.kind);
+        let begun = (Instant::now(), self.state.phase_step);
+        while self.state.phase_step < steps {
+            let at = self.state.phase_step;
+            if self.stops() || !learner.prepare(at)? {
+                self.checkpoint(&learner.parts(), Some(learner.optimizer()))?;
+                return self.stopped();
+            }
+            let start = Instant::now();
+            let lr = settings.lr_at(at, at, steps);
+            let found = match learner.step(at, lr) {
+                Ok(found) => found,
+                Err(Failure::Other(error)) => return Err(error),
+                Err(Failure::NotFinite(message)) => {
+                    return Ok(Some(format!("step {} (lr {lr:.2e}): {message}", at + 1)));
+                }
+            };
+            self.state.phase_step += 1;
+            self.state.step += 1;
+            self.telemetry.record(Record::CycleStep(CycleStepRecord {
+                step: self.state.step,
+                phase: place.kind.name().to_string(),
+                cycle: place.cycle,
+                phase_step: self.state.phase_step as u64,
+                loss: found.loss,
+                measured: found.measured,
+                lr,
+                grad_norm: found.grad_norm,
+                items: found.items as u64,
+                wall_time: wall_time(),
+                wall_seconds: since(start),
+            }))?;
+            let done = (self.state.phase_step - begun.1) as f64;
+            let left = (steps - self.state.phase_step) as f64;
+            self.host.event(
+                "progress",
+                &json!({
+                    "job": "train", "phase": place.kind.name(), "cycle": place.cycle,
+                    "stage": self.state.phase + 1, "stages": self.phases.len(),
+                    "step": self.state.phase_step, "steps": steps, "loss": found.loss, "lr": lr,
+                    "eta_s": since(begun.0) / done * left,
+                }),
+            );
+            let every = self.config.checkpoint.every;
+            if self.state.phase_step.is_multiple_of(every) || self.state.phase_step == steps {
+                self.checkpoint(&learner.parts(), Some(learner.optimizer()))?;
+            }
+        }
+        Ok(None)
+    }
+
+    /// The optimiser of the open phase: of the checkpoint that the run goes on from, or as the module was left.
+    fn optimizer(&mut self, modules: &Modules, place: PhasePlace) -> Result<Optimizer> {
+        let module = place.kind.module();
+        let params = match module {
+            Group::Gistnet => modules.gistnet.params(),
+            Group::Lensnet => modules.lensnet.params(),
+            _ => modules.decoder.params(),
+        };
+        let adamw = self.config.optimizer_of(place.kind).adamw();
+        match self.taken_up.take().filter(|_| self.state.phase_step > 0) {
+            Some(moments) => {
+                let mut optimizer = Optimizer::new(adamw);
+                let moments = moments.into_iter().map(|m: Named| (m.name, m.values.into_owned()));
+                optimizer.import(params, moments).map_err(model_error)?;
+                Ok(optimizer)
+            }
+            None => self.state.moments.take_up(self.folder.path(), module, params, adamw),
+        }
+    }
+
+    fn gistnet(&mut self, modules: Modules, place: PhasePlace, scope: &Scope) -> Result<Learned> {
+        let optimizer = self.optimizer(&modules, place)?;
+        let data = self.data(scope.context)?;
+        let config = self.config;
+        let Modules { decoder, gistnet, lensnet } = modules;
+        let loss =
+            HorizonLoss::new(&decoder, &scope.scaling, scope.rule, Pattern::Dense).map_err(model_error)?;
+        let (allocator, limits) = (&config.allocator, scope.limits);
+        let focus = Focus { loss: &loss, allocator, limits, refocuses: config.refocuses };
+        let base = self.base.clone();
+        let maker = Maker { decoder: &decoder, levels: config.levels, base: &base };
+        let setting = Setting { scaling: scope.scaling.clone(), rule: scope.rule, pattern: Pattern::Dense };
+        let adamw = config.optimizer_of(place.kind).adamw();
+        let mut trainer =
+            GistTrainer::new(&decoder, setting, gistnet, adamw, PASSAGE_BYTES).map_err(model_error)?;
+        trainer.optimizer = optimizer;
+        let (phase, seed, lens_ready) = (self.state.phase, config.seed, self.state.lens_ready);
+        let model_groups = &config.jt3.groups[..];
+        let stage: Stage = config.stage_of(place.kind);
+        let mut learner = GistLearner {
+            scene: Scene { place, phase, seed, data: &data, maker, focus: &focus, lens_ready, model_groups },
+            settings: config.gist_phase(place.kind),
+            stage,
+            trainer,
+            lensnet: &lensnet,
+            order: Order::new(data.train.len(), seed, phase),
+            buffers: Buffers::default(),
+        };
+        let failed = self.drive(&mut learner, place)?;
+        let GistTrainer { mut network, optimizer, .. } = learner.trainer;
+        network.params_mut().freeze();
+        Ok((Modules { decoder, gistnet: network, lensnet }, optimizer, failed))
+    }
+
+    /// What labels of a phase hold for.
+    fn stated(&self, place: PhasePlace, scope: &Scope) -> Value {
+        json!({
+            "phase": self.state.phase,
+            "kind": place.kind,
+            "config_hash": self.state.config_hash,
+            "base": self.state.inputs.base,
+            "began_with": self.state.began_with,
+            "step": self.state.step - self.state.phase_step as u64,
+            "context": scope.context,
+            "gist_version": self.state.gist_version,
+        })
+    }
+
+    fn lensnet(&mut self, modules: Modules, place: PhasePlace, scope: &Scope) -> Result<Learned> {
+        let optimizer = self.optimizer(&modules, place)?;
+        let data = self.data(scope.context)?;
+        let config = self.config;
+        let adapter = self.adapter_fingerprint(&modules.decoder, &scope.scaling)?;
+        let Modules { decoder, gistnet, lensnet } = modules;
+        let loss =
+            HorizonLoss::new(&decoder, &scope.scaling, scope.rule, Pattern::Dense).map_err(model_error)?;
+        let (allocator, limits) = (&config.allocator, scope.limits);
+        let focus = Focus { loss: &loss, allocator, limits, refocuses: config.refocuses };
+        let base = self.base.clone();
+        let maker = Maker { decoder: &decoder, levels: config.levels, base: &base };
+        let (phase, seed, lens_ready) = (self.state.phase, config.seed, self.state.lens_ready);
+        let model_groups = &config.jt3.groups[..];
+        let scene = Scene { place, phase, seed, data: &data, maker, focus: &focus, lens_ready, model_groups };
+        let mut order = Order::new(data.train.len(), seed, phase);
+        if self.state.unit.is_none() {
+            let mut found = Vec::new();
+            for at in 0..LOOKED_AT.min(data.train.len()) {
+                if self.host.cancelled() {
+                    let modules = Modules { decoder, gistnet, lensnet };
+                    self.checkpoint(&modules.parts(&config.jt3.groups), Some(&optimizer))?;
+                    return self.stopped();
+                }
+                let history = data.history(order.at(at), maker, &gistnet)?;
+                found.push(begun_utilities(&focus, &history, seed, &mut self.buffers)?);
+            }
+            self.state.unit = Some(unit_of(&found));
+        }
+        let objective = Objective {
+            counterfactual: config.counterfactual.clone(),
+            preference: config.preference.clone(),
+        };
+        let held =
+            (config.preference.kl_weight != 0.0).then(|| self.start_of_lensnet(&lensnet)).transpose()?;
+        let adamw = config.optimizer_of(place.kind).adamw();
+        let mut trainer =
+            LensTrainer::new(lensnet, scope.rule, config.levels, objective, adamw).map_err(model_error)?;
+        trainer.optimizer = optimizer;
+        if let Some(before) = held {
+            trainer.hold_to(before).map_err(model_error)?;
+        }
+        let earlier = self.phases[..phase].iter().filter(|place| place.kind.module() == Group::Lensnet);
+        let folder = self.folder.path().to_path_buf();
+        let mut learner = LensLearner {
+            scene,
+            settings: config.lens_phase(place.kind),
+            trainer,
+            gistnet: &gistnet,
+            scale: config.counterfactual.scale(self.state.unit.unwrap_or(1.0)),
+            order,
+            buffers: Buffers::default(),
+            host: self.host,
+            folder: &folder,
+            stated: self.stated(place, scope),
+            stamp: LabelStamp {
+                base: self.state.inputs.base.clone(),
+                adapter: Some(adapter),
+                gist_version: self.state.gist_version,
+                horizon: config.horizon,
+                block: config.network.block,
+            },
+            first_round: 1 + earlier.map(|place| config.lens_phase(place.kind).labels.rounds).sum::<usize>(),
+            labels: Vec::new(),
+            rounds_made: 0,
+        };
+        let failed = self.drive(&mut learner, place)?;
+        let LensTrainer { mut network, optimizer, .. } = learner.trainer;
+        network.params_mut().freeze();
+        Ok((Modules { decoder, gistnet, lensnet: network }, optimizer, failed))
+    }
+
+    /// LensNet as the open phase began.
+    fn start_of_lensnet(&self, now: &LensNet) -> Result<LensNet> {
+        let mut before = LensNet::new(now.config().clone(), self.config.seed).map_err(model_error)?;
+        let stored =
+            self.state.start.as_ref().ok_or_else(|| PluginError::internal("a phase without a start"))?;
+        for tensor in stored.read(self.folder.path())? {
+            let name = tensor.name.trim_start_matches("lensnet/").to_string();
+            let values = tensor.values.into_owned();
+            before
+                .params_mut()
+                .insert_values(name, Group::Lensnet, values, &tensor.shape)
+                .map_err(model_error)?;
+        }
+        Ok(before)
+    }
+
+    fn lora(&mut self, modules: Modules, place: PhasePlace, scope: &Scope) -> Result<Learned> {
+        let optimizer = self.optimizer(&modules, place)?;
+        let data = self.data(scope.context)?;
+        let config = self.config;
+        let (phase, seed, lens_ready) = (self.state.phase, config.seed, self.state.lens_ready);
+        let mut order = Order::new(data.train.len(), seed, phase);
+        let teacher = self.teacher(&modules, scope, &data, &mut order)?;
+        let Modules { mut decoder, gistnet, lensnet } = modules;
+        decoder.params_mut().set_learning(config.jt3.groups.iter().copied()).map_err(model_error)?;
+        let horizon =
+            |pattern| HorizonLoss::new(&decoder, &scope.scaling, scope.rule, pattern).map_err(model_error);
+        let dense = horizon(Pattern::Dense)?;
+        let entries = scope.limits.budget() + config.horizon;
+        let loss = horizon(config.jt3_pattern(entries)?)?;
+        let (allocator, limits) = (&config.allocator, scope.limits);
+        let focus = Focus { loss: &dense, allocator, limits, refocuses: config.refocuses };
+        let base = self.base.clone();
+        let maker = Maker { decoder: &decoder, levels: config.levels, base: &base };
+        let model_groups = &config.jt3.groups[..];
+        let mut learner = LoraLearner {
+            scene: Scene { place, phase, seed, data: &data, maker, focus: &focus, lens_ready, model_groups },
+            settings: &config.jt3,
+            decoder: &decoder,
+            gistnet: &gistnet,
+            lensnet: &lensnet,
+            optimizer,
+            gradients: Gradients::new(),
+            order,
+            buffers: Buffers::default(),
+            loss,
+            teacher,
+        };
+        let failed = self.drive(&mut learner, place)?;
+        let optimizer = learner.optimizer;
+        decoder.params_mut().freeze();
+        Ok((Modules { decoder, gistnet, lensnet }, optimizer, failed))
+    }
+
+    /// What the model said of every history of the phase as the phase began, kept in a file, so that a phase that is taken up has
+    /// the same teacher. Empty without one.
+    fn teacher(
+        &mut self,
+        modules: &Modules,
+        scope: &Scope,
+        data: &Data,
+        order: &mut Order,
+    ) -> Result<Vec<(usize, Vec<f32>)>> {
+        let jt3 = &self.config.jt3;
+        if jt3.teacher == 0.0 {
+            return Ok(Vec::new());
+        }
+        let mut numbers: Vec<usize> = (0..jt3.steps * jt3.batch).map(|at| order.at(at)).collect();
+        numbers.sort_unstable();
+        numbers.dedup();
+        if let Some(stored) = &self.state.teacher {
+            let tensors = stored.read(self.folder.path())?;
+            let values = tensors.first().map(|tensor| &tensor.values[..]).unwrap_or_default();
+            return Ok(by_history(&numbers, values));
+        }
+        self.say(&format!("asking the teacher about {} histories", numbers.len()));
+        let decoder = &modules.decoder;
+        let loss =
+            HorizonLoss::new(decoder, &scope.scaling, scope.rule, Pattern::Dense).map_err(model_error)?;
+        let maker = Maker { decoder, levels: self.config.levels, base: &self.base };
+        let mut values = Vec::new();
+        for number in &numbers {
+            if self.host.cancelled() {
+                self.checkpoint(&modules.parts(&jt3.groups), None)?;
+                return self.stopped();
+            }
+            let history = maker.make(&data.train[*number], &modules.gistnet)?;
+            values.extend(loss.teacher(&history.tree, &history.future).map_err(model_error)?);
+        }
+        let shape = vec![numbers.len(), self.config.horizon, decoder.config().hidden_size];
+        let tensor = Named { name: "hidden".to_string(), shape, values: (&values[..]).into() };
+        let file = format!("phase/{}-teacher.safetensors", self.state.phase);
+        self.state.teacher = Some(Stored::write(self.folder.path(), file, &[tensor])?);
+        Ok(by_history(&numbers, &values))
+    }
+}
