@@ -31,7 +31,6 @@ use std::time::Instant;
 use gistnet_adapter::GistNet;
 use lensnet_adapter::LensNet;
 use lensnet_adapter::validate::Difference;
-use megacontext_base::adapter::read_adapter;
 use megacontext_base::buffers::Buffers;
 use megacontext_base::context::{BaseModel, Limits};
 use megacontext_base::decoder::Decoder;
@@ -71,6 +70,9 @@ struct Params {
     /// Stops, as a cancelled run does, after so many optimiser steps of this call; none runs to the end.
     #[serde(default)]
     pause_after: Option<u64>,
+    /// Gives back the plan and does nothing else.
+    #[serde(default)]
+    plan_only: bool,
     #[serde(flatten)]
     config: Map<String, Value>,
 }
@@ -227,13 +229,13 @@ struct Scope {
 
 /// Runs the job.
 pub fn run(params: Value, host: &dyn HostApi) -> Result<Value> {
-    let Params { resume, pause_after, config } = parse(params)?;
+    let Params { resume, pause_after, plan_only, config } = parse(params)?;
     let config: CycleConfig = parse(Value::Object(config))?;
     if resume {
         expect_run(&config.out)?;
     }
     let threads = config.threads;
-    with_threads(threads, || prepare(config, resume, pause_after, host))?
+    with_threads(threads, || prepare(config, resume, pause_after, plan_only, host))?
 }
 
 /// A network's settings, where the run begins with one from a file.
@@ -291,6 +293,7 @@ fn prepare(
     mut config: CycleConfig,
     resume: bool,
     pause_after: Option<u64>,
+    plan_only: bool,
     host: &dyn HostApi,
 ) -> Result<Value> {
     let started = Instant::now();
@@ -308,6 +311,9 @@ fn prepare(
     let mut told = to_value(&plan)?;
     told["text"] = json!(plan.text());
     host.event("plan", &told);
+    if plan_only {
+        return Ok(told);
+    }
 
     let (mut decoder, own_scaling, adapter) = model.decoder_with(config.adapter.as_deref(), config.dtype)?;
     let replaced: BTreeSet<String> = adapter

@@ -1,7 +1,8 @@
 //! The command line. What a setting means and which values it takes is decided by the plugin; here are only their names,
 //! so a flag that was not given is absent, and the default shown in its help is the plugin's.
 
-use crate::args_gist::{EvalGist, TrainCommand};
+use crate::args_cycle::Train;
+use crate::args_gist::EvalGist;
 use crate::bench::BenchCommand;
 use crate::lora::LoraFlags;
 use clap::{Args, Parser, Subcommand};
@@ -57,9 +58,8 @@ pub enum Command {
     Extend(Box<Extend>),
     /// Which LoRA rank: a short run for each of several, compared on held-out text
     Sweep(Box<Sweep>),
-    /// Train a network beside a frozen base model
-    #[command(subcommand)]
-    Train(TrainCommand),
+    /// Alternating optimisation of GistNet, LensNet and LoRA, or one network beside a frozen base model
+    Train(Box<Train>),
     /// Measure a model
     #[command(subcommand)]
     Eval(EvalCommand),

@@ -7,6 +7,7 @@
 //! Exit codes: 0 done; 2 the command or a setting is wrong; 130 interrupted; 1 anything else. One message on stderr.
 
 mod args;
+mod args_cycle;
 mod args_gist;
 mod args_lens;
 mod bench;
@@ -20,6 +21,7 @@ mod quickstart;
 mod sweep;
 mod tables;
 mod train;
+mod train_cycle;
 mod train_lens;
 
 use args::{Cli, Command, EvalCommand, PluginCommand};
@@ -55,8 +57,11 @@ fn run(cli: Cli) -> Result<Value> {
         Command::Quickstart(args) => quickstart::run(&args, &global),
         Command::Extend(args) => commands::extend(&args, &global),
         Command::Sweep(args) => sweep::run(&args, &global),
-        Command::Train(TrainCommand::Gistnet(args)) => train::gistnet(&args, &global),
-        Command::Train(TrainCommand::Lensnet(args)) => train_lens::lensnet(&args, &global),
+        Command::Train(args) => match args.network {
+            None => train_cycle::run(&args.cycle, &global),
+            Some(TrainCommand::Gistnet(args)) => train::gistnet(&args, &global),
+            Some(TrainCommand::Lensnet(args)) => train_lens::lensnet(&args, &global),
+        },
         Command::Eval(EvalCommand::Ppl(args)) => commands::eval_ppl(&args, &global),
         Command::Eval(EvalCommand::Passkey(args)) => commands::eval_passkey(&args, &global),
         Command::Eval(EvalCommand::Gist(args)) => train::eval_gist(&args, &global),

@@ -104,6 +104,9 @@ fn status(event: &Value) -> String {
     if let (Some(stage), Some(stages @ 2..)) = (event["stage"].as_u64(), event["stages"].as_u64()) {
         parts.push(format!("stage {stage}/{stages}"));
     }
+    if let (Some(phase), Some(cycle)) = (event["phase"].as_str(), event["cycle"].as_u64()) {
+        parts.push(if cycle == 0 { phase.to_string() } else { format!("cycle {cycle} {phase}") });
+    }
     if event["labels"].is_u64() {
         parts.push("making labels".to_string());
     }
@@ -150,9 +153,12 @@ impl Host for Reporter {
         }
         match kind {
             "progress" => self.progress(&event),
-            "evaluation" => self.say(&evaluation(&event)),
+            "evaluation" => match event["text"].as_str() {
+                Some(text) => self.say(text),
+                None => self.say(&evaluation(&event)),
+            },
             "log" => self.say(event["message"].as_str().unwrap_or_default()),
-            "plan" | "cell" | "validation" => self.say(event["text"].as_str().unwrap_or_default()),
+            "plan" | "cell" | "validation" | "phase" => self.say(event["text"].as_str().unwrap_or_default()),
             // Checkpoints show in the run folder; what a later plugin may tell besides is not for this host.
             _ => {}
         }

@@ -194,12 +194,26 @@ impl Run<'_> {
             self.checkpoint(&modules.parts(&self.config.jt3.groups), None)?;
             return self.stopped();
         };
-        let mut event = to_value(&found)?;
+        self.evaluated(&found)?;
+        Ok(found)
+    }
+
+    /// Tells the host what was measured.
+    fn evaluated(&self, found: &Evaluation) -> Result<()> {
+        let mut event = to_value(found)?;
         if let Value::Object(map) = &mut event {
             map.remove("losses");
         }
-        self.host.event("evaluation", &json!({ "job": "train", "evaluation": event }));
-        Ok(found)
+        let h = self.config.horizon;
+        let mut text =
+            format!("  loss@{h} {:.4}, behind whole histories {:.4}", found.loss_at_h, found.full_loss);
+        if let (Some(gist), Some(deleted)) = (found.delta_nll.get("gist"), found.delta_nll.get("deleted")) {
+            text += &format!("; ΔNLL@{h} of gists {gist:.4}, of nothing {deleted:.4}");
+        }
+        event["job"] = json!("train");
+        event["text"] = json!(text);
+        self.host.event("evaluation", &event);
+        Ok(())
     }
 
     fn groups(&self, kind: PhaseKind) -> Vec<Group> {
@@ -401,7 +415,10 @@ impl Run<'_> {
         });
         self.buffers = buffers;
         match found? {
-            Some(found) => Ok(found),
+            Some(found) => {
+                self.evaluated(&found)?;
+                Ok(found)
+            }
             None => {
                 (self.state.gist_version, self.state.lens_ready) = (version, ready == 1);
                 self.checkpoint(&modules.parts(&self.config.jt3.groups), Some(optimizer))?;
