@@ -60,3 +60,16 @@ pub trait HostApi: Send + Sync {
         Answer::Continue
     }
 }
+
+/// A host that hears nothing and never interrupts.
+#[cfg(test)]
+pub(crate) struct Silent;
+
+#[cfg(test)]
+impl HostApi for Silent {
+    fn event(&self, _: &str, _: &Value) {}
+
+    fn cancelled(&self) -> bool {
+        false
+    }
+}

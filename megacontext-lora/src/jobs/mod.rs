@@ -17,6 +17,7 @@
 //! | `sweep` | [`sweep`] | [`sweep::SweepSummary`] |
 //! | `logits` | [`logits::LogitsJob`] | where the logits are |
 //! | `rope` | [`rope::RopeJob`] | the rotary bands of a model, before and after a scaling |
+//! | `report` | folders of runs | [`report::Comparison`] |
 //! | `bench` | [`mod@bench`] | one measurement |
 //!
 //! Errors: an unknown kind, naming the ones there are; a parameter that does not exist, by name.
@@ -53,6 +54,7 @@ pub mod logits;
 pub mod merge;
 pub mod parameters;
 pub mod pretrain;
+pub mod report;
 pub mod rope;
 pub mod sweep;
 pub mod train;
@@ -60,7 +62,7 @@ pub mod train_gistnet;
 pub mod train_lensnet;
 
 /// Names of all jobs.
-pub const KINDS: [&str; 16] = [
+pub const KINDS: [&str; 17] = [
     "extend",
     "train",
     "train_gistnet",
@@ -76,6 +78,7 @@ pub const KINDS: [&str; 16] = [
     "sweep",
     "logits",
     "rope",
+    "report",
     "bench",
 ];
 
@@ -100,6 +103,7 @@ pub fn run(kind: &str, params: Value, host: &dyn HostApi) -> Result<Value> {
         "sweep" => sweep::run(params, host),
         "logits" => logits::run(params, host),
         "rope" => rope::run(params, host),
+        "report" => report::run(params, host),
         "bench" => bench::run(params, host),
         other => Err(PluginError::usage(format!("job: expected one of {KINDS:?}, got \"{other}\""))),
     }

@@ -10,12 +10,14 @@
 //! [`sweep`] is the page of a sweep over ranks, in the same frame.
 //! [`gistnet`] is the page of a run that trained GistNet.
 //! [`lensnet`] is the page of a run that trained LensNet.
+//! [`compare`] is the page of several runs side by side.
 //! [`cycle`] is the page of a run of alternating optimisation.
 //! [`evaluation`] is the page of an evaluation, with the same frame and drawings.
 //!
 //! Errors: `Io` and `Data` with the path while a run folder is read; rendering has none.
 
 mod axes;
+pub mod compare;
 pub mod cycle;
 pub mod evaluation;
 mod focus;

@@ -75,6 +75,8 @@ pub enum Command {
     Rope(Rope),
     /// Train a small model from nothing, on the Rust sources and documentation of this machine
     Pretrain(Pretrain),
+    /// Show finished runs side by side: what they came to, and which settings differ
+    Report(Report),
     /// Measure this machine: kernels, training steps, loading; one JSON line each
     #[command(subcommand)]
     Bench(BenchCommand),
@@ -608,4 +610,17 @@ pub struct PluginCheck {
     /// If it is refused for its types, print the layout checker's findings too
     #[arg(long)]
     pub details: bool,
+}
+
+/// Show finished runs side by side: what they came to, and which of their settings differ.
+#[derive(Debug, Clone, Args)]
+#[command(after_help = "Example:
+  mclora report runs/quickstart runs/mine --out compare.html")]
+pub struct Report {
+    /// Run folders, or folders of runs such as a quickstart's
+    #[arg(value_name = "RUN", required = true)]
+    pub runs: Vec<PathBuf>,
+    /// Write a page besides
+    #[arg(long, value_name = "FILE.html")]
+    pub out: Option<PathBuf>,
 }

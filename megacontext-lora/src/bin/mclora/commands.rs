@@ -2,7 +2,7 @@
 
 use crate::args::{
     EvalGap, EvalPasskey, EvalPpl, Evaluated, Export, Extend, Generate, Global, Logits, Merge, PluginCheck,
-    Pretrain, Rope,
+    Pretrain, Report, Rope,
 };
 use crate::failure::{Failure, Result};
 use crate::progress::{Reporter, catch_interrupts};
@@ -55,6 +55,35 @@ fn show(global: &Global, text: impl FnOnce() -> String) {
     if !global.json {
         print!("{}", text());
     }
+}
+
+pub fn report(args: &Report, global: &Global) -> Result<Value> {
+    let runs = args.runs.iter().map(|run| params::utf8(run)).collect::<Result<Vec<_>>>()?;
+    let out = args.out.as_deref().map(params::utf8).transpose()?;
+    let found = job("report", &json!({ "runs": runs, "out": out }), global)?;
+    let texts = |value: &Value| -> Vec<String> {
+        let cells = value.as_array().into_iter().flatten();
+        cells.map(|cell| cell.as_str().unwrap_or_default().to_string()).collect()
+    };
+    let rows = |key: &str| -> Vec<Vec<String>> {
+        let row =
+            |row: &Value| [vec![row[0].as_str().unwrap_or_default().to_string()], texts(&row[1])].concat();
+        found[key].as_array().into_iter().flatten().map(row).collect()
+    };
+    show(global, || {
+        let runs = texts(&found["runs"]);
+        let heads: Vec<&str> = std::iter::once("").chain(runs.iter().map(String::as_str)).collect();
+        let mut text = format!("{}\n", tables::table(&heads, &rows("figures")));
+        let settings = rows("settings");
+        if !settings.is_empty() {
+            text += &format!("Settings that differ:\n\n{}\n", tables::table(&heads, &settings));
+        }
+        if let Some(out) = &args.out {
+            text += &format!("page      {}\n", out.display());
+        }
+        text
+    });
+    Ok(found)
 }
 
 pub fn extend(args: &Extend, global: &Global) -> Result<Value> {

@@ -72,6 +72,7 @@ fn run(cli: Cli) -> Result<Value> {
         Command::Logits(args) => commands::logits(&args, &global),
         Command::Rope(args) => commands::rope(&args, &global),
         Command::Pretrain(args) => commands::pretrain(&args, &global),
+        Command::Report(args) => commands::report(&args, &global),
         Command::Bench(command) => bench::run(&command, &global),
         Command::Plugin(PluginCommand::Check(args)) => commands::plugin_check(&args, &global),
     }

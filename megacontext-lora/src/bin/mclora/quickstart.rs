@@ -1,13 +1,15 @@
-//! `mclora quickstart`: the embedded model grows from 256 to 1024 tokens of context, on text of this machine.
+//! `mclora quickstart`: the embedded model grows from 256 to 1024 tokens of context, on text of this machine; then gists learn to
+//! stand for spans of it, LensNet where to look closer, and LoRA to read the contexts that come of it: one warm start and one cycle.
 //!
-//! The model's files are part of the program. They are written to `OUT/base`, whole or not at all, and the job `extend`
-//! runs into `OUT/run`: the same job that a user's own model gets. `--smoke` is the same path with fewer steps and fewer
-//! scored tokens.
+//! The model's files are part of the program. They are written to `OUT/base`, whole or not at all. The job `extend` runs into
+//! `OUT/run`, the job `train` with the settings of `configs/quickstart.toml` into `OUT/cycle`: the same jobs that a user's own model
+//! gets. `--smoke` is the same path with fewer steps and fewer scored tokens.
 
 use crate::args::{Global, Quickstart};
 use crate::commands::{finished, job, program, quoted};
 use crate::failure::{Failure, Result};
 use crate::params::{Params, utf8};
+use crate::train_cycle;
 use serde_json::{Value, json};
 use std::path::{Path, PathBuf};
 
@@ -22,6 +24,9 @@ const BASE: [(&str, &[u8]); 4] = [
 /// Built without the model's files: there is nothing to start with.
 #[cfg(not(embedded_base))]
 const BASE: [(&str, &[u8]); 0] = [];
+
+/// The cycle's settings.
+const CYCLE: &str = include_str!("../../../../configs/quickstart.toml");
 
 /// Where it goes unless told.
 const DEFAULT_OUT: &str = "runs/quickstart";
@@ -41,6 +46,23 @@ struct Preset {
     eval_tokens: u64,
     checkpoint_every: u64,
 }
+
+/// What is smaller in the cycle with `--smoke`.
+const SMOKE_CYCLE: [(&str, u64); 13] = [
+    ("warm_gistnet.steps", 4),
+    ("warm_gistnet.batch", 2),
+    ("warm_lensnet.steps", 4),
+    ("warm_lensnet.batch", 2),
+    ("warm_lensnet.labels.histories", 4),
+    ("jt1.steps", 3),
+    ("jt1.batch", 2),
+    ("jt2.steps", 3),
+    ("jt2.labels.histories", 4),
+    ("jt3.steps", 3),
+    ("jt3.batch", 2),
+    ("validation.histories", 4),
+    ("validation.test_histories", 4),
+];
 
 /// At most five minutes on two cores.
 const FULL: Preset = Preset {
@@ -67,32 +89,74 @@ pub fn run(args: &Quickstart, global: &Global) -> Result<Value> {
         Some(out) => out.clone(),
         None => default_out(Path::new(DEFAULT_OUT), args.resume),
     };
-    let (base, run) = (out.join("base"), out.join("run"));
-    let written = run.join("config.toml");
+    let (base, run, cycle) = (out.join("base"), out.join("run"), out.join("cycle"));
+    let resumable = || format!("{} quickstart --resume --out {}", program(), quoted(&out));
+    write_base(&base)?;
+    if !global.json && !args.resume {
+        eprintln!(
+            "A small language model that was trained on 256 tokens at a time learns to use {CONTEXT}, on text found on\n\
+             this machine; then to work with gists in the place of spans. It takes {}; everything goes to {}.",
+            if args.smoke { "about a minute" } else { "some minutes" },
+            out.display()
+        );
+    }
+    let extended = extended(args, &base, &run, global).map_err(|e| e.resumable(resumable))?;
+    if !global.json {
+        println!("{}", finished(&extended, &run));
+    }
+    let cycled = cycled(args, &base, &run, &cycle, global).map_err(|e| e.resumable(resumable))?;
+    if !global.json {
+        print!("{}", train_cycle::finished(&cycled, &cycle));
+        println!("\n{}", next_command(&base, &run, &extended));
+    }
+    Ok(with_paths(extended, &cycled, &base, &run, &cycle))
+}
+
+/// The extension: run, taken up again, or read where it is done.
+fn extended(args: &Quickstart, base: &Path, run: &Path, global: &Global) -> Result<Value> {
+    let (written, done) = (run.join("config.toml"), run.join("summary.json"));
+    if args.resume && done.is_file() {
+        let text = std::fs::read_to_string(&done).map_err(|error| Failure::io(&done, &error))?;
+        return serde_json::from_str(&text).map_err(|error| {
+            Failure::usage(format!("{}: expected a run's summary: {error}", done.display()))
+        });
+    }
     let resume = args.resume && written.is_file();
-    let mut params = if resume { Params::from_toml(&written)? } else { parameters(&base, &run, args.smoke)? };
+    let mut params = if resume { Params::from_toml(&written)? } else { parameters(base, run, args.smoke)? };
     params.set("resume", resume);
     params.set_some("threads", global.threads);
     params.set_some("dtype", args.dtype.as_deref());
     if !resume {
         params.set_some("scaling", args.scaling.as_deref());
     }
-    write_base(&base)?;
-    if !global.json && !resume {
-        eprintln!(
-            "A small language model that was trained on 256 tokens at a time learns to use {CONTEXT}, on text found on\n\
-             this machine. It takes {}; everything goes to {}.",
-            if args.smoke { "less than a minute" } else { "a few minutes" },
-            out.display()
-        );
+    job("extend", &params.into_value(), global)
+}
+
+/// The cycle on the extended model.
+fn cycled(args: &Quickstart, base: &Path, run: &Path, cycle: &Path, global: &Global) -> Result<Value> {
+    let written = cycle.join("config.toml");
+    let resume = args.resume && written.is_file();
+    let mut params = if resume { Params::from_toml(&written)? } else { cycle_parameters(args.smoke)? };
+    if !resume {
+        params.set("base", utf8(base)?);
+        params.set("adapter", utf8(&run.join("adapter"))?);
+        params.set("out", utf8(cycle)?);
+        params.set_some("dtype", args.dtype.as_deref());
     }
-    let summary = job("extend", &params.into_value(), global)
-        .map_err(|e| e.resumable(|| format!("{} quickstart --resume --out {}", program(), quoted(&out))))?;
-    if !global.json {
-        print!("{}", finished(&summary, &run));
-        println!("\n{}", next_command(&base, &run, &summary));
+    params.set("resume", resume);
+    params.set_some("threads", global.threads);
+    job("train", &params.into_value(), global)
+}
+
+/// The cycle's settings, but for where things are.
+fn cycle_parameters(smoke: bool) -> Result<Params> {
+    let settings: Value = toml::from_str(CYCLE)
+        .map_err(|error| Failure::internal(format!("configs/quickstart.toml: {error}")))?;
+    let mut params = Params::from_value(settings);
+    if smoke {
+        SMOKE_CYCLE.iter().for_each(|(key, value)| params.set(key, *value));
     }
-    Ok(with_paths(summary, &base, &run))
+    Ok(params)
 }
 
 /// The first free name; to resume, the last one taken.
@@ -185,12 +249,21 @@ fn next_command(base: &Path, run: &Path, summary: &Value) -> String {
     )
 }
 
-fn with_paths(mut summary: Value, base: &Path, run: &Path) -> Value {
+/// The extension's summary, with what the cycle adds to it.
+fn with_paths(mut summary: Value, cycled: &Value, base: &Path, run: &Path, cycle: &Path) -> Value {
     if let Value::Object(map) = &mut summary {
         map.insert(
             "paths".into(),
-            json!({ "base": base, "run": run, "report": run.join("report.html"), "adapter": run.join("adapter") }),
+            json!({
+                "base": base, "run": run, "report": run.join("report.html"), "adapter": run.join("adapter"), "cycle": cycle,
+                "cycle_report": cycle.join("report.html"), "cycle_adapter": cycle.join("adapter"),
+                "gistnet": cycle.join("gistnet.safetensors"), "lensnet": cycle.join("lensnet.safetensors"),
+            }),
         );
+        for key in ["delta_nll", "focus_loss", "phases"] {
+            map.insert(key.into(), cycled[key].clone());
+        }
+        map.insert("cycle".into(), cycled.clone());
     }
     summary
 }
@@ -222,6 +295,15 @@ mod tests {
         assert_eq!(keys(&full), keys(&smoke));
         assert_eq!(full["context"], smoke["context"]);
         assert_eq!(full["stages"][1]["context"], json!(CONTEXT));
+    }
+
+    #[test]
+    fn the_cycles_smoke_changes_settings_that_there_are() {
+        let settings = cycle_parameters(false).unwrap().into_value();
+        for (key, value) in SMOKE_CYCLE {
+            let place = settings.pointer(&format!("/{}", key.replace('.', "/")));
+            assert!(place.and_then(Value::as_u64).is_some_and(|full| full > value), "{key}: {place:?}");
+        }
     }
 
     #[test]

@@ -67,7 +67,7 @@ fn with_error(of: &Value) -> String {
 }
 
 /// What each phase changed, what stands for spans and who chooses contexts and what that costs.
-pub fn tables(summary: &Value) -> String {
+fn tables(summary: &Value) -> String {
     let horizon = &summary["horizon"];
     let loss = format!("loss@{horizon}");
     let rows: Vec<Vec<String>> = summary["phases"]
@@ -156,7 +156,7 @@ pub fn tables(summary: &Value) -> String {
 }
 
 /// What a finished run says to people.
-fn finished(summary: &Value, run: &Path) -> String {
+pub fn finished(summary: &Value, run: &Path) -> String {
     let mut text = tables(summary);
     let peak = number(&summary["peak_bytes"]) / 1e6;
     text += &format!(
