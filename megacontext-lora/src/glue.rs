@@ -166,6 +166,10 @@ impl HostApi for HostProxy {
     fn phase_left(&self, json: &Value) -> host::Answer {
         answer(self.0.phase_left(json.to_string().as_str().into()))
     }
+
+    fn hook(&self, kind: &str, json: &Value) -> host::Answer {
+        answer(self.0.hook(kind.into(), json.to_string().as_str().into()))
+    }
 }
 
 fn answer(answer: megacontext_lora_abi::Answer) -> host::Answer {

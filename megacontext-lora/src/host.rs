@@ -8,11 +8,11 @@ use crate::error::Result;
 
 /// What becomes of a phase. What an answer does depends on where it is given:
 ///
-/// | | session, phase entered | session, phase left | `extend`, phase entered | `extend`, phase left |
-/// |---|---|---|---|---|
-/// | `Continue` | the phase is open | what was learned stays | training begins | the adapter is written |
-/// | `RollBack` | `Cancelled`, nothing has changed | all is as before the phase | as `Stop` | as `Stop` |
-/// | `Stop` | as `RollBack` | as `Continue` | `Cancelled` before training | `Cancelled`, no adapter is written |
+/// | | session, phase entered | session, phase left | `extend`, phase entered | `extend`, phase left | `train`, phase entered | `train`, phase left |
+/// |---|---|---|---|---|---|---|
+/// | `Continue` | the phase is open | what was learned stays | training begins | the adapter is written | it begins | kept, or undone by its bounds |
+/// | `RollBack` | `Cancelled`, nothing has changed | all is as before the phase | as `Stop` | as `Stop` | it is left out | it is undone |
+/// | `Stop` | as `RollBack` | as `Continue` | `Cancelled` before training | `Cancelled`, no adapter is written | `Cancelled` | as `Continue`, then `Cancelled` |
 ///
 /// `extend` keeps its checkpoints whatever the answer, so a later run can resume and ask again.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -57,6 +57,13 @@ pub trait HostApi: Send + Sync {
     /// A phase ended. The same holds as for [`HostApi::phase_entered`].
     fn phase_left(&self, json: &Value) -> Answer {
         let _ = json;
+        Answer::Continue
+    }
+
+    /// A moment of the job `train`: `phase_entering`, `step`, `evaluation`, `labels_stale`, `checkpoint`. What an answer does is at
+    /// `Host::hook` of the ABI.
+    fn hook(&self, kind: &str, json: &Value) -> Answer {
+        let _ = (kind, json);
         Answer::Continue
     }
 }

@@ -53,6 +53,8 @@ struct Watching {
     /// Phase, and what is answered when it is entered or left.
     entered: Option<(&'static str, Answer)>,
     left: Option<(&'static str, Answer)>,
+    /// Kind of a moment, how many of them pass, and what is answered to the next.
+    hook: Option<(&'static str, usize, Answer)>,
     /// Asks to stop at the n-th event of a kind.
     stop_at: Option<(&'static str, usize)>,
     stopped: AtomicBool,
@@ -77,6 +79,16 @@ impl HostApi for Watching {
         self.heard.lock().unwrap().push(("entered".to_string(), value.clone()));
         match self.entered {
             Some((phase, answer)) if value["phase"] == phase => answer,
+            _ => Answer::Continue,
+        }
+    }
+
+    fn hook(&self, kind: &str, value: &Value) -> Answer {
+        let mut heard = self.heard.lock().unwrap();
+        heard.push((format!("hook {kind}"), value.clone()));
+        let count = heard.iter().filter(|(other, _)| *other == format!("hook {kind}")).count();
+        match self.hook {
+            Some((asked, pass, answer)) if asked == kind && count == pass + 1 => answer,
             _ => Answer::Continue,
         }
     }
@@ -357,6 +369,39 @@ fn a_host_undoes_leaves_out_and_stops_phases() {
     let host = Watching::default();
     run(&resumed(&stopped), &host).unwrap();
     assert_eq!(host.all("entered").len(), 1);
+}
+
+#[test]
+fn a_host_answers_at_every_moment() {
+    let fixture = Fixture::new();
+    let host = Watching::default();
+    run(&settings(&fixture, "heard"), &host).unwrap();
+    let counts = ["phase_entering", "step", "evaluation", "labels_stale"]
+        .map(|kind| host.all(&format!("hook {kind}")).len());
+    assert_eq!(counts, [5, 33, 5, 2]);
+    assert!(!host.all("hook checkpoint").is_empty());
+    // The third step of the first phase undoes it; the stale labels of JT1 undo that; JT2 is left out.
+    let cases = [
+        ("undone", "step", 2, 0, "warm_gistnet"),
+        ("stale", "labels_stale", 1, 2, "jt1"),
+        ("measured", "evaluation", 3, 3, "jt2"),
+    ];
+    for (out, kind, pass, phase, name) in cases {
+        let host = Watching { hook: Some((kind, pass, Answer::RollBack)), ..Watching::default() };
+        let summary = run(&settings(&fixture, out), &host).unwrap();
+        let found = &summary["phases"][phase];
+        assert_eq!([&found["kind"], &found["verdict"]["kind"]], [&json!(name), &json!("host")], "{kind}");
+    }
+    let host = Watching { hook: Some(("phase_entering", 3, Answer::RollBack)), ..Watching::default() };
+    let summary = run(&settings(&fixture, "left"), &host).unwrap();
+    assert_eq!(summary["phases"][3]["kind"], "jt3");
+    for (out, kind) in [("a", "phase_entering"), ("b", "step"), ("c", "evaluation"), ("d", "checkpoint")] {
+        let host = Watching { hook: Some((kind, 1, Answer::Stop)), ..Watching::default() };
+        let stopped = settings(&fixture, out);
+        assert_eq!(run(&stopped, &host).unwrap_err().kind, Kind::Cancelled, "{kind}");
+        run(&resumed(&stopped), &Watching::default()).unwrap();
+        assert_same(&reached(&fixture.path("heard")), &reached(&fixture.path(out)));
+    }
 }
 
 #[test]

@@ -25,18 +25,19 @@ use std::sync::atomic::{AtomicBool, Ordering};
 ///
 /// In [`Host::phase_entered`]:
 ///
-/// | | a session's phase | the job `extend` |
-/// |---|---|---|
-/// | `Continue` | the phase is open | training begins |
-/// | `RollBack`, `Stop` | the call ends with `Cancelled`; the session is as it was before | the job ends with `Cancelled` before training |
+/// | | a session's phase | the job `extend` | a phase of the job `train` |
+/// |---|---|---|---|
+/// | `Continue` | the phase is open | training begins | the phase begins |
+/// | `RollBack` | the call ends with `Cancelled`; the session is as it was before | the job ends with `Cancelled` before training | the phase is left out |
+/// | `Stop` | as `RollBack` | as `RollBack` | the job ends with `Cancelled`, to be resumed |
 ///
 /// In [`Host::phase_left`]:
 ///
-/// | | a session's phase | the job `extend` |
-/// |---|---|---|
-/// | `Continue` | the phase ends, what was learned stays | the adapter and the report are written |
-/// | `RollBack` | the phase ends; parameters, LoRA, positions, optimiser state and count of steps are as before it | the job ends with `Cancelled`, no adapter is written |
-/// | `Stop` | as `Continue`: the phase ends, what was learned stays; the session stays open | as `RollBack` |
+/// | | a session's phase | the job `extend` | a phase of the job `train` |
+/// |---|---|---|---|
+/// | `Continue` | the phase ends, what was learned stays | the adapter and the report are written | it is kept, or undone by the run's own bounds |
+/// | `RollBack` | the phase ends; parameters, LoRA, positions, optimiser state and count of steps are as before it | the job ends with `Cancelled`, no adapter is written | it is undone |
+/// | `Stop` | as `Continue`: the phase ends, what was learned stays; the session stays open | as `RollBack` | as `Continue`, then the job ends with `Cancelled`, to be resumed |
 ///
 /// `extend` keeps its checkpoints whatever the answer: a run resumed in the same folder goes on from there and asks again.
 #[repr(u8)]
@@ -94,7 +95,8 @@ pub trait Host: Send + Sync + 'static {
         Ok(None)
     }
 
-    /// A training phase begins: {groups, parameters} from a session, {job, groups, steps} from `extend`.
+    /// A training phase begins: {groups, parameters} from a session, {job, groups, steps} from `extend`, {job, phase, cycle, groups,
+    /// steps, gist_version, …} from `train`.
     ///
     /// A session may be read from in here. What would change it (`step`, `enter_phase`, `leave_phase`, `resume`), `save`
     /// and `export` answer `Usage` until this returns, from whichever thread they come.
@@ -103,10 +105,27 @@ pub trait Host: Send + Sync + 'static {
         Answer::Continue
     }
 
-    /// A training phase ended: {groups, steps} from a session, {job, groups, perplexity} from `extend`. Nothing learns any
+    /// A training phase ended: {groups, steps} from a session, {job, groups, perplexity} from `extend`, {job, phase, cycle, before,
+    /// after, kept, verdict, …} from `train`. Nothing learns any
     /// more; the same calls are refused as in [`Host::phase_entered`].
     fn phase_left(&self, json: &str) -> Answer {
         let _ = json;
+        Answer::Continue
+    }
+
+    /// A moment of the job `train`, beside those that [`Host::phase_entered`] and [`Host::phase_left`] are:
+    ///
+    /// | kind | when | `RollBack` | `Stop` |
+    /// |---|---|---|---|
+    /// | `phase_entering` | before the modules are measured for a phase | the phase is left out | the job ends with `Cancelled` |
+    /// | `step` | after every optimiser step {step, loss, …} | the phase ends here and is undone | the same, after a checkpoint |
+    /// | `evaluation` | a phase has been measured {loss_at_h, …} | the phase is undone | the same |
+    /// | `labels_stale` | JT1 was kept: gists are of a new version, labels of the old one are void | the phase is undone | the same |
+    /// | `checkpoint` | one was written {path, step} | as `Stop` | the same |
+    ///
+    /// A run that was stopped goes on from there when it is resumed.
+    fn hook(&self, kind: &str, json: &str) -> Answer {
+        let _ = (kind, json);
         Answer::Continue
     }
 }
@@ -131,6 +150,9 @@ impl<H: Host + ?Sized> Host for std::sync::Arc<H> {
     }
     fn phase_left(&self, json: &str) -> Answer {
         (**self).phase_left(json)
+    }
+    fn hook(&self, kind: &str, json: &str) -> Answer {
+        (**self).hook(kind, json)
     }
 }
 
@@ -182,6 +204,10 @@ impl<H: Host> RawHost for Adaptor<H> {
     fn phase_left(&self, json: RStr<'_>) -> Answer {
         self.guard(Answer::Stop, |h| h.phase_left(json.as_str()))
     }
+
+    fn hook(&self, kind: RStr<'_>, json: RStr<'_>) -> Answer {
+        self.guard(Answer::Stop, |h| h.hook(kind.as_str(), json.as_str()))
+    }
 }
 
 /// Puts a host into the box that the ABI takes.
@@ -218,6 +244,7 @@ mod tests {
         assert!(!boxed.cancelled());
         assert!(boxed.allocate("{}".into()).into_result().unwrap().is_none());
         assert_eq!(boxed.phase_left("{}".into()), Answer::Continue);
+        assert_eq!(boxed.hook("step".into(), "{}".into()), Answer::Continue);
     }
 
     #[test]
@@ -227,6 +254,7 @@ mod tests {
         boxed.event("panic".into(), "{}".into());
         assert!(boxed.cancelled());
         assert_eq!(boxed.phase_entered("{}".into()), Answer::Stop);
+        assert_eq!(boxed.hook("step".into(), "{}".into()), Answer::Stop);
         assert_eq!(
             boxed.documents("train".into(), 0, 1).into_result().unwrap_err().kind(),
             ErrorKind::Cancelled

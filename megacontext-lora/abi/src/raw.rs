@@ -48,6 +48,10 @@ pub trait RawHost: Send + Sync + 'static {
     fn allocate(&self, _json: RStr<'_>) -> RResult<ROption<RString>, AbiError> {
         RResult::ROk(ROption::RNone)
     }
+    /// A moment of a run of alternating optimisation, by its kind; the answer decides how it goes on.
+    fn hook(&self, _kind: RStr<'_>, _json: RStr<'_>) -> Answer {
+        Answer::Continue
+    }
 }
 
 /// A host, owned by the session that it was given to.

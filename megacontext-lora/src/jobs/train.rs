@@ -40,7 +40,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
 use crate::error::{PluginError, Result};
-use crate::host::HostApi;
+use crate::host::{Answer, HostApi};
 use crate::jobs::evaluation::Inputs;
 use crate::jobs::{ModelDir, model_error, parse, to_value, with_threads};
 use crate::run::Telemetry;
@@ -191,8 +191,8 @@ struct State {
     phase_step: usize,
     /// Optimiser steps of all phases.
     step: u64,
-    /// A step of the open phase was not finite.
-    failed: Option<String>,
+    /// Why the open phase ended before its steps, to be undone.
+    failed: Option<Verdict>,
     /// Tokens of a passage, of what was measured last.
     context: usize,
     gist_version: u16,
@@ -505,8 +505,12 @@ impl Run<'_> {
         let path = modules::with_named(parts, |tensors| {
             checkpoint::save(self.folder.path(), self.state.step, &state, tensors, &optim, keep)
         })?;
-        self.host.event("checkpoint", &json!({ "path": path, "step": self.state.step }));
-        Ok(())
+        let told = json!({ "path": path, "step": self.state.step });
+        self.host.event("checkpoint", &told);
+        match self.host.hook("checkpoint", &told) {
+            Answer::Continue => Ok(()),
+            Answer::RollBack | Answer::Stop => self.stopped(),
+        }
     }
 
     /// Contexts of a cycle.

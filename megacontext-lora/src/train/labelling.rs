@@ -14,6 +14,8 @@ use megacontext_base::buffers::Buffers;
 use megacontext_base::context::{Hierarchy, Limits, WorkingContext};
 use megacontext_base::random::Random;
 
+use serde_json::{Value, json};
+
 use super::lensnet::{LabelKind, LabelSettings};
 use crate::error::Result;
 use crate::jobs::model_error;
@@ -114,4 +116,28 @@ pub(crate) fn rows(
         }
     }
     Ok(rows)
+}
+
+/// A label as hosts are told of it: which document, which context of the round, loss@H of the context as it is, and how many
+/// edits were measured, or the lengths and losses of all variants. All siblings of a block carry what their collapse came to.
+pub(crate) fn told(label: &Label, round: usize, context: usize, block: usize) -> Value {
+    let mut told = json!({ "round": round + 1, "document": label.history(), "context": context });
+    match label {
+        Label::Utilities { utilities, .. } => {
+            let measured = &utilities.measured;
+            told["kind"] = json!("counterfactual");
+            told["entries"] = json!(measured.len());
+            told["expands"] = json!(measured.iter().filter(|one| one.expanded.is_some()).count());
+            let collapses = measured.iter().filter(|one| one.collapsed.is_some()).count() / block;
+            told["collapses"] = json!(collapses);
+            told["nll_now"] = json!(utilities.now);
+        }
+        Label::Variants { contexts, losses, .. } => {
+            told["kind"] = json!("preference");
+            told["entries"] = json!(contexts.iter().map(Vec::len).collect::<Vec<_>>());
+            told["losses"] = json!(losses);
+            told["nll_now"] = json!(losses.first());
+        }
+    }
+    told
 }

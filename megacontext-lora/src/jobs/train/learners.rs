@@ -35,7 +35,7 @@ use crate::run::label_log::LabelLog;
 use crate::run::labels::{LabelStamp, write};
 use crate::run::metrics::wall_time;
 use crate::train::cycle::{GistPhase, LensPhase, LoraPhase, PhasePlace};
-use crate::train::labelling::{label_of, rows};
+use crate::train::labelling::{label_of, rows, told};
 use crate::train::plan::since;
 
 /// What a step found.
@@ -273,6 +273,8 @@ impl LensLearner<'_> {
                 &mut self.buffers,
             )?;
             log.append(&label)?;
+            let block = self.scene.focus.loss.rule().block;
+            self.host.event("label", &told(&label, number - 1, at, block));
             labels.push(label);
             let done = labels.len();
             let left = since(begun.0) / (done - begun.1) as f64 * (count - done) as f64;

@@ -21,6 +21,7 @@ use super::text::{Data, Maker, Order};
 use super::{PassSummary, PhaseSummary, Run, Scope, Warm, frozen_hashes};
 use crate::error::{PluginError, Result};
 use crate::host::Answer;
+use crate::host_allocator::HostAllocator;
 use crate::jobs::{model_error, to_value};
 use crate::run::labels::LabelStamp;
 use crate::run::metrics::{CycleStepRecord, PhaseRecord, Record, wall_time};
@@ -41,8 +42,8 @@ pub(super) enum Side {
     Test,
 }
 
-/// The modules after the steps of a phase, its optimiser, and what was not finite.
-type Learned = (Modules, Optimizer, Option<String>);
+/// The modules after the steps of a phase, its optimiser, and why it ended before them, to be undone.
+type Learned = (Modules, Optimizer, Option<Verdict>);
 
 impl Run<'_> {
     /// All phases that are left.
@@ -163,9 +164,11 @@ impl Run<'_> {
         };
         let setting = Setting { scaling: scope.scaling.clone(), rule: scope.rule, pattern: Pattern::Dense };
         let delta = setting.delta_nll(decoder, self.config.horizon).map_err(model_error)?;
+        let other = HostAllocator::new(self.host);
         let focus = Focus {
             loss: &loss,
             allocator: &self.config.allocator,
+            other: Some(&other),
             limits: scope.limits,
             refocuses: self.config.refocuses,
         };
@@ -238,18 +241,15 @@ impl Run<'_> {
             self.state.context = scope.context;
             self.state.before = None;
         }
+        let told = self.told(place);
+        if !self.wanted(modules, place, self.host.hook("phase_entering", &told))? {
+            return Ok(false);
+        }
         if self.state.before.is_none() {
             self.state.before = Some(self.evaluate(modules, scope, Side::Validation)?);
         }
-        match self.host.phase_entered(&self.told(place)) {
-            Answer::Continue => {}
-            Answer::RollBack => return Ok(false),
-            Answer::Stop => {
-                self.checkpoint(&modules.parts(&self.config.jt3.groups), None)?;
-                return Err(PluginError::cancelled(format!(
-                    "the host did not want to go on with {place}; go on with --resume"
-                )));
-            }
+        if !self.wanted(modules, place, self.host.phase_entered(&told))? {
+            return Ok(false);
         }
         let part = modules.parts(&self.config.jt3.groups);
         let own = match place.kind.module() {
@@ -266,6 +266,17 @@ impl Run<'_> {
         self.state.failed = None;
         self.say(&format!("{place}: {} steps", self.config.steps_of(place.kind)));
         Ok(true)
+    }
+
+    /// Does the host, by its answer, want the phase to begin?
+    fn wanted(&mut self, modules: &Modules, place: PhasePlace, answer: Answer) -> Result<bool> {
+        if answer == Answer::Stop {
+            self.checkpoint(&modules.parts(&self.config.jt3.groups), None)?;
+            return Err(PluginError::cancelled(format!(
+                "the host did not want to go on with {place}; go on with --resume"
+            )));
+        }
+        Ok(answer == Answer::Continue)
     }
 
     /// One phase, or what is left of it.
@@ -318,7 +329,7 @@ impl Run<'_> {
         }
         self.state.lens_ready |= module == Group::Lensnet;
         let (after, mut verdict) = match self.state.failed.clone() {
-            Some(message) => (before.clone(), Verdict::NotFinite { message }),
+            Some(verdict) => (before.clone(), verdict),
             None => {
                 // A run that is stopped here measures again: the state has to be as it was.
                 let found =
@@ -327,6 +338,28 @@ impl Run<'_> {
                 (found, verdict)
             }
         };
+        let stale = gists_change && verdict.kept();
+        let asked = [
+            (
+                self.state.failed.is_none(),
+                "evaluation",
+                json!({ "loss_at_h": after.loss_at_h, "full_loss": after.full_loss }),
+            ),
+            (stale, "labels_stale", json!({ "gist_version": self.state.gist_version })),
+        ];
+        let mut stop = false;
+        for (asks, kind, mut told) in asked {
+            if !asks {
+                continue;
+            }
+            told["phase"] = self.told(place);
+            match self.host.hook(kind, &told) {
+                Answer::Continue => {}
+                Answer::RollBack if verdict.kept() => verdict = Verdict::Host,
+                Answer::RollBack => {}
+                Answer::Stop => stop = true,
+            }
+        }
         let mut told = self.told(place);
         told["before"] = json!({ "loss_at_h": before.loss_at_h, "full_loss": before.full_loss });
         told["after"] = json!({ "loss_at_h": after.loss_at_h, "full_loss": after.full_loss });
@@ -428,7 +461,7 @@ impl Run<'_> {
     }
 
     /// The steps of a phase that are left.
-    fn drive(&mut self, learner: &mut dyn Learner, place: PhasePlace) -> Result<Option<String>> {
+    fn drive(&mut self, learner: &mut dyn Learner, place: PhasePlace) -> Result<Option<Verdict>> {
         let steps = if self.state.failed.is_some() { 0 } else { self.config.steps_of(place.kind) };
         let settings = self.config.optimizer_of(place.kind);
         let begun = (Instant::now(), self.state.phase_step);
@@ -444,7 +477,8 @@ impl Run<'_> {
                 Ok(found) => found,
                 Err(Failure::Other(error)) => return Err(error),
                 Err(Failure::NotFinite(message)) => {
-                    return Ok(Some(format!("step {} (lr {lr:.2e}): {message}", at + 1)));
+                    let message = format!("step {} (lr {lr:.2e}): {message}", at + 1);
+                    return Ok(Some(Verdict::NotFinite { message }));
                 }
             };
             self.state.phase_step += 1;
@@ -473,6 +507,18 @@ impl Run<'_> {
                     "eta_s": since(begun.0) / done * left,
                 }),
             );
+            let told = json!({
+                "job": "train", "phase": place.kind.name(), "cycle": place.cycle, "step": self.state.phase_step, "steps": steps,
+                "loss": found.loss, "measured": found.measured, "lr": lr, "grad_norm": found.grad_norm,
+            });
+            match self.host.hook("step", &told) {
+                Answer::Continue => {}
+                Answer::RollBack => return Ok(Some(Verdict::Host)),
+                Answer::Stop => {
+                    self.checkpoint(&learner.parts(), Some(learner.optimizer()))?;
+                    return self.stopped();
+                }
+            }
             let every = self.config.checkpoint.every;
             if self.state.phase_step.is_multiple_of(every) || self.state.phase_step == steps {
                 self.checkpoint(&learner.parts(), Some(learner.optimizer()))?;
@@ -509,7 +555,9 @@ impl Run<'_> {
         let loss =
             HorizonLoss::new(&decoder, &scope.scaling, scope.rule, Pattern::Dense).map_err(model_error)?;
         let (allocator, limits) = (&config.allocator, scope.limits);
-        let focus = Focus { loss: &loss, allocator, limits, refocuses: config.refocuses };
+        let other = HostAllocator::new(self.host);
+        let focus =
+            Focus { loss: &loss, allocator, other: Some(&other), limits, refocuses: config.refocuses };
         let base = self.base.clone();
         let maker = Maker { decoder: &decoder, levels: config.levels, base: &base };
         let setting = Setting { scaling: scope.scaling.clone(), rule: scope.rule, pattern: Pattern::Dense };
@@ -558,7 +606,9 @@ impl Run<'_> {
         let loss =
             HorizonLoss::new(&decoder, &scope.scaling, scope.rule, Pattern::Dense).map_err(model_error)?;
         let (allocator, limits) = (&config.allocator, scope.limits);
-        let focus = Focus { loss: &loss, allocator, limits, refocuses: config.refocuses };
+        let other = HostAllocator::new(self.host);
+        let focus =
+            Focus { loss: &loss, allocator, other: Some(&other), limits, refocuses: config.refocuses };
         let base = self.base.clone();
         let maker = Maker { decoder: &decoder, levels: config.levels, base: &base };
         let (phase, seed, lens_ready) = (self.state.phase, config.seed, self.state.lens_ready);
@@ -652,7 +702,9 @@ impl Run<'_> {
         let entries = scope.limits.budget() + config.horizon;
         let loss = horizon(config.jt3_pattern(entries)?)?;
         let (allocator, limits) = (&config.allocator, scope.limits);
-        let focus = Focus { loss: &dense, allocator, limits, refocuses: config.refocuses };
+        let other = HostAllocator::new(self.host);
+        let focus =
+            Focus { loss: &dense, allocator, other: Some(&other), limits, refocuses: config.refocuses };
         let base = self.base.clone();
         let maker = Maker { decoder: &decoder, levels: config.levels, base: &base };
         let model_groups = &config.jt3.groups[..];

@@ -16,32 +16,8 @@ use crate::error::{PluginError, Result};
 use crate::run::label_log::LabelLog;
 use crate::run::labels::{self, LabelStamp};
 use crate::run::metrics::wall_time;
-use crate::train::labelling::{LOOKED_AT, begun_utilities, label_of, rows, unit_of};
+use crate::train::labelling::{LOOKED_AT, begun_utilities, label_of, rows, told, unit_of};
 use crate::train::plan::since;
-
-/// A label as hosts are told of it: which document, which context of the round, loss@H of the context as it is, and how many
-/// edits were measured, or the lengths and losses of all variants. All siblings of a block carry what their collapse came to.
-fn told(label: &Label, round: usize, context: usize, block: usize) -> Value {
-    let mut told = json!({ "round": round + 1, "document": label.history(), "context": context });
-    match label {
-        Label::Utilities { utilities, .. } => {
-            let measured = &utilities.measured;
-            told["kind"] = json!("counterfactual");
-            told["entries"] = json!(measured.len());
-            told["expands"] = json!(measured.iter().filter(|one| one.expanded.is_some()).count());
-            let collapses = measured.iter().filter(|one| one.collapsed.is_some()).count() / block;
-            told["collapses"] = json!(collapses);
-            told["nll_now"] = json!(utilities.now);
-        }
-        Label::Variants { contexts, losses, .. } => {
-            told["kind"] = json!("preference");
-            told["entries"] = json!(contexts.iter().map(Vec::len).collect::<Vec<_>>());
-            told["losses"] = json!(losses);
-            told["nll_now"] = json!(losses.first());
-        }
-    }
-    told
-}
 
 impl Run<'_> {
     /// What the best expands of a few contexts save, in nats: what a score of 1 stands for.
