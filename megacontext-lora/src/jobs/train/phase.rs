@@ -270,7 +270,7 @@ impl Run<'_> {
 
     /// Does the host, by its answer, want the phase to begin?
     fn wanted(&mut self, modules: &Modules, place: PhasePlace, answer: Answer) -> Result<bool> {
-        if answer == Answer::Stop {
+        if stop || answer == Answer::Stop {
             self.checkpoint(&modules.parts(&self.config.jt3.groups), None)?;
             return Err(PluginError::cancelled(format!(
                 "the host did not want to go on with {place}; go on with --resume"
@@ -425,7 +425,7 @@ impl Run<'_> {
         self.checkpoint(&parts, None)?;
         let warm = self.state.warm.as_ref().map(|warm| &warm.moments);
         self.state.moments.tidy(self.folder.path(), warm.as_slice())?;
-        if answer == Answer::Stop {
+        if stop || answer == Answer::Stop {
             return Err(PluginError::cancelled(format!(
                 "the host stopped the run after {place}; go on with --resume"
             )));
