@@ -270,7 +270,7 @@ impl Run<'_> {
 
     /// Does the host, by its answer, want the phase to begin?
     fn wanted(&mut self, modules: &Modules, place: PhasePlace, answer: Answer) -> Result<bool> {
-        if stop || answer == Answer::Stop {
+        if answer == Answer::Stop {
             self.checkpoint(&modules.parts(&self.config.jt3.groups), None)?;
             return Err(PluginError::cancelled(format!(
                 "the host did not want to go on with {place}; go on with --resume"
