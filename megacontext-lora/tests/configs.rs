@@ -43,7 +43,7 @@ fn model(
 }
 
 fn planned(name: &str, model: &DecoderConfig, trained: usize) -> CyclePlan {
-    let config: CycleConfig = serde_json::from_value(read(name)).unwrap();
+    let config = CycleConfig::from_json(read(name)).unwrap();
     let config = CycleConfig { memory_budget_bytes: Some(ROOM), ..config };
     let config = config.resolve(model, trained).unwrap();
     let lora = config.lora.clone().unwrap_or_else(LoraConfig::default).resolve(model).unwrap();
@@ -100,6 +100,7 @@ fn longloras_recipe_at_seven_billion() {
     let model = model(4096, 32, [32, 32], 11008, 32_000, 4096);
     let mut value = read("longlora_recipe.toml");
     value["memory_budget_bytes"] = json!(ROOM);
+    value["data"] = json!(["books"]);
     let config = ExtendConfig::from_json(value).unwrap().resolve(&model).unwrap();
     let plan = plan::plan(&model, &config, 0).unwrap();
     let total = plan.memory.total as f64 / 1e9;

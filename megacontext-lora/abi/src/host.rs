@@ -55,7 +55,8 @@ pub enum Answer {
 pub trait Host: Send + Sync + 'static {
     /// Something happened. Kinds: `log` {message}, `plan`, `progress` {job, stage, stages, step, steps, loss, lr,
     /// tokens_per_s, eta_s, context}, `evaluation` {model, context, attention, perplexity}, `checkpoint` {path, step},
-    /// `focus_allocator` (see [`crate::Session::refocus`]), `label` of the job `train_lensnet` {round, document, context, kind,
+    /// `focus_allocator` (see [`crate::Session::refocus`]), `validation` and `cell` {text, …} of trainings and sweeps, `phase` {phase,
+    /// cycle, kept, text, …} and `labels_stale` {gist_version} of the job `train`, `label` of the jobs `train` and `train_lensnet` {round, document, context, kind,
     /// entries, nll_now} with {expands, collapses}, how many were measured, for `counterfactual`, and {losses} for `preference`,
     /// where `entries` and `losses` have one number for each variant. A later plugin may send others: ignore what you do not know.
     fn event(&self, kind: &str, json: &str) {

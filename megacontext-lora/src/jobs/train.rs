@@ -230,7 +230,7 @@ struct Scope {
 /// Runs the job.
 pub fn run(params: Value, host: &dyn HostApi) -> Result<Value> {
     let Params { resume, pause_after, plan_only, config } = parse(params)?;
-    let config: CycleConfig = parse(Value::Object(config))?;
+    let config = CycleConfig::from_json(Value::Object(config))?;
     if resume {
         expect_run(&config.out)?;
     }

@@ -22,6 +22,7 @@ use megacontext_base::rope::{RopeScaling, ScalingChoice};
 use megacontext_kernels::attention::Pattern;
 use megacontext_kernels::precision::Precision;
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 
 use super::config::{
     Attention, CheckpointConfig, GroupSize, LONGEST_CONTEXT, OptimizerConfig, Schedule, pattern, stretched,
@@ -374,7 +375,29 @@ impl std::fmt::Display for PhasePlace {
 /// Modules that an ablation freezes in turn.
 pub const MODULES: [Group; 3] = [Group::Gistnet, Group::Lensnet, Group::Lora];
 
+/// Puts settings over defaults, key by key in tables.
+fn over(defaults: &mut Value, settings: Value) {
+    match (defaults, settings) {
+        (Value::Object(defaults), Value::Object(settings)) => {
+            for (key, value) in settings {
+                over(defaults.entry(key).or_insert(Value::Null), value);
+            }
+        }
+        (place, value) => *place = value,
+    }
+}
+
 impl CycleConfig {
+    /// Settings of a file or a job: what they leave out is as in [`CycleConfig::default`], in every phase's table too.
+    ///
+    /// # Errors
+    /// A key that there is not, a value of another type; by key.
+    pub fn from_json(settings: Value) -> Result<Self> {
+        let mut whole = crate::jobs::to_value(Self::default())?;
+        over(&mut whole, settings);
+        crate::jobs::parse(whole)
+    }
+
     /// All phases in their order, those of ablations last.
     pub fn phases(&self) -> Vec<PhasePlace> {
         let mut all = Vec::new();
@@ -629,7 +652,7 @@ impl CycleConfig {
     /// When the settings are no JSON.
     pub fn identity(&self) -> Result<String> {
         let mut value = crate::jobs::to_value(self)?;
-        if let serde_json::Value::Object(map) = &mut value {
+        if let Value::Object(map) = &mut value {
             let beside =
                 ["base", "adapter", "gistnet", "lensnet", "data", "out", "threads", "memory_budget_bytes"];
             map.retain(|key, _| !beside.contains(&key.as_str()));
@@ -665,6 +688,22 @@ mod tests {
         let config = CycleConfig { contexts: vec![512, 2048], cycles: 4, ..CycleConfig::default() };
         assert_eq!([0, 1, 2, 3, 4].map(|cycle| config.context_of(cycle)), [512, 512, 2048, 2048, 2048]);
         assert_eq!(config.longest(), 2048);
+    }
+
+    #[test]
+    fn what_a_phases_table_leaves_out_is_that_phases_default() {
+        let config = CycleConfig::from_json(serde_json::json!({
+            "warm_gistnet": { "steps": 5 },
+            "jt3": { "optimizer": { "lr": 0.5 } },
+            "jt2": { "labels": { "histories": 9 } },
+        }))
+        .unwrap();
+        let own = CycleConfig::default();
+        assert_eq!(config.warm_gistnet, GistPhase { steps: 5, ..own.warm_gistnet });
+        assert_eq!(config.jt3.optimizer, OptimizerConfig { lr: 0.5, ..own.jt3.optimizer });
+        assert_eq!(config.jt2.labels, LabelSettings { histories: 9, ..own.jt2.labels });
+        let error = CycleConfig::from_json(serde_json::json!({ "jt3": { "step": 5 } })).unwrap_err();
+        assert!(error.message.contains("jt3") && error.message.contains("step"), "{error}");
     }
 
     #[test]

@@ -352,7 +352,9 @@ impl Run<'_> {
             if !asks {
                 continue;
             }
-            told["phase"] = self.told(place);
+            if let (Value::Object(told), Value::Object(place)) = (&mut told, self.told(place)) {
+                told.extend(place.into_iter().filter(|(key, _)| key != "gist_version"));
+            }
             match self.host.hook(kind, &told) {
                 Answer::Continue => {}
                 Answer::RollBack if verdict.kept() => verdict = Verdict::Host,

@@ -2,8 +2,8 @@
 //!
 //! The model of memory: what the process holds when it plans stays; the base model with what is on it, both networks and what
 //! learns of the base come on top, each with its gradients and moments; so do the histories' tokens and gists, and packed
-//! operands. Then the largest of what the kinds of phases hold besides, since one runs at a time. Where everything does not fit
-//! and moments of pausing modules would make the difference, those are put on the disk while they pause (`spill`).
+//! operands. Then the largest of what the kinds of phases hold besides, since one runs at a time. Moments of a module that pauses are
+//! on the disk, so those of the largest module count.
 //!
 //! The model of time: multiply-adds of passes over the base model and of the networks, over the speed of a product measured now,
 //! with the allowance that plans of `extend` have. Judging phases comes on top.
@@ -48,10 +48,12 @@ pub struct CyclePlan {
     pub program: u64,
     /// The base model, and what is frozen on it.
     pub weights: u64,
-    /// Both networks with gradients and moments.
+    /// Both networks with gradients.
     pub networks: u64,
-    /// What learns of the base model, with gradients and moments.
+    /// What learns of the base model, with gradients.
     pub trainables: u64,
+    /// Moments of the largest of the three modules.
+    pub moments: u64,
     /// Tokens and gists of all histories.
     pub histories: u64,
     /// Packed operands of products, all threads together.
@@ -60,8 +62,6 @@ pub struct CyclePlan {
     pub phases: Vec<PhaseCost>,
     /// The most there is at one time.
     pub total: u64,
-    /// Moments of a module lie on the disk while it pauses.
-    pub spill: bool,
     /// Seconds of all phases, about.
     pub seconds: f64,
 }
@@ -188,27 +188,18 @@ impl CyclePlan {
         let mut plan = Self {
             program: resident_bytes().unwrap_or(0),
             weights: frozen_bytes(model, Some(lora), config.dtype),
-            networks: 4 * F32 * (gist + lens),
-            trainables: 4 * F32 * whole + 3 * F32 * (learning - whole),
+            networks: 2 * F32 * (gist + lens),
+            trainables: F32 * (whole + learning),
+            moments: 2 * F32 * gist.max(lens).max(learning),
             histories: histories as u64 * (F32 * context as u64 + nodes * (F32 * e + 2)),
             packed: packed_bytes(),
             phases,
             total: 0,
-            spill: false,
             seconds,
         };
         plan.total = plan.sum();
         let free = available_bytes().map(|free| free + plan.program);
         let allowed = config.memory_budget_bytes.or(free).unwrap_or(u64::MAX);
-        if plan.total > allowed {
-            // All moments but those of the largest module.
-            let moments = [gist, lens, learning].map(|values| 2 * F32 * values);
-            let saved = moments.iter().sum::<u64>() - moments.iter().max().copied().unwrap_or(0);
-            if plan.total - saved <= allowed {
-                plan.spill = true;
-                plan.total -= saved;
-            }
-        }
         if plan.total > allowed {
             let mut help = vec!["smaller batches", "a smaller budget of entries", "shorter contexts"];
             help.extend((!config.dtype.stores_bf16()).then_some("--dtype bf16"));
@@ -225,7 +216,8 @@ impl CyclePlan {
 
     fn sum(&self) -> u64 {
         let largest = self.phases.iter().map(|phase| phase.bytes).max().unwrap_or(0);
-        self.program + self.weights + self.networks + self.trainables + self.histories + self.packed + largest
+        let always = self.program + self.weights + self.networks + self.trainables + self.moments;
+        always + self.histories + self.packed + largest
     }
 
     fn kinds(&self) -> String {
@@ -233,11 +225,12 @@ impl CyclePlan {
         let largest = largest
             .map_or("nothing".to_string(), |phase| format!("{} {}", phase.kind.name(), bytes(phase.bytes)));
         format!(
-            "program {}, weights {}, networks {}, what learns of the base {}, histories {}, packed {}, and the largest phase, {}",
+            "program {}, weights {}, networks {}, what learns of the base {}, moments {}, histories {}, packed {}, and the largest phase, {}",
             bytes(self.program),
             bytes(self.weights),
             bytes(self.networks),
             bytes(self.trainables),
+            bytes(self.moments),
             bytes(self.histories),
             bytes(self.packed),
             largest
@@ -252,9 +245,6 @@ impl CyclePlan {
             self.kinds(),
             duration(self.seconds)
         );
-        if self.spill {
-            text += "; moments of modules that pause are kept on the disk";
-        }
         for phase in &self.phases {
             text += &format!(
                 "\n  {:<13} {} steps, about {:.3} s each",
