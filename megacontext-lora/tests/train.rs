@@ -282,11 +282,10 @@ fn killed_at_many_moments_it_ends_with_the_same_bytes() {
     ];
     let mut killed = Vec::new();
     for (number, (what, moment)) in moments.into_iter().enumerate() {
-        let out = fixture.at("torn");
-        let args: Vec<&str> = match torn.join(".lock").exists() {
-            true => vec!["train", "--resume", "--out", &out, "--threads", "2"],
-            false => vec!["train", &config, "--threads", "2"],
-        };
+        let mut args = vec!["train", &config, "--threads", "2"];
+        if torn.join(".lock").exists() {
+            args.push("--resume");
+        }
         let mut program = Running::start(&args, fixture.path(&format!("log{number}")));
         if program.wait_until(moment) {
             program.signal("KILL");

@@ -29,6 +29,12 @@ fn parameters(args: &TrainCycle, global: &Global) -> Result<(Value, PathBuf)> {
     let mut params = match &args.config {
         Some(path) => Params::from_toml(path)?,
         None if args.resume && written.is_file() => Params::from_toml(&written)?,
+        None if args.resume => {
+            return Err(Failure::usage(format!(
+                "train: {}: expected the settings of the run to take up, found none; name them again",
+                written.display()
+            )));
+        }
         None if args.base.is_none() => {
             return Err(Failure::usage(
                 "train: expected settings, such as configs/jt_cycle.toml, or --base and --data, or `gistnet` or `lensnet` for one \
