@@ -45,14 +45,18 @@ use crate::jobs::{parse, pretrain::PretrainConfig};
 use crate::run::checkpoint;
 use crate::session::SessionConfig;
 use crate::train::config::ExtendConfig;
+use crate::train::cycle::CycleConfig;
 use crate::train::gistnet::GistRunConfig;
 use crate::train::lensnet::LensRunConfig;
 
 /// What a reader made of its bytes: nothing, or why it refused them.
 pub type Verdict = Result<(), String>;
 
+/// Reads bytes as something that others made.
+pub type Reader = fn(&[u8]) -> Verdict;
+
 /// All readers by name, which is that of the fuzz target and of the folder of its corpus.
-pub const READERS: [(&str, fn(&[u8]) -> Verdict); 10] = [
+pub const READERS: [(&str, Reader); 10] = [
     ("model_config", model_config),
     ("settings", settings),
     ("safetensors", safetensors),
@@ -163,6 +167,7 @@ pub fn settings(bytes: &[u8]) -> Verdict {
     let extend = ExtendConfig::from_json(value.clone()).and_then(|c| c.resolve(&model));
     let gistnet = parse::<GistRunConfig>(value.clone()).and_then(|c| c.resolve(&model, trained));
     let lensnet = parse::<LensRunConfig>(value.clone()).and_then(|c| c.resolve(&model, 4, trained));
+    let cycle = CycleConfig::from_json(value.clone()).and_then(|c| c.resolve(&model, trained));
     let pretrain = parse::<PretrainConfig>(value.clone()).and_then(|c| c.validate());
     let session = parse::<SessionConfig>(value);
     if let Ok(config) = &gistnet {
@@ -174,9 +179,14 @@ pub fn settings(bytes: &[u8]) -> Verdict {
         config.all_steps();
         identity(config.identity())?;
     }
+    if let Ok(config) = &cycle {
+        config.phases();
+        identity(config.identity())?;
+    }
+    let networks = gistnet.is_ok() || lensnet.is_ok() || cycle.is_ok();
     match extend {
         Ok(config) => identity(config.identity()),
-        Err(_) if gistnet.is_ok() || lensnet.is_ok() || pretrain.is_ok() || session.is_ok() => Ok(()),
+        Err(_) if networks || pretrain.is_ok() || session.is_ok() => Ok(()),
         Err(error) => Err(error.to_string()),
     }
 }

@@ -6,6 +6,7 @@ mod common;
 
 use std::fs;
 use std::path::Path;
+use std::process::Command;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -280,26 +281,29 @@ fn killed_at_many_moments_it_ends_with_the_same_bytes() {
         ("in JT3", &|| steps("jt3") >= 2),
         ("after the last phase", &|| phases() >= 5),
     ];
-    let mut killed = Vec::new();
-    for (number, (what, moment)) in moments.into_iter().enumerate() {
-        let mut args = vec!["train", &config, "--threads", "2"];
-        if torn.join(".lock").exists() {
-            args.push("--resume");
-        }
-        let mut program = Running::start(&args, fixture.path(&format!("log{number}")));
-        if program.wait_until(moment) {
-            program.signal("KILL");
-        }
-        match program.end() {
-            (None, Some(9)) => killed.push(what),
-            // It was done before the signal came.
-            (Some(0), None) => {}
-            other => panic!("{what}: {other:?}: {}", program.said()),
-        }
-    }
+    let start = start(&fixture, &config);
+    let killed = Torn::new(&fixture, "torn", &start).at_moments(&moments);
     assert!(killed.len() >= 4, "too few kills: {killed:?}");
-    mclora(&["train", "--resume", "--out", &fixture.at("torn"), "--threads", "2"]).success();
     assert_same(&whole, &reached(&torn));
+}
+
+/// The command of a run with settings from a file, taken up where it was begun.
+fn start<'f>(fixture: &'f Fixture, config: &'f str) -> impl Fn(&Path) -> Command + 'f {
+    move |out| {
+        let out_flag = fixture.at(out.file_name().unwrap().to_str().unwrap());
+        resumed(["train", config, "--threads", "2", "--out", &out_flag].map(str::to_owned).to_vec(), out)
+    }
+}
+
+#[test]
+fn killed_at_random_moments_it_ends_with_the_same_bytes() {
+    let fixture = Fixture::new();
+    let config = fixture.at("cycle.toml");
+    let mut file = settings(&fixture, "any");
+    file.as_object_mut().unwrap().remove("threads");
+    fs::write(&config, toml::to_string(&file).unwrap()).unwrap();
+    let same = |whole: &Path, torn: &Path| assert_same(&reached(whole), &reached(torn));
+    at_random(&fixture, &start(&fixture, &config), &same);
 }
 
 #[test]
