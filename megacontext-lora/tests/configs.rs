@@ -6,7 +6,6 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use megacontext_base::config::DecoderConfig;
-use megacontext_base::lora::LoraConfig;
 use megacontext_lora::train::config::ExtendConfig;
 use megacontext_lora::train::cycle::{CycleConfig, CyclePlan, PhaseKind};
 use megacontext_lora::train::plan;
@@ -46,7 +45,7 @@ fn planned(name: &str, model: &DecoderConfig, trained: usize) -> CyclePlan {
     let config = CycleConfig::from_json(read(name)).unwrap();
     let config = CycleConfig { memory_budget_bytes: Some(ROOM), ..config };
     let config = config.resolve(model, trained).unwrap();
-    let lora = config.lora.clone().unwrap_or_else(LoraConfig::default).resolve(model).unwrap();
+    let lora = config.lora.clone().unwrap_or_default().resolve(model).unwrap();
     CyclePlan::new(&config, model, &lora, config.validation.histories).unwrap()
 }
 

@@ -106,7 +106,7 @@ fn model_configs() -> Vec<(String, Vec<u8>)> {
     seeds
 }
 
-const SETTINGS: [(&str, &str); 5] = [
+const SETTINGS: [(&str, &str); 6] = [
     (
         "extend.toml",
         "base = \"model\"\ndata = [\"text\"]\ncontext = 256\nholdout = 0.1\nseed = 7\n\n[lora]\nr = 4\nalpha = 8.0\n\
@@ -132,6 +132,13 @@ const SETTINGS: [(&str, &str); 5] = [
         "base = \"model\"\ngistnet = \"gistnet.safetensors\"\ndata = [\"text\"]\nhistory = 40\nbudget = 24\nhorizon = 4\n\
          protected = 4\nlevels = 2\nsteps = 6\nbatch = 2\n\n[labels]\nkind = \"preference\"\nrounds = 2\nhistories = 12\n\
          variants = 4\nexplore = 0.5\n\n[validation]\nhistories = 6\nrefocuses = 2\n",
+    ),
+    (
+        "train.toml",
+        "base = \"model\"\ndata = [\"text\"]\ncontexts = [44, 64]\nhorizon = 4\nbudget = 24\nprotected = 4\ncycles \
+         = 2\nablation = true\n\n[network]\nblock = 4\nlayers = 1\n\n[jt1]\nsteps = 6\nwhole = 0.25\n\n[jt2]\nste\
+         ps = 4\nlabels = { rounds = 2, histories = 5 }\n\n[jt3]\nsteps = 6\ngroups = [\"lora\", \"norms\"]\nteach\
+         er = 0.2\n\n[jt3.optimizer]\nlr = 3e-4\n\n[judge]\ntolerance = 0.01\n",
     ),
     ("session.json", r#"{"base": "model", "adapter": "adapter", "dtype": "bf16"}"#),
 ];
