@@ -88,7 +88,7 @@ fn text(number: u64, words: usize) -> String {
         state ^= state << 13;
         state ^= state >> 7;
         state ^= state << 17;
-        word = if state % 4 == 0 { 1 + (state >> 33) % 63 } else { 1 + word * 5 % 63 };
+        word = if state.is_multiple_of(4) { 1 + (state >> 33) % 63 } else { 1 + word * 5 % 63 };
         out += &format!("w{word} ");
     }
     out

@@ -194,7 +194,7 @@ fn a_held_context_follows_scores_and_takes_in_new_tokens() {
     let lod1: Vec<(i64, u32)> = (0..8).map(|n| (4 * n, 1)).collect();
     assert_eq!(entries(&answer), [&lod1[..], &begun[2..]].concat());
     let event = &answer["focus_allocator"];
-    assert_eq!(case.host.events(), [event.clone()]);
+    assert_eq!(case.host.events(), std::slice::from_ref(event));
     let expected = json!({
         "tag": "infer_1", "source": "host", "allocator": "plugin", "edits": 2, "num_expand": 2, "num_collapse": 0, "num_room": 0,
         "swap_rate": 0.25, "wc_length_before": 8, "wc_length": 14, "utilization": 1.0, "score_min": 0.0,

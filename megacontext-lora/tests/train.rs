@@ -10,7 +10,8 @@ use std::process::Command;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use common::{Fixture, Running, mclora, metrics, numbers, read_json};
+use common::kills::{Torn, at_random, resumed as taken_up};
+use common::{Fixture, mclora, metrics, numbers, read_json};
 use megacontext_lora::error::{Kind, PluginError};
 use megacontext_lora::host::{Answer, HostApi};
 use megacontext_lora::jobs;
@@ -65,10 +66,10 @@ impl HostApi for Watching {
     fn event(&self, kind: &str, value: &Value) {
         let mut heard = self.heard.lock().unwrap();
         heard.push((kind.to_string(), value.clone()));
-        if let Some((stop, count)) = self.stop_at {
-            if heard.iter().filter(|(kind, _)| kind == stop).count() >= count {
-                self.stopped.store(true, Ordering::Relaxed);
-            }
+        if let Some((stop, count)) = self.stop_at
+            && heard.iter().filter(|(kind, _)| kind == stop).count() >= count
+        {
+            self.stopped.store(true, Ordering::Relaxed);
         }
     }
 
@@ -291,7 +292,7 @@ fn killed_at_many_moments_it_ends_with_the_same_bytes() {
 fn start<'f>(fixture: &'f Fixture, config: &'f str) -> impl Fn(&Path) -> Command + 'f {
     move |out| {
         let out_flag = fixture.at(out.file_name().unwrap().to_str().unwrap());
-        resumed(["train", config, "--threads", "2", "--out", &out_flag].map(str::to_owned).to_vec(), out)
+        taken_up(["train", config, "--threads", "2", "--out", &out_flag].map(str::to_owned).to_vec(), out)
     }
 }
 
