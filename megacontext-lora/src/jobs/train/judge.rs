@@ -1,7 +1,8 @@
 //! What the modules together are worth on held-out histories, and whether a phase is kept.
 //!
 //! Source: MegaContext's JT metrics. Every phase is judged by loss@H of the contexts that the policy chooses at the fixed budget W;
-//! the same histories before and after, so the difference is paired. Definitions:
+//! the same histories before and after, so the difference is paired. Only GistNet's warm start, before which gists are noise that no
+//! context should be built of, is judged by ΔNLL@H of the gists. Definitions:
 //! - `loss_at_h`: mean NLL of the H tokens behind the chosen contexts.
 //! - `full_loss`: the same behind the whole history as tokens.
 //! - `delta_nll_degradation`: `loss_at_h` − `full_loss`: what the budget costs.
@@ -29,7 +30,7 @@ use super::text::Maker;
 use crate::error::Result;
 use crate::host::HostApi;
 use crate::jobs::model_error;
-use crate::train::cycle::Judge;
+use crate::train::cycle::{Judge, PhaseKind};
 use crate::train::histories::Passage;
 
 /// What stands for a span when its cost is measured.
@@ -68,7 +69,7 @@ pub struct Evaluation {
 pub enum Verdict {
     /// It was not.
     Kept,
-    /// Loss@H rose by more than the tolerance.
+    /// Loss@H (in GistNet's warm start ΔNLL@H of gists) rose by more than the tolerance.
     Worse {
         /// Nats that it rose by.
         by: f64,
@@ -97,7 +98,7 @@ impl Verdict {
     pub fn text(&self) -> String {
         match self {
             Self::Kept => "kept".to_string(),
-            Self::Worse { by } => format!("rolled back: loss@H rose by {by:.4} nats"),
+            Self::Worse { by } => format!("rolled back: what it is judged by rose by {by:.4} nats"),
             Self::Forgot { by } => {
                 format!("rolled back: the loss behind whole histories rose by {by:.4} nats")
             }
@@ -107,8 +108,12 @@ impl Verdict {
     }
 
     /// Of a phase by what was measured before and after.
-    pub fn of(before: &Evaluation, after: &Evaluation, judge: &Judge) -> Self {
-        let rose = after.loss_at_h - before.loss_at_h;
+    pub fn of(kind: PhaseKind, before: &Evaluation, after: &Evaluation, judge: &Judge) -> Self {
+        let gist = |of: &Evaluation| of.delta_nll.get(STAND_INS[0]).copied();
+        let rose = match gist(before).zip(gist(after)) {
+            Some((before, after)) if kind == PhaseKind::WarmGistnet => after - before,
+            _ => after.loss_at_h - before.loss_at_h,
+        };
         let forgot = after.full_loss - before.full_loss;
         if !after.loss_at_h.is_finite() || !after.full_loss.is_finite() {
             return Self::NotFinite { message: format!("expected a finite loss@H, got {}", after.loss_at_h) };
@@ -243,12 +248,20 @@ mod tests {
     fn a_phase_is_kept_or_undone_by_its_bounds() {
         let judge = Judge { tolerance: 0.01, full_tolerance: 0.05, plateau: 0.0 };
         let before = evaluation(2.0, 1.5);
-        let of = |loss, full| Verdict::of(&before, &evaluation(loss, full), &judge);
+        let of = |loss, full| Verdict::of(PhaseKind::Jt3, &before, &evaluation(loss, full), &judge);
         assert_eq!(of(1.9, 1.5), Verdict::Kept);
         assert_eq!(of(2.005, 1.54), Verdict::Kept);
         assert!(matches!(of(2.02, 1.5), Verdict::Worse { by } if (by - 0.02).abs() < 1e-9));
         assert!(matches!(of(1.9, 1.6), Verdict::Forgot { by } if (by - 0.1).abs() < 1e-9));
         assert!(matches!(of(f64::NAN, 1.5), Verdict::NotFinite { .. }));
         assert!(matches!(of(1.0, f64::INFINITY), Verdict::NotFinite { .. }));
+        // GistNet's warm start is judged by its gists.
+        let with = |loss, gist| Evaluation {
+            delta_nll: [("gist".to_string(), gist)].into(),
+            ..evaluation(loss, 1.5)
+        };
+        let of = |kind| Verdict::of(kind, &with(2.0, 0.9), &with(2.1, 0.5), &judge);
+        assert_eq!(of(PhaseKind::WarmGistnet), Verdict::Kept);
+        assert!(matches!(of(PhaseKind::Jt1), Verdict::Worse { .. }));
     }
 }

@@ -374,42 +374,31 @@ impl Learner for LoraLearner<'_> {
             };
             let dropout = mix(scene.seed ^ mix((scene.phase as u64) << 40 ^ at as u64));
             let teacher = self.teacher(number).map(<[f32]>::to_vec);
-            let policy = scene.policy(self.lensnet);
-            let context = scene.chosen(policy, &history, &mut random, &mut self.buffers)?;
-            let objective = HorizonObjective {
+            let own = HorizonObjective {
                 weight: 1.0 / batch as f64,
                 kl: self.settings.teacher,
                 teacher: teacher.as_deref(),
                 dropout_seed: Some(dropout),
                 recompute: true,
             };
-            let found = self.loss.accumulate(
-                &history.tree,
-                &context,
-                &history.future,
-                &objective,
-                &mut self.gradients,
-            )?;
-            sum += found.loss / batch as f64;
-            loss += (found.loss + self.settings.teacher * found.kl.unwrap_or(0.0)) / batch as f64;
-            if self.settings.keep_alive > 0.0 {
-                let context = scene.chosen(Policy::Random, &history, &mut random, &mut self.buffers)?;
-                let weight = self.settings.keep_alive / batch as f64;
-                let objective = HorizonObjective {
-                    weight,
-                    kl: 0.0,
-                    teacher: None,
-                    dropout_seed: Some(mix(dropout)),
-                    recompute: true,
-                };
-                let found = self.loss.accumulate(
-                    &history.tree,
-                    &context,
-                    &history.future,
-                    &objective,
-                    &mut self.gradients,
-                )?;
-                loss += weight * found.loss;
+            let kept_alive = HorizonObjective {
+                weight: self.settings.keep_alive / batch as f64,
+                kl: 0.0,
+                teacher: None,
+                dropout_seed: Some(mix(dropout)),
+                recompute: true,
+            };
+            for (policy, objective) in [(scene.policy(self.lensnet), own), (Policy::Random, kept_alive)] {
+                if objective.weight == 0.0 {
+                    continue;
+                }
+                let context = scene.chosen(policy, &history, &mut random, &mut self.buffers)?;
+                let (tree, future) = (&history.tree, &history.future);
+                let found = self.loss.accumulate(tree, &context, future, &objective, &mut self.gradients)?;
+                loss += objective.weight * (found.loss + objective.kl * found.kl.unwrap_or(0.0));
+                if !matches!(policy, Policy::Random) {
+                    sum += found.loss / batch as f64;
+                }
             }
         }
         let grad_norm = self.optimizer.step(self.decoder.params(), &self.gradients, lr)?;

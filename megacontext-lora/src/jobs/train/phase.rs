@@ -334,7 +334,7 @@ impl Run<'_> {
                 // A run that is stopped here measures again: the state has to be as it was.
                 let found =
                     self.evaluate_ended(&modules, scope, optimizer, [version, u16::from(was_ready)])?;
-                let verdict = Verdict::of(&before, &found, &self.config.judge);
+                let verdict = Verdict::of(place.kind, &before, &found, &self.config.judge);
                 (found, verdict)
             }
         };
