@@ -94,7 +94,8 @@ pub fn legality(scores: &[f32], lod: &[u8], max_lod: u8, threshold: f32) -> Part
 
 /// 0 of nothing.
 pub fn mean(values: &[f64]) -> f64 {
-    values.iter().sum::<f64>() / values.len().max(1) as f64
+    // A sum of nothing is −0 in Rust.
+    (0.0 + values.iter().sum::<f64>()) / values.len().max(1) as f64
 }
 
 /// The value below which a part `q` in [0, 1] of all lies, linear between two of them; none of nothing.

@@ -36,7 +36,7 @@ pub struct Comparison {
     pub kinds: Vec<String>,
     /// What they came to: a name, and a cell for each run.
     pub figures: Vec<(String, Vec<String>)>,
-    /// Settings that differ: a key, and a cell for each run.
+    /// Settings that all have and that differ: a key, and a cell for each run.
     pub settings: Vec<(String, Vec<String>)>,
 }
 
@@ -187,7 +187,8 @@ fn compare(all: &[RunFiles]) -> Result<Comparison> {
             own.iter().find(|(other, _)| other == key).map_or(NONE.to_string(), |(_, value)| value.clone())
         };
         let cells: Vec<String> = flat.iter().map(cell).collect();
-        if cells.iter().any(|cell| *cell != cells[0]) {
+        // Runs of different kinds have settings that mean nothing to each other.
+        if cells.iter().any(|cell| *cell != cells[0]) && !cells.iter().any(|cell| cell == NONE) {
             settings.push((key.clone(), cells));
         }
     }

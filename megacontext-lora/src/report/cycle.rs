@@ -31,7 +31,7 @@ pub fn render(report: &CycleReport) -> String {
         format!("Alternating optimisation at {} tokens in {} entries", count(s.context as u64), s.budget);
     let facts = [
         format!("base <b>{}</b>", escape(&s.base)),
-        format!("{} cycles, {} steps", s.cycles, count(s.steps)),
+        format!("{} {}, {} steps", s.cycles, if s.cycles == 1 { "cycle" } else { "cycles" }, count(s.steps)),
         seconds(s.seconds),
         format!("seed {}", s.seed),
     ];
@@ -122,8 +122,8 @@ fn phases(s: &CycleSummary) -> String {
     out += &both(|size| steps(s, size));
     let _ = write!(
         out,
-        "<div class=\"scroll\"><table>\n<thead><tr><th>Phase</th><th>Tokens</th><th>loss@{} before</th><th>after</th>\
-         <th>change</th><th>\u{394}NLL of gists</th><th>whole history</th><th>swap rate</th><th></th></tr></thead>\n<tbody>\n",
+        "<div class=\"scroll\"><table>\n<thead><tr><th>Phase</th><th>loss@{} before</th><th>after</th><th>change</th>\
+         <th></th><th>\u{394}NLL of gists</th><th>whole history</th><th>swap rate</th><th>tokens</th></tr></thead>\n<tbody>\n",
         s.horizon
     );
     for phase in own(s) {
@@ -134,23 +134,32 @@ fn phases(s: &CycleSummary) -> String {
         let class = if kept { "" } else { " class=\"undone\"" };
         let _ = writeln!(
             out,
-            "<tr{class}><th scope=\"row\">{}</th><td>{}</td><td>{:.4}</td><td>{:.4}</td><td>{} \u{b1} {:.4}</td><td>{} \u{2192} {}</td>\
+            "<tr{class}><th scope=\"row\">{}</th><td>{:.4}</td><td>{:.4}</td><td>{} \u{b1} {:.4}</td><td>{}</td><td>{} \u{2192} {}</td>\
              <td>{:.3} \u{2192} {:.3}</td><td>{:.3}</td><td>{}</td></tr>",
             escape(&phase_name(phase)),
-            count(phase.context as u64),
             phase.before.loss_at_h,
             phase.after.loss_at_h,
             signed(phase.change.mean),
             phase.change.error,
+            if kept { "kept" } else { "rolled back" },
             gist(&phase.before),
             gist(&phase.after),
             phase.before.full_loss,
             phase.after.full_loss,
             phase.after.swap_rate,
+            count(phase.context as u64)
+        );
+    }
+    out += "</tbody>\n</table></div>\n";
+    for phase in own(s).filter(|phase| !phase.verdict.kept()) {
+        let _ = writeln!(
+            out,
+            "<p class=\"note\">{}: {}.</p>",
+            escape(&phase_name(phase)),
             escape(&phase.verdict.text())
         );
     }
-    out + "</tbody>\n</table></div>\n<p class=\"note\">On the histories that phases are judged by, the same before and after; changes \
+    out + "<p class=\"note\">On the histories that phases are judged by, the same before and after; changes \
            are paired, with their standard error. A phase that was rolled back left everything as it was before it.</p>\n</section>\n"
 }
 
