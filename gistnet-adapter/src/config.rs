@@ -241,12 +241,12 @@ mod tests {
 
     #[test]
     fn no_layers_are_refused() {
-        refused(GistNetConfig { layers: 0, ..small() }, "layers: expected at least 1, got 0");
+        refused(GistNetConfig { layers: 0, ..small() }, "layers: expected 1 to 4096, got 0");
     }
 
     #[test]
     fn a_width_of_zero_is_refused() {
-        refused(GistNetConfig { width: 0, ..small() }, "width: expected at least 1, got 0");
+        refused(GistNetConfig { width: 0, ..small() }, "width: expected 1 to 16777216, got 0");
     }
 
     #[test]
