@@ -2,16 +2,16 @@
 //!
 //! | reader | bytes |
 //! |---|---|
-//! | [`model_config`] | a model's `config.json` |
-//! | [`settings`] | a job's settings, JSON or TOML, resolved for a small model |
-//! | [`safetensors`] | a weights file, header and data |
-//! | [`adapter`] | *parts*: `adapter_config.json`, `adapter_model.safetensors` |
-//! | [`network`] | `gistnet.safetensors` or `lensnet.safetensors` |
-//! | [`ctx`] | a `.ctx` file |
-//! | [`tree`] | *parts*: `metadata.json`, `LOD0.ctx`, `LOD1.ctx`, … |
-//! | [`checkpoint`] | a byte, then *parts*: `state.json`, `trainable.safetensors`, `optimizer.safetensors`, `manifest.json` |
-//! | [`allocation`] | what a host's focus allocator answers, JSON |
-//! | [`tensor_view`] | a view as a host may hand it over: element type, device, address, rank, dimensions, strides |
+//! | [`model_config()`] | a model's `config.json` |
+//! | [`settings()`] | a job's settings, JSON or TOML, resolved for a small model |
+//! | [`safetensors()`] | a weights file, header and data |
+//! | [`adapter()`] | *parts*: `adapter_config.json`, `adapter_model.safetensors` |
+//! | [`network()`] | `gistnet.safetensors` or `lensnet.safetensors` |
+//! | [`ctx()`] | a `.ctx` file |
+//! | [`tree()`] | *parts*: `metadata.json`, `LOD0.ctx`, `LOD1.ctx`, … |
+//! | [`checkpoint()`] | a byte, then *parts*: `state.json`, `trainable.safetensors`, `optimizer.safetensors`, `manifest.json` |
+//! | [`allocation()`] | what a host's focus allocator answers, JSON |
+//! | [`tensor_view()`] | a view as a host may hand it over: element type, device, address, rank, dimensions, strides |
 //!
 //! *Parts*: each begins with its length, u32 little-endian; what is said to be longer than it is ends with the bytes.
 //!

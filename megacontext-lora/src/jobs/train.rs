@@ -6,7 +6,7 @@
 //! rolled back leaves the module, its optimiser and the version of the gists as they were.
 //!
 //! Swapping what learns copies nothing: a module's parameters are the same before, in and after a phase, and only which group learns
-//! changes. Optimiser states of modules that pause lie on the disk ([`modules`]).
+//! changes. Optimiser states of modules that pause lie on the disk (the private module `modules`).
 //!
 //! After a kept JT1 the gists are others: `gist_version` rises, every label is stale, and JT2 makes its own anew. Labels state what
 //! they were made with, and labels of anything else are refused.
