@@ -19,6 +19,7 @@
 
 mod judge;
 mod learners;
+mod learning;
 mod modules;
 mod outcome;
 mod phase;
