@@ -159,15 +159,6 @@ impl<'a> HorizonLoss<'a> {
         Ok(losses)
     }
 
-    /// Loss@H behind the whole history as tokens: what nothing that is shown coarser should be dearer than.
-    ///
-    /// # Errors
-    /// See the module.
-    pub fn full(&self, tree: &GistTree, future: &[u32], buffers: &mut Buffers) -> Result<f64> {
-        let whole = Self::whole(tree)?;
-        Ok(self.measure(tree, &[&whole], future, buffers)?[0])
-    }
-
     fn whole(tree: &GistTree) -> Result<WorkingContext> {
         WorkingContext::recent(tree, Limits::new(tree.len() as usize, 0)?)
     }
