@@ -377,10 +377,20 @@ fn a_host_drives_a_phase_and_takes_the_adapter_away() {
     assert!(error.message().contains("expected the shape [16, any]"), "{error}");
 
     // The delta is scale · B · A of the parameters that the session hands out.
-    let of = |factor: &str| session.parameter(&format!("{module}.{factor}.weight")).unwrap();
+    let named = |factor: &str| format!("{module}.{factor}.weight");
+    let of = |factor: &str| session.parameter(&named(factor)).unwrap();
     let (a, b) = (of("lora_A"), of("lora_B"));
     assert_eq!((a.shape(), b.shape()), (vec![2, 32], vec![16, 2]));
     let (a, b) = (a.to_vec::<f32>().unwrap(), b.to_vec::<f32>().unwrap());
+    // The same without a copy, read-only, and nobody steps meanwhile.
+    let shared = session.shared_parameter(&named("lora_B")).unwrap();
+    assert!(shared.read_only());
+    assert_eq!(shared.view().unwrap().read::<f32>("lora_B", &[Some(16), Some(2)]).unwrap(), b);
+    session.enter_phase(&json!({ "groups": ["lora"] })).unwrap();
+    let error = session.step(&batch).unwrap_err();
+    assert!(error.message().contains("got 1 of shared_parameter that are still held"), "{error}");
+    drop(shared);
+    session.leave_phase().unwrap();
     let product = |o: usize, i: usize| 8.0 * (b[2 * o] * a[i] + b[2 * o + 1] * a[32 + i]);
     for (at, got) in delta.iter().enumerate() {
         assert!((got - product(at / 32, at % 32)).abs() < 1e-4, "{at}: {got}");

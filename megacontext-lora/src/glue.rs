@@ -20,7 +20,8 @@ use abi_stable::std_types::{RResult, RStr, RString, RVec};
 use megacontext_lora_abi::raw::{
     HostBox, PluginModule, PluginModuleRef, RawBuildInfo, RawSession, RawSession_TO, SessionBox,
 };
-use megacontext_lora_abi::tensor::check_disjoint;
+use megacontext_lora_abi::dlpack::READ_ONLY;
+use megacontext_lora_abi::tensor::{DType, check_disjoint};
 use megacontext_lora_abi::{
     ABI_REVISION, AbiError, ContextView, EntriesView, ErrorKind, OwnedTensor, TensorError, TensorView,
     TensorViewMut, VERSION_BYTES,
@@ -46,6 +47,7 @@ const CAPABILITIES: &[&str] = &[
     "session:nll",
     "session:lora_delta",
     "session:parameter",
+    "session:shared_parameter",
     "session:phases",
     "session:adapters",
     "session:tree",
@@ -398,6 +400,21 @@ impl RawSession for SessionImpl {
         self.guard("parameter", |s| {
             let (shape, values) = s.parameter(name.as_str())?;
             Ok(OwnedTensor::new(values, &shape)?)
+        })
+    }
+
+    fn shared_parameter(&self, name: RStr<'_>) -> RResult<OwnedTensor, AbiError> {
+        self.guard("shared_parameter", |s| {
+            let lent = s.shared_parameter(name.as_str())?;
+            let shared = lent.shared();
+            let dtype = match shared.dtype() {
+                candle_core::DType::F32 => DType::F32,
+                candle_core::DType::BF16 => DType::Bf16,
+                other => return Err(PluginError::internal(format!("a parameter stored as {other:?}"))),
+            };
+            let (data, shape) = (shared.data().cast_mut(), shared.shape().to_vec());
+            // SAFETY: `lent` keeps the values and holds off whoever would write them; the host is told not to.
+            Ok(unsafe { OwnedTensor::of_owner(lent, dtype, data, &shape, READ_ONLY) })
         })
     }
 

@@ -16,13 +16,13 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use candle_core::{DType, Device, Tensor};
 use megacontext_base::decoder::{Decoder, Forward, stored_narrow};
 use megacontext_base::gradients::{Gradients, Optimizer};
-use megacontext_base::params::Group;
+use megacontext_base::params::{Group, Shared};
 use megacontext_base::rope::{
     Entries as Placed, MOST_LEVELS, PositionOptions, RopeScaling, RopeTables, SIGMA,
 };
@@ -107,6 +107,28 @@ struct Loaded {
     unsaved: AtomicBool,
     /// Adapters beside the model.
     adapters: BTreeMap<String, adapters::Resident>,
+    /// Parameters in the host's hands.
+    lent: Arc<AtomicUsize>,
+}
+
+/// A parameter in the host's hands; nobody writes parameters while one lives.
+pub struct Lent {
+    shared: Shared,
+    count: Arc<AtomicUsize>,
+}
+
+impl Lent {
+    /// Where it is, how it is stored, and its shape.
+    pub fn shared(&self) -> &Shared {
+        &self.shared
+    }
+}
+
+impl Drop for Lent {
+    fn drop(&mut self) {
+        // What was read was read before whoever sees the count fall writes.
+        self.count.fetch_sub(1, Ordering::Release);
+    }
 }
 
 /// An open phase, and the session as it was before, for a roll-back.
@@ -205,6 +227,7 @@ impl Session {
             active: adapter.is_some().then(|| adapters::DEFAULT.to_string()),
             unsaved: AtomicBool::new(false),
             adapters: BTreeMap::new(),
+            lent: Arc::default(),
         };
         Ok(Self::over(host, Some(RwLock::new(loaded))))
     }
@@ -232,6 +255,18 @@ impl Session {
         let guard = self.write()?;
         // Looked at under the lock: a transition that begins now waits for this call.
         if self.changing.load(Ordering::Acquire) { Err(in_transition(call)) } else { Ok(guard) }
+    }
+
+    /// [`Session::change`] for `call`, which may write parameters in place: not while the host reads one.
+    fn overwrite(&self, call: &str) -> Result<RwLockWriteGuard<'_, Loaded>> {
+        let guard = self.change(call)?;
+        match guard.lent.load(Ordering::Acquire) {
+            0 => Ok(guard),
+            lent => Err(PluginError::usage(format!(
+                "{call}: expected no shared parameter in the host's hands, got {lent} of shared_parameter that are still held; drop \
+                 them first"
+            ))),
+        }
     }
 
     /// [`Session::read`] for `call`, which must not see a phase that is being entered or left.
@@ -405,6 +440,20 @@ impl Session {
             .shape(name)
             .ok_or_else(|| PluginError::usage(format!("parameter: there is none named \"{name}\"")))?;
         Ok((shape.to_vec(), params.values(name).map_err(model_error)?.to_f32()))
+    }
+
+    /// A parameter where it lies, without a copy. Until it is dropped, calls that write parameters are refused.
+    pub fn shared_parameter(&self, name: &str) -> Result<Lent> {
+        let l = self.read()?;
+        let params = l.decoder.params();
+        if !params.contains(name) {
+            return Err(PluginError::usage(format!("shared_parameter: there is none named \"{name}\"")));
+        }
+        // SAFETY: parameters are written under the write lock alone, by calls that look at the count first (`Session::overwrite`), which
+        // rises here under the read lock. A phase that is undone puts other values in place and leaves these as they are.
+        let shared = unsafe { params.share(name) }.map_err(model_error)?;
+        l.lent.fetch_add(1, Ordering::Relaxed);
+        Ok(Lent { shared, count: l.lent.clone() })
     }
 
     /// Groups with their parameters: name, shape, and how values are stored now.

@@ -13,7 +13,7 @@ use common::{Fixture, VOCAB};
 use megacontext_lora::error::{Kind, Result};
 use megacontext_lora::host::{Answer, HostApi};
 use megacontext_lora::jobs;
-use megacontext_lora::session::{Context, Entries, Session};
+use megacontext_lora::session::{Context, Entries, Lent, Session};
 use serde_json::{Value, json};
 
 /// A host that brings text of its own and gives the answers it was made with.
@@ -166,6 +166,64 @@ fn in_bf16_what_learns_becomes_f32_and_a_roll_back_undoes_it() {
     keeping.enter_phase(json!({ "groups": ["embeddings", "norms"] })).unwrap();
     keeping.step(batch()).unwrap();
     assert_eq!(values(&keeping), learned);
+}
+
+/// The values of a parameter in the test's hands, stored in f32.
+fn lent_values(lent: &Lent) -> &[f32] {
+    let shared = lent.shared();
+    assert_eq!(shared.dtype(), candle_core::DType::F32);
+    // SAFETY: as many f32 as the shape has, for as long as `lent` lives.
+    unsafe { std::slice::from_raw_parts(shared.data().cast(), shared.shape().iter().product()) }
+}
+
+#[test]
+fn a_shared_parameter_is_the_sessions_own_and_holds_off_who_would_write_it() {
+    let fixture = Fixture::new();
+    let session = open(&fixture, None, Recorder::new(Answer::RollBack));
+    session.enter_phase(json!({ "groups": ["lora"] })).unwrap();
+    session.step(batch()).unwrap();
+    let name = "model.layers.0.self_attn.q_proj.lora_B.weight";
+    let (shape, copied) = session.parameter(name).unwrap();
+    let lent = session.shared_parameter(name).unwrap();
+    assert_eq!((lent.shared().shape(), lent_values(&lent)), (&shape[..], &copied[..]));
+    // No copy: the same memory as whoever asks next is given.
+    let again = session.shared_parameter(name).unwrap();
+    assert_eq!(again.shared().data(), lent.shared().data());
+    // What would write it is refused, what reads is not.
+    usage(session.step(batch()), "step: expected no shared parameter in the host's hands, got 2");
+    for refused in [session.set_adapter(json!({ "name": null })), session.merge_adapter()] {
+        usage(refused, "expected no shared parameter in the host's hands, got 2");
+    }
+    usage(session.resume(Path::new("nowhere")), "expected no shared parameter");
+    session.evaluate(batch()).unwrap();
+    drop(again);
+    usage(session.step(batch()), "got 1 of shared_parameter");
+    drop(lent);
+    session.step(batch()).unwrap();
+    // A phase that is undone while one is held leaves what is held as it was, and so does the session's end.
+    let lent = session.shared_parameter(name).unwrap();
+    let learned = session.parameter(name).unwrap().1;
+    assert_ne!(learned, copied);
+    session.leave_phase().unwrap();
+    assert!(session.parameter(name).is_err(), "the phase brought its LoRA and took it away");
+    drop(session);
+    assert_eq!(lent_values(&lent), learned);
+}
+
+#[test]
+fn a_shared_parameter_is_as_it_is_stored() {
+    let fixture = Fixture::new();
+    let config = json!({ "base": fixture.path("base"), "dtype": "bf16" });
+    let session = Session::open(config, Recorder::new(Answer::Continue)).unwrap();
+    let lent = session.shared_parameter("model.layers.0.mlp.up_proj.weight").unwrap();
+    let (shape, copied) = session.parameter("model.layers.0.mlp.up_proj.weight").unwrap();
+    assert_eq!((lent.shared().dtype(), lent.shared().shape()), (candle_core::DType::BF16, &shape[..]));
+    let bits = lent.shared().data().cast::<u16>();
+    for (at, value) in copied.iter().enumerate() {
+        // SAFETY: as many bf16 as the shape has.
+        assert_eq!(u32::from(unsafe { *bits.add(at) }) << 16, value.to_bits());
+    }
+    usage(session.shared_parameter("no.such").map(|_| ()), "shared_parameter: there is none named \"no.such\"");
 }
 
 #[test]

@@ -105,20 +105,23 @@ pub struct DlManagedTensorVersioned {
     pub dl_tensor: DlTensor,
 }
 
-/// What a released tensor gives back: the values and the arrays that the DLPack struct points into.
-struct Holding<T> {
+/// `DLPACK_FLAG_BITMASK_READ_ONLY`: the receiver must not write.
+pub const READ_ONLY: u64 = 1;
+
+/// What a released tensor gives back: what keeps the values alive, and the arrays that the DLPack struct points into.
+struct Holding<O> {
     managed: DlManagedTensorVersioned,
-    values: Vec<T>,
+    _owner: O,
     shape: Vec<i64>,
     strides: Vec<i64>,
 }
 
-unsafe extern "C" fn release<T>(managed: *mut c_void) {
-    // SAFETY: `managed` is the `manager_ctx` chain's own box: `OwnedTensor::new::<T>` stored this very function next to
+unsafe extern "C" fn release<O>(managed: *mut c_void) {
+    // SAFETY: `managed` is the `manager_ctx` chain's own box: `OwnedTensor::of_owner::<O>` stored this very function next to
     // the pointer of the box, and DLPack allows one call.
     unsafe {
         let context = (*managed.cast::<DlManagedTensorVersioned>()).manager_ctx;
-        drop(Box::from_raw(context.cast::<Holding<T>>()));
+        drop(Box::from_raw(context.cast::<Holding<O>>()));
     }
 }
 
@@ -129,37 +132,55 @@ pub struct OwnedTensor {
     managed: NonNull<DlManagedTensorVersioned>,
 }
 
-// SAFETY: the value is the only owner of plain memory, and `release` may run on any thread (Vec and Box do not care).
+// SAFETY: the value owns what it points to, or keeps it alive, and `release` may run on any thread: owners are Send and Sync.
 unsafe impl Send for OwnedTensor {}
 // SAFETY: through a shared reference the memory is only read.
 unsafe impl Sync for OwnedTensor {}
 
 impl OwnedTensor {
     /// Takes over a row-major vector; the product of `shape` must be its length.
-    pub fn new<T: Element>(values: Vec<T>, shape: &[usize]) -> Result<Self, TensorError> {
+    pub fn new<T: Element>(mut values: Vec<T>, shape: &[usize]) -> Result<Self, TensorError> {
         TensorView::new(&values, shape)?;
+        let data = values.as_mut_ptr().cast();
+        // SAFETY: the pointer is that of the vector's own memory, which moving the vector does not move, and whose length was held
+        // against the shape; nobody else has it.
+        Ok(unsafe { Self::of_owner(values, T::DTYPE, data, shape, 0) })
+    }
+
+    /// Lends row-major values of `owner`, which is dropped when the receiver releases the tensor: nothing is copied. With
+    /// [`READ_ONLY`] among the `flags` the receiver is told not to write.
+    ///
+    /// # Safety
+    /// `data` points to as many values of `dtype` as `shape` has, aligned and initialised, which stay where they are and are written
+    /// by nobody else until `owner` is dropped, whichever thread that happens on.
+    pub unsafe fn of_owner<O: Send + Sync + 'static>(
+        owner: O,
+        dtype: DType,
+        data: *mut c_void,
+        shape: &[usize],
+        flags: u64,
+    ) -> Self {
         let mut holding = Box::new(Holding {
             managed: DlManagedTensorVersioned {
                 version: DLPACK_VERSION,
                 manager_ctx: std::ptr::null_mut(),
-                deleter: Some(release::<T>),
-                flags: 0,
+                deleter: Some(release::<O>),
+                flags,
                 dl_tensor: DlTensor {
-                    data: std::ptr::null_mut(),
+                    data,
                     device: DlDevice { device_type: DeviceKind::Cpu as i32, device_id: 0 },
                     ndim: shape.len() as i32,
-                    dtype: T::DTYPE.into(),
+                    dtype: dtype.into(),
                     shape: std::ptr::null_mut(),
                     strides: std::ptr::null_mut(),
                     byte_offset: 0,
                 },
             },
-            values,
-            // A dimension of a real slice fits: the product of the others is at least 1, or the tensor is empty.
+            _owner: owner,
+            // A dimension of real values fits: the product of the others is at least 1, or the tensor is empty.
             shape: shape.iter().map(|&d| i64::try_from(d).unwrap_or(i64::MAX)).collect(),
             strides: contiguous_strides(shape)[..shape.len()].iter().map(|&s| s as i64).collect(),
         });
-        holding.managed.dl_tensor.data = holding.values.as_mut_ptr().cast();
         holding.managed.dl_tensor.shape = holding.shape.as_mut_ptr();
         holding.managed.dl_tensor.strides = holding.strides.as_mut_ptr();
         let holding = Box::into_raw(holding);
@@ -168,7 +189,12 @@ impl OwnedTensor {
             (*holding).managed.manager_ctx = holding.cast();
             NonNull::new_unchecked(&raw mut (*holding).managed)
         };
-        Ok(Self { managed })
+        Self { managed }
+    }
+
+    /// May the receiver only read?
+    pub fn read_only(&self) -> bool {
+        self.managed().flags & READ_ONLY != 0
     }
 
     fn managed(&self) -> &DlManagedTensorVersioned {
@@ -298,13 +324,29 @@ mod tests {
         unsafe extern "C" fn count(managed: *mut c_void) {
             RELEASED.fetch_add(1, Ordering::SeqCst);
             // SAFETY: the same box that `OwnedTensor::new` made.
-            unsafe { release::<f32>(managed) };
+            unsafe { release::<Vec<f32>>(managed) };
         }
         let mut tensor = OwnedTensor::new(vec![1f32], &[1]).unwrap();
         // SAFETY: the struct is ours until it is dropped.
         unsafe { tensor.managed.as_mut().deleter = Some(count) };
         std::thread::spawn(move || drop(tensor)).join().unwrap();
         assert_eq!(RELEASED.load(Ordering::SeqCst), 1);
+    }
+
+    #[test]
+    fn lent_values_are_the_owners_until_released() {
+        let owner = std::sync::Arc::new(vec![1f32, 2.0, 3.0]);
+        let data = owner.as_ptr().cast_mut().cast();
+        // SAFETY: three values, kept by the count, and written by nobody.
+        let lent = unsafe { OwnedTensor::of_owner(owner.clone(), DType::F32, data, &[3], READ_ONLY) };
+        assert!(lent.read_only() && !OwnedTensor::new(vec![1f32], &[1]).unwrap().read_only());
+        assert_eq!(std::sync::Arc::strong_count(&owner), 2);
+        let view = lent.view().unwrap();
+        let read = view.read::<f32>("lent", &[Some(3)]).unwrap();
+        assert!(std::ptr::eq(read.as_ptr(), owner.as_ptr()), "expected the owner's memory, not a copy");
+        drop(read);
+        drop(lent);
+        assert_eq!(std::sync::Arc::strong_count(&owner), 1);
     }
 
     #[test]

@@ -169,6 +169,10 @@ pub trait RawSession: Send + Sync + 'static {
     fn refocus(&self, _params_json: RStr<'_>, _scores: TensorView<'_>) -> RResult<RString, AbiError> {
         RResult::RErr(AbiError::not_there("refocus"))
     }
+    /// One parameter by its name, as it is stored, without a copy.
+    fn shared_parameter(&self, _name: RStr<'_>) -> RResult<OwnedTensor, AbiError> {
+        RResult::RErr(AbiError::not_there("shared_parameter"))
+    }
 }
 
 /// A session, owned by the host.

@@ -109,6 +109,14 @@ impl Session {
         self.raw.parameter(name.into()).into_result()
     }
 
+    /// One parameter, by its name in [`Session::parameter_groups`], where the session keeps it and as it is stored (F32, or
+    /// BF16 for a frozen weight): nothing is copied, and the tensor is read-only. It stays valid after the session is dropped. While
+    /// the host holds one, calls that would write parameters (`step`, `resume`, adapters) answer [`ErrorKind::Usage`]; entering and
+    /// leaving a phase do not. So it is for looking between phases: LoRA's factors, what `merge_adapter` made of a weight.
+    pub fn shared_parameter(&self, name: &str) -> Result<OwnedTensor> {
+        self.raw.shared_parameter(name.into()).into_result()
+    }
+
     /// The parameter groups with their tensors: `{group: {learns, parameters: [{name, shape}]}}`.
     pub fn parameter_groups(&self) -> Result<Value> {
         json(self.raw.parameter_groups())

@@ -109,7 +109,7 @@ mod sealed {
 }
 
 /// A Rust type that is the element of a [`DType`]. Every bit pattern of it is valid.
-pub trait Element: sealed::Sealed + Copy + Default + 'static {
+pub trait Element: sealed::Sealed + Copy + Default + Send + Sync + 'static {
     /// The dtype.
     const DTYPE: DType;
 }

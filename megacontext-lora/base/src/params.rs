@@ -14,6 +14,7 @@
 //! Errors: an unknown name, a shape that changes.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::ffi::c_void;
 use std::sync::OnceLock;
 
 use candle_core::op::BackpropOp;
@@ -291,6 +292,27 @@ impl ParamStore {
         Held::of(name, &param.value)
     }
 
+    /// A parameter's own memory: nothing is copied, and it outlives the store.
+    ///
+    /// # Errors
+    /// When there is none of this name.
+    ///
+    /// # Safety
+    /// While a [`Shared`] lives, nobody writes the parameter in place: no optimiser step, no [`ParamStore::set`]. Replacing and
+    /// removing it are no writes.
+    pub unsafe fn share(&self, name: &str) -> Result<Shared> {
+        let param = self.params.get(name).ok_or_else(|| unknown(name))?;
+        let (data, dtype) = match Held::of(name, &param.value)?.weight() {
+            Weight::F32(values) => (values.as_ptr().cast(), DType::F32),
+            Weight::Bf16(values) => (values.as_ptr().cast(), DType::BF16),
+        };
+        let keeper = match &param.value {
+            Stored::Leaf(leaf) => Keeper::Memory { _tensor: leaf.as_detached_tensor() },
+            Stored::Mapped(mapped) => Keeper::File { _mapped: mapped.clone() },
+        };
+        Ok(Shared { data, dtype, shape: param.value.shape().to_vec(), _keeper: keeper })
+    }
+
     /// Shape of a parameter.
     pub fn shape(&self, name: &str) -> Option<&[usize]> {
         self.params.get(name).map(|p| p.value.shape())
@@ -448,6 +470,42 @@ impl<'a> Held<'a> {
                 message: "expected f32, got bf16".to_string(),
             }),
         }
+    }
+}
+
+/// A parameter's own memory, kept for as long as this lives, whatever becomes of the store.
+pub struct Shared {
+    data: *const c_void,
+    dtype: DType,
+    shape: Vec<usize>,
+    _keeper: Keeper,
+}
+
+/// What the memory belongs to.
+enum Keeper {
+    Memory { _tensor: Tensor },
+    File { _mapped: MappedTensor },
+}
+
+// SAFETY: the pointer is into memory that the keeper shares in and that nobody writes (the promise of `ParamStore::share`).
+unsafe impl Send for Shared {}
+// SAFETY: as above; it is only read.
+unsafe impl Sync for Shared {}
+
+impl Shared {
+    /// The first value.
+    pub fn data(&self) -> *const c_void {
+        self.data
+    }
+
+    /// F32 or BF16.
+    pub fn dtype(&self) -> DType {
+        self.dtype
+    }
+
+    /// Dimensions, row-major.
+    pub fn shape(&self) -> &[usize] {
+        &self.shape
     }
 }
 

@@ -86,7 +86,7 @@ impl Session {
     /// Puts another adapter in use, or none: `{name: "…" | null}`.
     pub fn set_adapter(&self, params: Value) -> Result<Value> {
         let Set { name } = parse(params)?;
-        let mut l = self.change("set_adapter")?;
+        let mut l = self.overwrite("set_adapter")?;
         if name != l.active {
             if let Some(name) = name.as_ref().filter(|name| !l.adapters.contains_key(*name)) {
                 return Err(l.unknown("set_adapter", name));
@@ -103,7 +103,7 @@ impl Session {
     /// Forgets an adapter: `{name, force}`. The one in use is taken off the model first.
     pub fn unload_adapter(&self, params: Value) -> Result<Value> {
         let Unload { name, force } = parse(params)?;
-        let mut l = self.change("unload_adapter")?;
+        let mut l = self.overwrite("unload_adapter")?;
         let in_use = l.active.as_ref() == Some(&name);
         let unsaved = match l.adapters.get(&name) {
             _ if in_use => l.unsaved.load(Ordering::Acquire),
@@ -125,7 +125,7 @@ impl Session {
 
     /// Merges the LoRA in use into the weights; its factors stay. Reading calls then take one product instead of three.
     pub fn merge_adapter(&self) -> Result<Value> {
-        let mut l = self.change("merge_adapter")?;
+        let mut l = self.overwrite("merge_adapter")?;
         l.refuse_phase("merge_adapter")?;
         let merged = l.decoder.merge_adapter().map_err(model_error)?;
         Ok(json!({ "adapter": l.active, "merged": merged }))
@@ -133,7 +133,7 @@ impl Session {
 
     /// Takes it out again: every weight is, to the bit, what it was before.
     pub fn unmerge_adapter(&self) -> Result<Value> {
-        let mut l = self.change("unmerge_adapter")?;
+        let mut l = self.overwrite("unmerge_adapter")?;
         let unmerged = l.decoder.unmerge_adapter().map_err(model_error)?;
         Ok(json!({ "adapter": l.active, "unmerged": unmerged }))
     }

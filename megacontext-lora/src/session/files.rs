@@ -75,7 +75,7 @@ impl Session {
     /// moments, the count of steps, where the phase began and its seed. The optimiser's settings and the length of the
     /// phase stay those that this one was entered with; a roll-back goes back to before it was entered here.
     pub fn resume(&self, dir: &Path) -> Result<Value> {
-        let mut l = self.change("resume")?;
+        let mut l = self.overwrite("resume")?;
         let l = &mut *l;
         let Some(phase) = &l.phase else {
             return Err(PluginError::usage("resume: enter the phase first, with the groups that were saved"));

@@ -135,7 +135,7 @@ impl Session {
     pub fn step(&self, params: Value) -> Result<Value> {
         let batch: Batch = parse(params)?;
         let sequences = batch.split()?;
-        let mut l = self.change("step")?;
+        let mut l = self.overwrite("step")?;
         let l = &mut *l;
         let Some(phase) = &l.phase else {
             return Err(PluginError::usage("step: enter a phase first, so that something learns"));
