@@ -17,10 +17,10 @@ use abi_stable::export_root_module;
 use abi_stable::prefix_type::PrefixTypeTrait;
 use abi_stable::sabi_trait::TD_Opaque;
 use abi_stable::std_types::{RResult, RStr, RString, RVec};
+use megacontext_lora_abi::dlpack::READ_ONLY;
 use megacontext_lora_abi::raw::{
     HostBox, PluginModule, PluginModuleRef, RawBuildInfo, RawSession, RawSession_TO, SessionBox,
 };
-use megacontext_lora_abi::dlpack::READ_ONLY;
 use megacontext_lora_abi::tensor::{DType, check_disjoint};
 use megacontext_lora_abi::{
     ABI_REVISION, AbiError, ContextView, EntriesView, ErrorKind, OwnedTensor, TensorError, TensorView,

@@ -184,7 +184,7 @@ fn other_text_base_or_adapter_is_refused_when_a_run_goes_on() {
     refused(
         again(json!({ "adapter": adapter })),
         Kind::Usage,
-        &["resume: the adapter is not what the run began with"],
+        &["resume: --adapter: expected what the run began with"],
     );
     fixture.model("other", 99);
     refused(

@@ -223,7 +223,10 @@ fn a_shared_parameter_is_as_it_is_stored() {
         // SAFETY: as many bf16 as the shape has.
         assert_eq!(u32::from(unsafe { *bits.add(at) }) << 16, value.to_bits());
     }
-    usage(session.shared_parameter("no.such").map(|_| ()), "shared_parameter: there is none named \"no.such\"");
+    usage(
+        session.shared_parameter("no.such").map(|_| ()),
+        "shared_parameter: there is none named \"no.such\"",
+    );
 }
 
 #[test]

@@ -409,7 +409,7 @@ fn a_host_answers_at_every_moment() {
 }
 
 #[test]
-fn contexts_rise_between_cycles_and_ablations_begin_from_the_warm_start() {
+fn contexts_rise_between_cycles_and_ablations_begin_from_the_start() {
     let fixture = Fixture::new();
     let mut long = settings(&fixture, "long");
     long["cycles"] = json!(2);
@@ -420,7 +420,7 @@ fn contexts_rise_between_cycles_and_ablations_begin_from_the_warm_start() {
     long["judge"]["plateau"] = json!(0.0);
     let summary = run(&long, &Watching::default()).unwrap();
     let phases = summary["phases"].as_array().unwrap();
-    assert_eq!(phases.len(), 2 + 2 * 3 + 3 * 2 * 2);
+    assert_eq!(phases.len(), 2 + 2 * 3 + 2 * (1 + 2 * 2) + 2 * 2);
     let contexts: Vec<u64> = phases.iter().take(8).map(|phase| phase["context"].as_u64().unwrap()).collect();
     assert_eq!(contexts, [44, 44, 44, 44, 44, 68, 68, 68]);
     // Between cycles of another length nothing is compared.
@@ -438,7 +438,19 @@ fn contexts_rise_between_cycles_and_ablations_begin_from_the_warm_start() {
         found.unwrap()["after"]["losses"].clone()
     };
     assert_eq!(first("lensnet", "jt1").as_array().unwrap().len(), own("jt1").as_array().unwrap().len());
+    assert_eq!(first("lensnet", "warm_gistnet"), own("warm_gistnet"));
     assert_ne!(first("gistnet", "jt2"), own("jt2"));
+    // LoRA's pass goes on from the warm start, the others from the modules as they began.
+    let before = |without: Value, kind: &str| {
+        let of = |phase: &&Value| phase["without"] == without && phase["kind"] == kind;
+        phases.iter().find(of).unwrap()["before"]["losses"].clone()
+    };
+    assert_eq!(before(json!("lora"), "jt1"), before(Value::Null, "jt1"));
+    assert_eq!(before(json!("gistnet"), "warm_lensnet"), before(Value::Null, "warm_gistnet"));
+    for pass in summary["ablation"].as_array().unwrap() {
+        let [test, own] = [&pass["test"], &summary["test"]].map(|of| of["loss_at_h"].as_f64().unwrap());
+        assert!((pass["change"]["mean"].as_f64().unwrap() - (test - own)).abs() < 1e-9, "{pass}");
+    }
     // What learned with LoRA is in the adapter.
     let text = fs::read_to_string(fixture.path("long/adapter/adapter_config.json")).unwrap();
     for part in ["embed_tokens", "norm", "sigma_scales"] {

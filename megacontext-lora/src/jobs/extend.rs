@@ -22,11 +22,11 @@ use crate::data::documents::{Document, load, tokenize};
 use crate::data::packing::{TokenStream, split_holdout};
 use crate::error::{PluginError, Result};
 use crate::host::{Answer, HostApi};
+use crate::jobs::begin::{Begun, Resumable, begin};
 use crate::jobs::evaluation::Inputs;
 use crate::jobs::{ModelDir, model_error, parse, save_adapter, to_value, with_threads};
 use crate::report::{self, RunReport};
 use crate::run::Telemetry;
-use crate::run::checkpoint::load_latest;
 use crate::run::folder::{RunFolder, config_toml, expect_run};
 use crate::run::metrics::{EvaluationRecord, Record, StageRecord, TrainRecord, wall_time};
 use crate::run::summary::{
@@ -72,6 +72,20 @@ struct State {
     stage_seconds: Vec<f64>,
     seconds_by_part: BTreeMap<String, f64>,
     inputs: Inputs,
+}
+
+impl Resumable for State {
+    fn config_hash(&self) -> &str {
+        &self.config_hash
+    }
+
+    fn inputs(&self) -> &Inputs {
+        &self.inputs
+    }
+
+    fn metric_lines(&self) -> u64 {
+        self.metric_lines
+    }
 }
 
 /// Documents of `data`, the held-out corpus of this machine among them where it is asked for.
@@ -250,30 +264,19 @@ impl<'h> Run<'h> {
             plan.memory.recompute,
         )?;
 
-        let config_hash = config.identity()?;
-        let toml = config_toml(&config)?;
         let folder = RunFolder::open(&config.out, resume)?;
-        let mut warnings: Vec<String> = text.warning.into_iter().collect();
-        let loaded =
-            if resume { load_latest(folder.path(), &config_hash, &mut |w| warnings.push(w))? } else { None };
-        let (state, telemetry) = match loaded {
-            None => {
-                folder.write("config.toml", toml.as_bytes())?;
-                let stage_seconds = vec![0.0; config.stages.len()];
-                let state =
-                    State { config_hash, seed: config.seed, stage_seconds, inputs, ..State::default() };
-                (state, Telemetry::create(&folder, &toml)?)
-            }
-            Some(loaded) => {
-                let state: State = serde_json::from_value(loaded.state.clone())
-                    .map_err(|e| PluginError::data(format!("{}: state.json: {e}", loaded.path.display())))?;
-                warnings.extend(state.inputs.check(&inputs)?);
-                let telemetry =
-                    Telemetry::resume(&folder, &toml, state.metric_lines, &mut |w| warnings.push(w))?;
-                trainer.restore(loaded)?;
-                (state, telemetry)
-            }
+        let state = State {
+            config_hash: config.identity()?,
+            seed: config.seed,
+            stage_seconds: vec![0.0; config.stages.len()],
+            inputs,
+            ..State::default()
         };
+        // Nothing else is given: it begins with a base model and text.
+        let Begun { state, telemetry, loaded, warnings } = begin(&folder, &config, state, resume, "")?;
+        if let Some(loaded) = loaded {
+            trainer.restore(loaded)?;
+        }
         let run = Run {
             host,
             config,
@@ -288,7 +291,7 @@ impl<'h> Run<'h> {
             state,
             started,
         };
-        for warning in warnings {
+        for warning in text.warning.into_iter().chain(warnings) {
             run.say(&warning);
         }
         if resume {

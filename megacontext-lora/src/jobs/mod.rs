@@ -40,6 +40,7 @@ use serde_json::Value;
 use crate::error::{Kind, PluginError, Result};
 use crate::host::HostApi;
 
+mod begin;
 pub mod bench;
 pub mod eval_gap;
 pub mod eval_gist;

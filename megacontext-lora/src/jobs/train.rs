@@ -42,11 +42,12 @@ use serde_json::{Map, Value, json};
 
 use crate::error::{PluginError, Result};
 use crate::host::{Answer, HostApi};
+use crate::jobs::begin::{Begun, Resumable, begin};
 use crate::jobs::evaluation::Inputs;
 use crate::jobs::{ModelDir, model_error, parse, to_value, with_threads};
 use crate::run::Telemetry;
-use crate::run::checkpoint::{self, load_latest};
-use crate::run::folder::{CONFIG, RunFolder, config_toml, expect_run};
+use crate::run::checkpoint;
+use crate::run::folder::{RunFolder, expect_run};
 use crate::run::tensor_file::Named;
 use crate::train::cycle::{CycleConfig, CyclePlan, PhasePlace};
 use crate::train::gistnet::NetworkSettings;
@@ -103,10 +104,12 @@ pub struct PhaseSummary {
 /// What a pass through all cycles ended with, on the test histories.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct PassSummary {
-    /// The module that stayed frozen in all cycles; none for the run itself.
+    /// The module that stayed frozen from the start; none for the run itself.
     pub without: Option<Group>,
     /// What the modules are worth.
     pub test: Evaluation,
+    /// Loss@H less that of the run itself, paired; none for the run itself.
+    pub change: Option<Difference>,
 }
 
 /// A finished run.
@@ -168,13 +171,14 @@ pub struct CycleSummary {
     pub lensnet: String,
 }
 
-/// The modules as they were after the warm start, for ablations.
+/// The modules as they stood at some time, for ablations.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-struct Warm {
+struct Kept {
     tensors: Stored,
     moments: Moments,
     gist_version: u16,
     lens_ready: bool,
+    unit: Option<f64>,
 }
 
 /// What a checkpoint knows besides tensors.
@@ -206,7 +210,10 @@ struct State {
     teacher: Option<Stored>,
     moments: Moments,
     phases: Vec<PhaseSummary>,
-    warm: Option<Warm>,
+    /// After the warm start.
+    warm: Option<Kept>,
+    /// Before it; kept where there will be ablations.
+    origin: Option<Kept>,
     test_before: Option<Evaluation>,
     /// The module that the open pass leaves out.
     without: Option<Group>,
@@ -217,6 +224,24 @@ struct State {
     last_cycle: Option<usize>,
     metric_lines: u64,
     seconds: f64,
+}
+
+impl Resumable for State {
+    fn config_hash(&self) -> &str {
+        &self.config_hash
+    }
+
+    fn inputs(&self) -> &Inputs {
+        &self.inputs
+    }
+
+    fn began_with(&self) -> &[String] {
+        &self.began_with
+    }
+
+    fn metric_lines(&self) -> u64 {
+        self.metric_lines
+    }
 }
 
 /// Where contexts of a cycle are.
@@ -346,11 +371,9 @@ fn prepare(
     };
     let mut modules = Modules { decoder, gistnet, lensnet };
     let began_with = hashes(&modules)?;
-    let config_hash = config.identity()?;
-    let toml = config_toml(&config)?;
     let folder = RunFolder::open(&config.out, resume)?;
     let state = State {
-        config_hash: config_hash.clone(),
+        config_hash: config.identity()?,
         seed: config.seed,
         inputs: Inputs::of(&model, text.documents()),
         began_with,
@@ -358,32 +381,14 @@ fn prepare(
         lens_ready,
         ..State::default()
     };
-    let mut warnings = Vec::new();
-    let loaded =
-        if resume { load_latest(folder.path(), &config_hash, &mut |w| warnings.push(w))? } else { None };
+    let given = "the adapter and the networks";
+    let Begun { state, telemetry, loaded, warnings } = begin(&folder, &config, state, resume, given)?;
     let mut taken_up = None;
-    let (telemetry, state) = match loaded {
-        None => {
-            folder.write(CONFIG, toml.as_bytes())?;
-            (Telemetry::create(&folder, &toml)?, state)
-        }
-        Some(loaded) => {
-            let kept: State = serde_json::from_value(loaded.state.clone())
-                .map_err(|e| PluginError::data(format!("{}: state.json: {e}", loaded.path.display())))?;
-            warnings.extend(kept.inputs.check(&state.inputs)?);
-            if kept.began_with != state.began_with {
-                return Err(PluginError::usage(
-                    "resume: expected the adapter and the networks that the run began with, got others; name the same ones, or \
-                     begin a new run in another folder",
-                ));
-            }
-            let telemetry = Telemetry::resume(&folder, &toml, kept.metric_lines, &mut |w| warnings.push(w))?;
-            modules.put(loaded.tensors)?;
-            modules.gistnet.set_gist_version(kept.gist_version);
-            taken_up = Some(loaded.optim);
-            (telemetry, kept)
-        }
-    };
+    if let Some(loaded) = loaded {
+        modules.put(loaded.tensors)?;
+        modules.gistnet.set_gist_version(state.gist_version);
+        taken_up = Some(loaded.optim);
+    }
     for warning in warnings {
         host.event("log", &json!({ "message": warning }));
     }

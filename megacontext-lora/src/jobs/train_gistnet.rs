@@ -37,13 +37,14 @@ use serde_json::{Map, Value, json};
 
 use crate::error::{PluginError, Result};
 use crate::host::HostApi;
+use crate::jobs::begin::{Begun, Resumable, begin};
 use crate::jobs::evaluation::Inputs;
 use crate::jobs::gist_text::{GistText, read_text};
 use crate::jobs::{ModelDir, model_error, parse, to_value, with_threads};
 use crate::report::stand_ins::StandIns;
 use crate::run::Telemetry;
-use crate::run::checkpoint::{self, Loaded, load_latest};
-use crate::run::folder::{CONFIG, RunFolder, config_toml, expect_run};
+use crate::run::checkpoint::{self, Loaded};
+use crate::run::folder::{RunFolder, expect_run};
 use crate::run::metrics::{GistBaselinesRecord, GistStepRecord, GistValidationRecord, Record, wall_time};
 use crate::train::gistnet::{GistPlan, GistRunConfig, Passages};
 use crate::train::plan::since;
@@ -169,6 +170,24 @@ struct State {
     seconds: f64,
 }
 
+impl Resumable for State {
+    fn config_hash(&self) -> &str {
+        &self.config_hash
+    }
+
+    fn inputs(&self) -> &Inputs {
+        &self.inputs
+    }
+
+    fn began_with(&self) -> &[String] {
+        &self.frozen
+    }
+
+    fn metric_lines(&self) -> u64 {
+        self.metric_lines
+    }
+}
+
 impl State {
     /// Takes up a validation of the stage; true if it is the best so far.
     ///
@@ -239,38 +258,16 @@ fn prepare(config: GistRunConfig, resume: bool, host: &dyn HostApi) -> Result<Va
     )
     .map_err(model_error)?;
     let frozen = hashes(decoder.params())?;
-    let toml = config_toml(&config)?;
     let folder = RunFolder::open(&config.out, resume)?;
-    let mut warnings = Vec::new();
-    let config_hash = config.identity()?;
     let state = State {
-        config_hash: config_hash.clone(),
+        config_hash: config.identity()?,
         seed: config.seed,
         inputs: Inputs::of(&model, text.tokens.iter().chain(&held_out).chain(&test)),
         frozen: frozen.clone(),
         ..State::default()
     };
-    let loaded =
-        if resume { load_latest(folder.path(), &config_hash, &mut |w| warnings.push(w))? } else { None };
-    let (telemetry, state, loaded) = match loaded {
-        None => {
-            folder.write(CONFIG, toml.as_bytes())?;
-            (Telemetry::create(&folder, &toml)?, state, None)
-        }
-        Some(loaded) => {
-            let kept: State = serde_json::from_value(loaded.state.clone())
-                .map_err(|e| PluginError::data(format!("{}: state.json: {e}", loaded.path.display())))?;
-            warnings.extend(kept.inputs.check(&state.inputs)?);
-            if kept.frozen != state.frozen {
-                return Err(PluginError::usage(
-                    "resume: the adapter is not what the run began with: expected the same parameters on the base model, got \
-                     others; name the same --adapter, or begin a new run in another folder",
-                ));
-            }
-            let telemetry = Telemetry::resume(&folder, &toml, kept.metric_lines, &mut |w| warnings.push(w))?;
-            (telemetry, kept, Some(loaded))
-        }
-    };
+    let given = "--adapter";
+    let Begun { state, telemetry, loaded, warnings } = begin(&folder, &config, state, resume, given)?;
     for warning in warnings {
         host.event("log", &json!({ "message": warning }));
     }

@@ -38,11 +38,12 @@ use serde_json::{Map, Value, json};
 use crate::error::{PluginError, Result};
 use crate::host::HostApi;
 use crate::host_allocator::HostAllocator;
+use crate::jobs::begin::{Begun, Resumable, begin};
 use crate::jobs::evaluation::Inputs;
 use crate::jobs::{ModelDir, model_error, parse, to_value, with_threads};
 use crate::run::Telemetry;
-use crate::run::checkpoint::{self, Loaded, load_latest};
-use crate::run::folder::{CONFIG, RunFolder, config_toml, expect_run};
+use crate::run::checkpoint::{self, Loaded};
+use crate::run::folder::{RunFolder, expect_run};
 use crate::run::metrics::{LensStepRecord, LensValidationRecord, Record, wall_time};
 use crate::train::histories::{self, Passage};
 use crate::train::lensnet::{LensPlan, LensRunConfig};
@@ -141,6 +142,24 @@ struct State {
     seconds: f64,
 }
 
+impl Resumable for State {
+    fn config_hash(&self) -> &str {
+        &self.config_hash
+    }
+
+    fn inputs(&self) -> &Inputs {
+        &self.inputs
+    }
+
+    fn began_with(&self) -> &[String] {
+        &self.frozen
+    }
+
+    fn metric_lines(&self) -> u64 {
+        self.metric_lines
+    }
+}
+
 /// Runs the job.
 pub fn run(params: Value, host: &dyn HostApi) -> Result<Value> {
     let Params { resume, config } = parse(params)?;
@@ -208,42 +227,20 @@ fn prepare(config: LensRunConfig, resume: bool, host: &dyn HostApi) -> Result<Va
         ..Identity::of_base(&fingerprint)
     };
     let frozen = hashes(decoder.params(), gistnet.params())?;
-    let toml = config_toml(&config)?;
     let folder = RunFolder::open(&config.out, resume)?;
-    let config_hash = config.identity()?;
     let tokens = text.iter().chain(&held_out).chain(&test).map(|passage| &passage.tokens);
     let state = State {
-        config_hash: config_hash.clone(),
+        config_hash: config.identity()?,
         seed: config.seed,
         inputs: Inputs::of(&model, tokens),
         frozen: frozen.clone(),
         ..State::default()
     };
-    let mut warnings = Vec::new();
+    let given = "--adapter and --gistnet";
+    let Begun { state, telemetry, loaded, mut warnings } = begin(&folder, &config, state, resume, given)?;
     if let Err(error) = made_beside.check_adapter(&on_base, "GistNet", &config.gistnet) {
         warnings.push(format!("warning: {error}"));
     }
-    let loaded =
-        if resume { load_latest(folder.path(), &config_hash, &mut |w| warnings.push(w))? } else { None };
-    let (telemetry, state, loaded) = match loaded {
-        None => {
-            folder.write(CONFIG, toml.as_bytes())?;
-            (Telemetry::create(&folder, &toml)?, state, None)
-        }
-        Some(loaded) => {
-            let kept: State = serde_json::from_value(loaded.state.clone())
-                .map_err(|e| PluginError::data(format!("{}: state.json: {e}", loaded.path.display())))?;
-            warnings.extend(kept.inputs.check(&state.inputs)?);
-            if kept.frozen != state.frozen {
-                return Err(PluginError::usage(
-                    "resume: expected the adapter and the GistNet that the run began with, got others; name the same \
-                     --adapter and --gistnet, or begin a new run in another folder",
-                ));
-            }
-            let telemetry = Telemetry::resume(&folder, &toml, kept.metric_lines, &mut |w| warnings.push(w))?;
-            (telemetry, kept, Some(loaded))
-        }
-    };
     for warning in warnings {
         host.event("log", &json!({ "message": warning }));
     }

@@ -185,7 +185,7 @@ pub struct CycleConfig {
     pub jt3: LoraPhase,
     /// When phases are undone.
     pub judge: Judge,
-    /// At the end, the cycles again from the warm start with each module frozen in turn: does it hurt?
+    /// At the end, the run again with each module frozen from its beginning, in turn: does it hurt?
     pub ablation: bool,
     /// Held-out histories.
     pub validation: CycleValidation,
@@ -354,7 +354,7 @@ pub struct PhasePlace {
     pub kind: PhaseKind,
     /// Its cycle from 1, 0 for the warm start.
     pub cycle: usize,
-    /// The module that stays frozen in all cycles of the pass that it belongs to; none for the run itself.
+    /// The module that stays frozen in all of the pass that it belongs to; none for the run itself.
     pub without: Option<Group>,
 }
 
@@ -400,14 +400,15 @@ impl CycleConfig {
         crate::jobs::parse(whole)
     }
 
-    /// All phases in their order, those of ablations last.
+    /// All phases in their order, those of ablations last. LoRA has no part in the warm start, which is not run again without it.
     pub fn phases(&self) -> Vec<PhasePlace> {
         let mut all = Vec::new();
-        for kind in [PhaseKind::WarmGistnet, PhaseKind::WarmLensnet] {
-            all.push(PhasePlace { kind, cycle: 0, without: None });
-        }
         let passes = [None].into_iter().chain(MODULES.map(Some).into_iter().filter(|_| self.ablation));
         for without in passes {
+            if without != Some(Group::Lora) {
+                let warm = [PhaseKind::WarmGistnet, PhaseKind::WarmLensnet];
+                all.extend(warm.map(|kind| PhasePlace { kind, cycle: 0, without }));
+            }
             for cycle in 1..=self.cycles {
                 for kind in [PhaseKind::Jt1, PhaseKind::Jt2, PhaseKind::Jt3] {
                     all.push(PhasePlace { kind, cycle, without });

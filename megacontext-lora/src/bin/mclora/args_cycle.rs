@@ -58,7 +58,7 @@ pub struct TrainCycle {
     /// Times through JT1, JT2 and JT3 [default: 3]
     #[arg(long, value_name = "N", help_heading = "How")]
     pub cycles: Option<u64>,
-    /// At the end, the cycles again with each module frozen in turn
+    /// At the end, the run again with each module frozen from its start, in turn
     #[arg(long, help_heading = "How")]
     pub ablation: bool,
     /// Precision of the base model: f32, mixed (f32 storage, bf16 products) or bf16 [default: f32]

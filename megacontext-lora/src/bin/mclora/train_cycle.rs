@@ -147,15 +147,18 @@ fn tables(summary: &Value) -> String {
         .flatten()
         .map(|pass| {
             let frozen = pass["without"].as_str().unwrap_or_default().to_string();
-            vec![frozen, format!("{:.4}", number(&pass["test"]["loss_at_h"]))]
+            let change = &pass["change"];
+            let change = format!("{:+.4} ± {:.4}", number(&change["mean"]), number(&change["error"]));
+            vec![frozen, format!("{:.4}", number(&pass["test"]["loss_at_h"])), change]
         })
         .collect();
     if !ablation.is_empty() {
-        let own = vec!["nothing".to_string(), format!("{:.4}", number(&summary["test"]["loss_at_h"]))];
+        let own = format!("{:.4}", number(&summary["test"]["loss_at_h"]));
+        let own = vec!["nothing".to_string(), own, String::new()];
         let rows: Vec<Vec<String>> = [own].into_iter().chain(ablation).collect();
         text += &format!(
-            "\nThe same cycles with a module frozen from the warm start on:\n\n{}",
-            table(&["frozen", nats.as_str()], &rows)
+            "\nThe same run with a module frozen from its start:\n\n{}",
+            table(&["frozen", nats.as_str(), "more than with all"], &rows)
         );
     }
     text

@@ -14,7 +14,7 @@ use super::learners::{Failure, Learner};
 use super::learning::focus;
 use super::modules::{Modules, Stored, with_named, word};
 use super::text::Maker;
-use super::{PassSummary, PhaseSummary, Run, Scope, Warm, frozen_hashes};
+use super::{Kept, PassSummary, PhaseSummary, Run, Scope, frozen_hashes};
 use crate::error::{PluginError, Result};
 use crate::host::Answer;
 use crate::host_allocator::HostAllocator;
@@ -35,6 +35,9 @@ pub(super) enum Side {
 impl Run<'_> {
     /// All phases that are left.
     pub(super) fn cycles(&mut self, mut modules: Modules) -> Result<Modules> {
+        if self.config.ablation && self.state.origin.is_none() {
+            self.state.origin = Some(self.keep_for_ablations(&modules, "origin.safetensors")?);
+        }
         while let Some(place) = self.phases.get(self.state.phase).copied() {
             if self.state.last_cycle.is_some_and(|last| place.cycle > last) {
                 self.state.phase += 1;
@@ -54,21 +57,27 @@ impl Run<'_> {
         Ok(modules)
     }
 
+    /// Writes down the modules as they stand, for a pass of an ablation to go back to.
+    fn keep_for_ablations(&self, modules: &Modules, file: &str) -> Result<Kept> {
+        let tensors = with_named(&modules.parts(&self.config.jt3.groups), |tensors| {
+            Stored::write(self.folder.path(), file.to_string(), tensors)
+        })?;
+        Ok(Kept {
+            tensors,
+            moments: self.state.moments.clone(),
+            gist_version: modules.gistnet.gist_version(),
+            lens_ready: self.state.lens_ready,
+            unit: self.state.unit,
+        })
+    }
+
     /// Keeps the modules for ablations, and measures them on the test histories.
     fn after_warm_start(&mut self, modules: &Modules) -> Result<()> {
         if self.state.test_before.is_none() {
             self.say("measuring the modules after the warm start on test histories");
             self.state.test_before = Some(self.evaluate(modules, &self.scope(1)?, Side::Test)?);
         }
-        let tensors = with_named(&modules.parts(&self.config.jt3.groups), |tensors| {
-            Stored::write(self.folder.path(), "warm.safetensors".to_string(), tensors)
-        })?;
-        self.state.warm = Some(Warm {
-            tensors,
-            moments: self.state.moments.clone(),
-            gist_version: modules.gistnet.gist_version(),
-            lens_ready: self.state.lens_ready,
-        });
+        self.state.warm = Some(self.keep_for_ablations(modules, "warm.safetensors")?);
         self.checkpoint(&modules.parts(&self.config.jt3.groups), None)
     }
 
@@ -86,27 +95,32 @@ impl Run<'_> {
             self.references(modules, &scope, &test)?;
             self.write_modules(modules, &scope)?;
         }
-        self.state.passes.push(PassSummary { without, test });
+        let own = self.state.passes.iter().find(|pass| pass.without.is_none());
+        let change = own.map(|own| change(&own.test, &test));
+        self.state.passes.push(PassSummary { without, test, change });
         self.checkpoint(&modules.parts(&self.config.jt3.groups), None)
     }
 
-    /// Goes back to the warm start, for a pass in which one module stays frozen.
+    /// Goes back to where the run began, for a pass in which one module stays frozen; to the end of the warm start for LoRA, which
+    /// had no part in it.
     fn begin_pass(&mut self, modules: &mut Modules, without: Option<Group>) -> Result<()> {
-        let Some(warm) = self.state.warm.clone() else {
-            return Err(PluginError::internal("an ablation without a warm start to go back to"));
+        let kept = if without == Some(Group::Lora) { &self.state.warm } else { &self.state.origin };
+        let Some(kept) = kept.clone() else {
+            return Err(PluginError::internal("an ablation without a beginning to go back to"));
         };
-        modules.put(warm.tensors.read(self.folder.path())?)?;
-        modules.gistnet.set_gist_version(warm.gist_version);
-        self.state.gist_version = warm.gist_version;
-        self.state.lens_ready = warm.lens_ready;
-        self.state.moments.only(&warm.moments);
+        modules.put(kept.tensors.read(self.folder.path())?)?;
+        modules.gistnet.set_gist_version(kept.gist_version);
+        self.state.gist_version = kept.gist_version;
+        self.state.lens_ready = kept.lens_ready;
+        self.state.unit = kept.unit;
+        self.state.moments.only(&kept.moments);
         self.state.without = without;
         self.state.before = None;
         if let Some(data) = &self.data {
             data.forget();
         }
         if let Some(group) = without {
-            self.say(&format!("ablation: the cycles again from the warm start, with {group} frozen"));
+            self.say(&format!("ablation: the run again, with {group} frozen"));
         }
         self.checkpoint(&modules.parts(&self.config.jt3.groups), None)
     }

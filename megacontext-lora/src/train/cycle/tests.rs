@@ -11,10 +11,12 @@ fn a_run_is_a_warm_start_and_cycles() {
 }
 
 #[test]
-fn an_ablation_leaves_one_module_out_of_all_cycles() {
+fn an_ablation_leaves_one_module_out_from_the_start() {
     let config = CycleConfig { cycles: 1, ablation: true, ..CycleConfig::default() };
     let phases = config.phases();
-    assert_eq!(phases.len(), 2 + 3 + 3 * 2);
+    assert_eq!(phases.len(), 2 + 3 + 2 * (1 + 2) + 2);
+    let warm: Vec<_> = phases.iter().filter(|phase| phase.cycle == 0).map(|phase| phase.without).collect();
+    assert_eq!(warm, [None, None, Some(Group::Gistnet), Some(Group::Lensnet)]);
     for phase in phases {
         assert_ne!(phase.without, Some(phase.kind.module()), "{phase}");
     }
