@@ -58,9 +58,9 @@ pub(crate) fn label_of(
         None => Policy::Recency,
         Some(network) => Policy::Lens(network),
     };
-    // So many refocuses that contexts of all ages come up, those that every history begins with among them: there a policy
-    // decides most.
-    let focus = Focus { refocuses: random.below(focus.refocuses + 1), ..*focus };
+    // So many refocuses that contexts of all ages at which the policy decides come up: from those that every history begins with to
+    // those before its last refocus.
+    let focus = Focus { refocuses: random.below(focus.refocuses), ..*focus };
     match settings.kind {
         LabelKind::Counterfactual => {
             let most = (settings.edits > 0).then_some(settings.edits);

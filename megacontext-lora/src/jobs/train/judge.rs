@@ -1,8 +1,9 @@
 //! What the modules together are worth on held-out histories, and whether a phase is kept.
 //!
 //! Source: MegaContext's JT metrics. Every phase is judged by loss@H of the contexts that the policy chooses at the fixed budget W;
-//! the same histories before and after, so the difference is paired. Only GistNet's warm start, before which gists are noise that no
-//! context should be built of, is judged by ΔNLL@H of the gists. Definitions:
+//! the same histories before and after, so the difference is paired. A phase of GistNet is judged in the contexts that the policy had
+//! chosen when it began: what others LensNet would choose of gists that it never saw is what JT2 is for, and is in the figures that
+//! JT2 begins with. GistNet's warm start, before which gists are noise, is judged by ΔNLL@H of the gists. Definitions:
 //! - `loss_at_h`: mean NLL of the H tokens behind the chosen contexts.
 //! - `full_loss`: the same behind the whole history as tokens.
 //! - `delta_nll_degradation`: `loss_at_h` − `full_loss`: what the budget costs.
@@ -141,7 +142,8 @@ pub(super) struct Judging<'a> {
 }
 
 impl Judging<'_> {
-    /// Measures the modules; none where the host stopped it.
+    /// Measures the modules; none where the host stopped it. With `chooser` the policy sees gists of that network, and what is
+    /// measured are `gistnet`'s in the same contexts.
     ///
     /// # Errors
     /// See the module.
@@ -150,6 +152,7 @@ impl Judging<'_> {
         passages: &[Passage],
         gistnet: &GistNet,
         lensnet: &LensNet,
+        chooser: Option<&GistNet>,
         buffers: &mut Buffers,
     ) -> Result<Option<Evaluation>> {
         let mut all = Evaluation { histories: passages.len(), ..Evaluation::default() };
@@ -163,7 +166,9 @@ impl Judging<'_> {
             let history = self.maker.make(passage, gistnet)?;
             let policy = if self.lens_ready { Policy::Lens(lensnet) } else { Policy::Recency };
             let mut random = Random::named(self.seed, &format!("judging of history {number}"));
-            let chosen = self.focus.choose(policy, &history, &mut random, buffers).map_err(model_error)?;
+            let other = chooser.map(|network| self.maker.make(passage, network)).transpose()?;
+            let seen = other.as_ref().unwrap_or(&history);
+            let chosen = self.focus.choose(policy, seen, &mut random, buffers).map_err(model_error)?;
             let context = &chosen.context;
             let losses = self.focus.loss.measure(&history.tree, &[context], &history.future, buffers);
             let loss = losses.map_err(model_error)?[0];

@@ -1,5 +1,6 @@
 //! What a phase learns with: the module's trainer and optimiser over everything that is frozen, driven by the loop of [`Run::drive`].
 
+use gistnet_adapter::GistNet;
 use gistnet_adapter::curriculum::Stage;
 use gistnet_adapter::trainer::{GistTrainer, Setting};
 use lensnet_adapter::LensNet;
@@ -8,7 +9,7 @@ use lensnet_adapter::trainer::{LensTrainer, Objective};
 use megacontext_base::buffers::Buffers;
 use megacontext_base::context::HorizonLoss;
 use megacontext_base::gradients::{Gradients, Optimizer};
-use megacontext_base::params::Group;
+use megacontext_base::params::{Group, ParamStore};
 use megacontext_kernels::attention::Pattern;
 use serde_json::{Value, json};
 
@@ -186,17 +187,28 @@ impl Run<'_> {
     /// LensNet as the open phase began.
     fn start_of_lensnet(&self, now: &LensNet) -> Result<LensNet> {
         let mut before = LensNet::new(now.config().clone(), self.config.seed).map_err(model_error)?;
+        self.start_into(before.params_mut(), Group::Lensnet)?;
+        Ok(before)
+    }
+
+    /// GistNet as the open phase began, whose gists were of this version.
+    pub(super) fn start_of_gistnet(&self, now: &GistNet, version: u16) -> Result<GistNet> {
+        let mut before = GistNet::new(now.config().clone(), self.config.seed).map_err(model_error)?;
+        self.start_into(before.params_mut(), Group::Gistnet)?;
+        before.set_gist_version(version);
+        Ok(before)
+    }
+
+    /// Puts a module's parameters as the open phase began in the place of those of the same names.
+    fn start_into(&self, params: &mut ParamStore, group: Group) -> Result<()> {
         let stored =
             self.state.start.as_ref().ok_or_else(|| PluginError::internal("a phase without a start"))?;
         for tensor in stored.read(self.folder.path())? {
-            let name = tensor.name.trim_start_matches("lensnet/").to_string();
-            let values = tensor.values.into_owned();
-            before
-                .params_mut()
-                .insert_values(name, Group::Lensnet, values, &tensor.shape)
-                .map_err(model_error)?;
+            let (_, name) = tensor.name.split_once('/').unwrap_or(("", &tensor.name));
+            let (name, values) = (name.to_string(), tensor.values.into_owned());
+            params.insert_values(name, group, values, &tensor.shape).map_err(model_error)?;
         }
-        Ok(before)
+        Ok(())
     }
 
     pub(super) fn lora(&mut self, modules: Modules, place: PhasePlace, scope: &Scope) -> Result<Learned> {

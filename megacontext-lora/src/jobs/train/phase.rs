@@ -2,6 +2,7 @@
 
 use std::time::Instant;
 
+use gistnet_adapter::GistNet;
 use gistnet_adapter::trainer::Setting;
 use megacontext_base::context::HorizonLoss;
 use megacontext_base::gradients::Optimizer;
@@ -136,7 +137,9 @@ impl Run<'_> {
         let of_cycle =
             |phase: &&PhaseSummary| phase.place.without.is_none() && phase.place.cycle == place.cycle;
         let Some(first) = self.state.phases.iter().find(of_cycle) else { return };
-        let Some(now) = &self.state.before else { return };
+        // A cycle that ends with GistNet ends with what it was judged by.
+        let last = self.state.phases.last().map(|phase| &phase.after);
+        let Some(now) = self.state.before.as_ref().or(last) else { return };
         let gained = first.before.loss_at_h - now.loss_at_h;
         if first.context == self.state.context && gained < self.config.judge.plateau {
             self.say(&format!(
@@ -185,7 +188,7 @@ impl Run<'_> {
         let passages: &[Passage] = if side == Side::Test { &data.test } else { &data.validation };
         let mut buffers = std::mem::take(&mut self.buffers);
         let found = self.judging(modules, scope, |judging| {
-            judging.measure(passages, &modules.gistnet, &modules.lensnet, &mut buffers)
+            judging.measure(passages, &modules.gistnet, &modules.lensnet, None, &mut buffers)
         });
         self.buffers = buffers;
         let Some(found) = found? else {
@@ -327,8 +330,12 @@ impl Run<'_> {
             Some(verdict) => (before.clone(), verdict),
             None => {
                 // A run that is stopped here measures again: the state has to be as it was.
-                let found =
-                    self.evaluate_ended(&modules, scope, optimizer, [version, u16::from(was_ready)])?;
+                let chooser = match module {
+                    Group::Gistnet => Some(self.start_of_gistnet(&modules.gistnet, version)?),
+                    _ => None,
+                };
+                let was = [version, u16::from(was_ready)];
+                let found = self.evaluate_ended(&modules, chooser.as_ref(), scope, optimizer, was)?;
                 let verdict = Verdict::of(place.kind, &before, &found, &self.config.judge);
                 (found, verdict)
             }
@@ -368,7 +375,8 @@ impl Run<'_> {
         }
         if verdict.kept() {
             self.state.moments.keep(self.folder.path(), module, self.state.phase, optimizer)?;
-            self.state.before = Some(after.clone());
+            // After GistNet the policy has yet to choose by the gists as they are.
+            self.state.before = (module != Group::Gistnet).then(|| after.clone());
             if gists_change {
                 self.host.event(
                     "labels_stale",
@@ -434,6 +442,7 @@ impl Run<'_> {
     fn evaluate_ended(
         &mut self,
         modules: &Modules,
+        chooser: Option<&GistNet>,
         scope: &Scope,
         optimizer: &Optimizer,
         [version, ready]: [u16; 2],
@@ -441,7 +450,7 @@ impl Run<'_> {
         let data = self.data(scope.context)?;
         let mut buffers = std::mem::take(&mut self.buffers);
         let found = self.judging(modules, scope, |judging| {
-            judging.measure(&data.validation, &modules.gistnet, &modules.lensnet, &mut buffers)
+            judging.measure(&data.validation, &modules.gistnet, &modules.lensnet, chooser, &mut buffers)
         });
         self.buffers = buffers;
         match found? {
