@@ -160,7 +160,8 @@ fn phases(s: &CycleSummary) -> String {
         );
     }
     out + "<p class=\"note\">On the histories that phases are judged by, the same before and after; changes \
-           are paired, with their standard error. A phase that was rolled back left everything as it was before it.</p>\n</section>\n"
+           are paired, with their standard error. GistNet's phases are measured in the contexts that were chosen when they began; the next phase \
+           begins with contexts chosen by the new gists. A phase that was rolled back left everything as it was before it.</p>\n</section>\n"
 }
 
 /// Loss@H from phase to phase.
