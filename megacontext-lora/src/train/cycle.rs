@@ -358,6 +358,20 @@ pub struct PhasePlace {
     pub without: Option<Group>,
 }
 
+impl PhasePlace {
+    /// Names what is drawn in it: the same in an ablation as in the run itself, so that passes differ by what is frozen and not by
+    /// chance.
+    pub fn number(&self) -> usize {
+        match self.kind {
+            PhaseKind::WarmGistnet => 0,
+            PhaseKind::WarmLensnet => 1,
+            PhaseKind::Jt1 => 3 * self.cycle - 1,
+            PhaseKind::Jt2 => 3 * self.cycle,
+            PhaseKind::Jt3 => 3 * self.cycle + 1,
+        }
+    }
+}
+
 impl std::fmt::Display for PhasePlace {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self.kind {

@@ -95,7 +95,7 @@ pub(super) trait Learner {
 #[derive(Clone, Copy)]
 pub(super) struct Scene<'a> {
     pub place: PhasePlace,
-    /// Number of the phase in the run.
+    /// Names what is drawn in the phase ([`PhasePlace::number`]).
     pub phase: usize,
     pub seed: u64,
     pub data: &'a Data,

@@ -80,7 +80,7 @@ impl Run<'_> {
         let mut trainer =
             GistTrainer::new(&decoder, setting, gistnet, adamw, PASSAGE_BYTES).map_err(model_error)?;
         trainer.optimizer = optimizer;
-        let (phase, seed, lens_ready) = (self.state.phase, config.seed, self.state.lens_ready);
+        let (phase, seed, lens_ready) = (place.number(), config.seed, self.state.lens_ready);
         let model_groups = &config.jt3.groups[..];
         let stage: Stage = config.stage_of(place.kind);
         let mut learner = GistLearner {
@@ -124,7 +124,7 @@ impl Run<'_> {
         let focus = focus(config, &loss, &other, scope);
         let base = self.base.clone();
         let maker = Maker { decoder: &decoder, levels: config.levels, base: &base };
-        let (phase, seed, lens_ready) = (self.state.phase, config.seed, self.state.lens_ready);
+        let (phase, seed, lens_ready) = (place.number(), config.seed, self.state.lens_ready);
         let model_groups = &config.jt3.groups[..];
         let scene = Scene { place, phase, seed, data: &data, maker, focus: &focus, lens_ready, model_groups };
         let mut order = Order::new(data.train.len(), seed, phase);
@@ -154,7 +154,8 @@ impl Run<'_> {
         if let Some(before) = held {
             trainer.hold_to(before).map_err(model_error)?;
         }
-        let earlier = self.phases[..phase].iter().filter(|place| place.kind.module() == Group::Lensnet);
+        let earlier =
+            self.phases[..self.state.phase].iter().filter(|place| place.kind.module() == Group::Lensnet);
         let folder = self.folder.path().to_path_buf();
         let mut learner = LensLearner {
             scene,
@@ -215,7 +216,7 @@ impl Run<'_> {
         let optimizer = self.optimizer(&modules, place)?;
         let data = self.data(scope.context)?;
         let config = self.config;
-        let (phase, seed, lens_ready) = (self.state.phase, config.seed, self.state.lens_ready);
+        let (phase, seed, lens_ready) = (place.number(), config.seed, self.state.lens_ready);
         let mut order = Order::new(data.train.len(), seed, phase);
         let teacher = self.teacher(&modules, scope, &data, &mut order)?;
         let Modules { mut decoder, gistnet, lensnet } = modules;

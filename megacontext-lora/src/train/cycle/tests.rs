@@ -23,6 +23,18 @@ fn an_ablation_leaves_one_module_out_from_the_start() {
 }
 
 #[test]
+fn what_is_drawn_in_a_phase_is_the_same_in_every_pass() {
+    let config = CycleConfig { cycles: 2, ablation: true, ..CycleConfig::default() };
+    let phases = config.phases();
+    let own: Vec<&PhasePlace> = phases.iter().filter(|phase| phase.without.is_none()).collect();
+    assert_eq!(own.iter().map(|phase| phase.number()).collect::<Vec<_>>(), (0..8).collect::<Vec<_>>());
+    for phase in &phases {
+        let twin = own.iter().find(|own| (own.kind, own.cycle) == (phase.kind, phase.cycle)).unwrap();
+        assert_eq!(phase.number(), twin.number(), "{phase}");
+    }
+}
+
+#[test]
 fn contexts_rise_by_cycle_and_the_last_one_holds() {
     let config = CycleConfig { contexts: vec![512, 2048], cycles: 4, ..CycleConfig::default() };
     assert_eq!([0, 1, 2, 3, 4].map(|cycle| config.context_of(cycle)), [512, 512, 2048, 2048, 2048]);
