@@ -175,5 +175,42 @@ __device__ __forceinline__ float warp_max(float x) {
     return x;
 }
 
+// Σ over the block, in a fixed order, the same bytes in every thread. `scratch` holds 32 values and may be used again at
+// once: nothing is written to it before all have read what the last call left.
+__device__ __forceinline__ float block_sum(float x, float* scratch) {
+    x = warp_sum(x);
+    __syncthreads();
+    if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = x;
+    __syncthreads();
+    float sum = 0.0f;
+    for (unsigned warp = 0; warp < blockDim.x / 32; ++warp) sum += scratch[warp];
+    return sum;
+}
+
+// The greatest value of the block that is a number.
+__device__ __forceinline__ float block_max(float x, float* scratch) {
+    x = warp_max(x);
+    __syncthreads();
+    if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = x;
+    __syncthreads();
+    float greatest = -INFINITY;
+    for (unsigned warp = 0; warp < blockDim.x / 32; ++warp) greatest = fmaxf(greatest, scratch[warp]);
+    return greatest;
+}
+
+// Neighbouring values that are read and written at once.
+template <class T, int V>
+struct alignas(sizeof(T) * V) Vector {
+    T values[V];
+};
+template <int V, class T>
+__device__ __forceinline__ Vector<T, V> load(const T* from) {
+    return *reinterpret_cast<const Vector<T, V>*>(from);
+}
+template <int V, class T>
+__device__ __forceinline__ void store(T* to, const Vector<T, V>& values) {
+    *reinterpret_cast<Vector<T, V>*>(to) = values;
+}
+
 constexpr float LOG2_E = 1.4426950408889634f;
 constexpr float LN_2 = 0.6931471805599453f;

@@ -2,11 +2,12 @@
 //
 // The .cu files compile as plain C++17 with this header in front of them, and run unchanged. What is modelled:
 // - A thread is a fiber. It runs until a barrier or a collective of its warp, then the next one runs; so data
-//   that passes between threads without a barrier arrives late, or is overwritten early, and a test sees it. Which thread
-//   goes first is chosen per launch (Order), because a race may show in one order only.
+//   that passes between threads without a barrier arrives late, or is overwritten early, and a test sees it. Turns are
+//   chosen per launch (Order), because a race may show in one order only.
 // - Warp collectives (shuffles, ldmatrix, mma.sync) wait for all 32 lanes. The fragment layouts are those that the PTX ISA
 //   documents for m16n8k16 and ldmatrix. An mma adds its products in f32, in ascending depth.
-// - cp.async copies nothing before the wait that its group needs: a missing wait reads stale data.
+// - cp.async copies when it is issued or not before the wait for its group: a missing wait reads stale data, a missing
+//   barrier overwrites what another thread still reads.
 // - Shared memory is filled with NaN and ends where a page without access begins. Guarded arrays end so, or begin so.
 // - A barrier that some threads of the block never reach, though they live, is an error and names the block.
 // Not modelled: time, the memory model below barriers, and everything the kernels do not use.
@@ -54,8 +55,10 @@ namespace emulated {
     std::abort();
 }
 
-// Which thread of a block runs first after every barrier.
-enum class Order { Ascending, Descending, Mixed };
+// How the threads of a block take turns, and when asynchronous copies land. Ascending and descending: all go on from one
+// barrier or collective to the next together; copies land as late as they may, or at once. Skewed: a warp runs until a
+// barrier of the block stops it, and each copy lands early or late at random.
+enum class Order { Ascending, Descending, Skewed };
 
 // Values that may be touched, between pages that may not. The last value ends at a page's end, or the first one begins at
 // a page's beginning.
@@ -98,9 +101,13 @@ class Guarded {
 };
 
 struct Copy {
-    void* to;
-    const void* from;
-    unsigned bytes;
+    void* to = nullptr;
+    const void* from = nullptr;
+    unsigned bytes = 0;
+    void land() const {
+        std::memcpy(to, from, bytes);
+        std::memset(static_cast<char*>(to) + bytes, 0, 16 - bytes);
+    }
 };
 
 #ifdef __x86_64__
@@ -184,6 +191,12 @@ struct Block {
     Fiber scheduler;
     std::function<void()> body;
     unsigned waiting = 0, alive = 0;
+    Order order = Order::Ascending;
+    uint64_t state = 0x9e3779b97f4a7c15u;
+    uint64_t random() {
+        state = state * 6364136223846793005u + 1442695040888963407u;
+        return state >> 33;
+    }
 };
 
 inline Block*& block() {
@@ -252,7 +265,6 @@ inline void launch(dim3 grid, dim3 size, size_t shared_bytes, const std::functio
     if (count % 32) fail("expected blocks of whole warps");
     static std::vector<char> stacks;
     if (stacks.size() < count * STACK) stacks.resize(count * STACK);
-    uint64_t state = 0x9e3779b97f4a7c15u;
     for (unsigned z = 0; z < grid.z; ++z)
         for (unsigned y = 0; y < grid.y; ++y)
             for (unsigned x = 0; x < grid.x; ++x) {
@@ -268,27 +280,35 @@ inline void launch(dim3 grid, dim3 size, size_t shared_bytes, const std::functio
                 b.body = body;
                 b.alive = count;
                 block() = &b;
-                std::vector<unsigned> turn(count);
                 for (unsigned i = 0; i < count; ++i) {
                     Thread& t = b.threads[i];
                     t.number = i;
                     t.index = dim3(i % size.x, i / size.x % size.y, i / size.x / size.y);
                     t.fiber.prepare(stacks.data() + i * STACK, STACK, entry);
-                    turn[i] = order == Order::Descending ? count - 1 - i : i;
                 }
-                while (b.alive) {
-                    if (order == Order::Mixed)
-                        for (unsigned i = count - 1; i > 0; --i) {
-                            state = state * 6364136223846793005u + 1442695040888963407u;
-                            std::swap(turn[i], turn[(state >> 33) % (i + 1)]);
-                        }
+                b.order = order;
+                // Lets every thread of these that can run do so once.
+                auto pass = [&](unsigned first, unsigned end) {
                     bool moved = false;
-                    for (unsigned i : turn) {
-                        Thread& t = b.threads[i];
+                    for (unsigned n = first; n < end; ++n) {
+                        Thread& t = b.threads[order == Order::Descending ? first + (end - 1 - n) : n];
                         if (t.done || t.waits_for_block || t.waits_for_warp) continue;
                         moved = true;
                         b.current = &t;
                         t.fiber.enter(b.scheduler);
+                    }
+                    return moved;
+                };
+                while (b.alive) {
+                    bool moved = false;
+                    if (order == Order::Skewed) {
+                        const unsigned start = unsigned(b.random() % b.warps.size());
+                        for (unsigned n = 0; n < b.warps.size(); ++n) {
+                            const unsigned first = (start + n) % unsigned(b.warps.size()) * 32;
+                            while (pass(first, first + 32)) moved = true;
+                        }
+                    } else {
+                        moved = pass(0, count);
                     }
                     if (!moved) {
                         std::fprintf(stderr, "emulated device: block (%u, %u, %u): %u threads live, %u at a barrier\n",
@@ -302,7 +322,11 @@ inline void launch(dim3 grid, dim3 size, size_t shared_bytes, const std::functio
 
 inline void copy_later(void* to, const void* from, unsigned bytes) {
     if (uintptr_t(to) % 16 || uintptr_t(from) % 16) fail("cp.async of an address that is not a multiple of 16");
-    block()->current->open.push_back({to, from, bytes});
+    Block* b = block();
+    const Copy copy{to, from, bytes};
+    const bool early = b->order == Order::Descending || (b->order == Order::Skewed && b->random() % 2);
+    if (early) copy.land();
+    b->current->open.push_back(early ? Copy{} : copy);
 }
 
 inline void commit_copies() {
@@ -314,10 +338,8 @@ inline void commit_copies() {
 inline void wait_for_copies(unsigned pending) {
     auto& groups = block()->current->groups;
     while (groups.size() > pending) {
-        for (const Copy& c : groups.front()) {
-            std::memcpy(c.to, c.from, c.bytes);
-            std::memset(static_cast<char*>(c.to) + c.bytes, 0, 16 - c.bytes);
-        }
+        for (const Copy& copy : groups.front())
+            if (copy.to) copy.land();
         groups.erase(groups.begin());
     }
 }
