@@ -6,7 +6,8 @@
 // else of patterns.
 //
 // Shapes: q [B, T, H, D], k and v [B, T, Hkv, D] with any strides but D's, results and gradients row-major, log-sum-exp and
-// delta [B, T, H] in f32. D is a multiple of 8 up to 256. Query head h reads kv head h / (H/Hkv) in place. Units: entries.
+// delta [B, T, H] in f32. D is a multiple of 8 up to 256, and every row of D begins at a multiple of 16 bytes. Query head
+// h reads kv head h / (H/Hkv) in place. Units: entries.
 // With `prefix`, row b continues the first prefix[b] entries of one document whose keys and values are `document_*`
 // [.., Hkv, D]: query i then stands at index prefix[b] + i, bounds are counted so, and the document gets no gradient.
 //
@@ -48,8 +49,12 @@ struct AttentionArgs {
     float scale;
 };
 
-// Rows of a block of forward and of the two kernels of backward: 16 · pieces · warps. What is there per block of other
-// rows, and per pass over D in the gradients of k and v, is chosen for shared memory and registers.
+// Dynamic shared memory of a block on sm_80, the least of the targets.
+constexpr size_t SHARED_LIMIT = 163 << 10;
+
+// Rows of a block of forward and of the two kernels of backward: 16 · pieces · warps, with at most the warps named here.
+// What is there per block of other rows, and per pass over D in the gradients of k and v, is chosen for shared memory and
+// registers.
 template <class T, int D>
 struct Sizes {
     static constexpr bool HALF = sizeof(T) == 2;
@@ -58,6 +63,7 @@ struct Sizes {
     static constexpr int BACKWARD_KEYS = HALF ? (D <= 64 ? 64 : 32) : 16;
     static constexpr int BACKWARD_QUERIES = HALF ? (D <= 64 ? 64 : 32) : 16;
     static constexpr int COLUMNS = D <= 128 ? D : D / 2;
+    static constexpr int FORWARD_WARPS = 4, BACKWARD_WARPS = HALF || D <= 128 ? 4 : 2;
     static constexpr int LD = stride_of<T>(D);
 
     static constexpr size_t forward_bytes(int warps) {

@@ -38,11 +38,12 @@ __device__ __forceinline__ float probability(const AttentionArgs& x, const Row& 
 // A query that saw nothing has no log-sum-exp; any finite value will do.
 __device__ __forceinline__ float powers(float lse) { return lse == -INFINITY ? 0.0f : lse * LOG2_E; }
 
-// dQ. Grid: [blocks of queries, H, B]; threads: 32 to 128; shared memory: Sizes::queries_bytes.
+// dQ. Grid: [blocks of queries, H, B]; threads: 32 to 32·BACKWARD_WARPS; shared memory: Sizes::queries_bytes.
 template <class T, int D>
 __device__ void queries(const AttentionArgs& x) {
     using S = Sizes<T, D>;
     constexpr int N = S::BACKWARD_KEYS, LD = S::LD;
+    static_assert(S::queries_bytes(S::BACKWARD_WARPS) <= SHARED_LIMIT, "a block fits into a processor");
     SHARED(memory);
     const int block = 16 * int(blockDim.x / 32), warp = int(threadIdx.x) / 32, lane = int(threadIdx.x) % 32;
     const Row row(x, int(blockIdx.z), int(blockIdx.y));
@@ -169,12 +170,13 @@ __device__ __forceinline__ void load_queries(const Pair<T, D, QUERIES>& tiles, c
     }
 }
 
-// dK and dV. Grid: [blocks of the rows' own keys · D/COLUMNS, Hkv, B]; threads: 32 to 128; shared memory:
+// dK and dV. Grid: [blocks of the rows' own keys · D/COLUMNS, Hkv, B]; threads: 32 to 32·BACKWARD_WARPS; shared memory:
 // Sizes::keys_bytes. Where D is wider than COLUMNS, blocks next to each other make the parts of the same rows.
 template <class T, int D>
 __device__ void keys(const AttentionArgs& x) {
     using S = Sizes<T, D>;
     constexpr int N = S::BACKWARD_QUERIES, LD = S::LD, P = S::COLUMNS, PARTS = D / P;
+    static_assert(S::keys_bytes(S::BACKWARD_WARPS) <= SHARED_LIMIT, "a block fits into a processor");
     SHARED(memory);
     const int block = 16 * int(blockDim.x / 32), warp = int(threadIdx.x) / 32, lane = int(threadIdx.x) % 32;
     const int b = int(blockIdx.z), kv_head = int(blockIdx.y), group = x.heads / x.kv_heads;

@@ -5,13 +5,14 @@
 // and lse = (top + log2 total)·ln 2. A query that sees nothing gets zeros and −infinity; one past its row's length gets
 // zeros in both, as on the CPU.
 //
-// Grid: [blocks of queries, H, B]; threads: 32 to 128; shared memory: Sizes::forward_bytes.
+// Grid: [blocks of queries, H, B]; threads: 32 to 32·FORWARD_WARPS; shared memory: Sizes::forward_bytes.
 #include "attention.cuh"
 
 template <class T, int D>
 __device__ void forward(const AttentionArgs& x) {
     using S = Sizes<T, D>;
     constexpr int M = S::FORWARD_PIECES, N = S::FORWARD_KEYS, LD = S::LD;
+    static_assert(S::forward_bytes(S::FORWARD_WARPS) <= SHARED_LIMIT, "a block fits into a processor");
     SHARED(memory);
     const int block = 16 * M * int(blockDim.x / 32), warp = int(threadIdx.x) / 32, lane = int(threadIdx.x) % 32;
     const Row row(x, int(blockIdx.z), int(blockIdx.y));
