@@ -29,7 +29,8 @@ fn passes(name: &str) -> Result<()> {
         eprintln!("skipped: no C++ compiler (c++, g++ or clang++) to emulate the CUDA kernels with");
         return Ok(());
     };
-    let source: PathBuf = Path::new(env!("CARGO_MANIFEST_DIR")).join("cu/emulate").join(name).with_extension("cpp");
+    let source: PathBuf =
+        Path::new(env!("CARGO_MANIFEST_DIR")).join("cu/emulate").join(name).with_extension("cpp");
     let program = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("cuda_emulated_{name}"));
     // A GPU takes no misaligned address; here one ends the program.
     let checks = ["-fsanitize=alignment", "-fsanitize-undefined-trap-on-error"];
