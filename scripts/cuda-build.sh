@@ -34,7 +34,7 @@ for source in "$root"/kernels/cu/*.cu; do
     echo "cuda-build: $name" >&2
     nvcc -std=c++17 -O3 -fatbin -Xptxas -v \
         -gencode arch=compute_80,code=sm_80 -gencode arch=compute_90,code=sm_90 \
-        -o "$out/$name.fatbin" "$source" >"$out/$name.log" 2>&1 || fail "$name does not compile: $(cat "$out/$name.log")"
+        -o "$out/$name.fatbin" "$source" >"$out/$name.log" 2>&1 || fail "$name does not compile: $(head -n 20 "$out/$name.log")"
     if grep -q -iE '\b(warning|error)\b' "$out/$name.log"; then
         fail "$name: $(grep -iE '\b(warning|error)\b' "$out/$name.log")"
     fi

@@ -66,11 +66,13 @@ struct Sizes {
     static constexpr int FORWARD_WARPS = 4, BACKWARD_WARPS = HALF || D <= 128 ? 4 : 2;
     static constexpr int LD = stride_of<T>(D);
 
-    static constexpr size_t forward_bytes(int warps) {
+    __host__ __device__ static constexpr size_t forward_bytes(int warps) {
         return sizeof(T) * LD * (16 * FORWARD_PIECES * warps + 4 * FORWARD_KEYS);
     }
-    static constexpr size_t queries_bytes(int warps) { return sizeof(T) * LD * (2 * 16 * warps + 4 * BACKWARD_KEYS); }
-    static constexpr size_t keys_bytes(int warps) {
+    __host__ __device__ static constexpr size_t queries_bytes(int warps) {
+        return sizeof(T) * LD * (2 * 16 * warps + 4 * BACKWARD_KEYS);
+    }
+    __host__ __device__ static constexpr size_t keys_bytes(int warps) {
         return sizeof(T) * LD * (2 * 16 * warps + 4 * BACKWARD_QUERIES) + 2 * 5 * sizeof(float) * BACKWARD_QUERIES;
     }
 };

@@ -62,7 +62,8 @@ __device__ __forceinline__ float through(float z, float cap) {
     return 1.0f - part * part;
 }
 
-extern "C" __global__ void __launch_bounds__(256) loss_nll(const LossArgs a) {
+// Not inside the kernel itself: what has C linkage would give the shared memory a name of its own kind.
+__device__ __forceinline__ void cross_entropy(const LossArgs& a) {
     SHARED(memory);
     float* const z = a.logits + blockIdx.x * (long long)a.vocab;
     const unsigned target = a.targets[blockIdx.x];
@@ -106,6 +107,8 @@ __device__ void divergence(const LossArgs& a) {
     sum = block_sum(sum, scratch);
     if (threadIdx.x == 0) a.losses[blockIdx.x] = sum;
 }
+
+extern "C" __global__ void __launch_bounds__(256) loss_nll(const LossArgs a) { cross_entropy(a); }
 
 #define DIVERGENCE(T, name) \
     extern "C" __global__ void __launch_bounds__(256) loss_kl_##name(const LossArgs a) { divergence<T>(a); }
