@@ -57,8 +57,8 @@ for source in "$root"/kernels/cu/*.cu; do
             code=$out/$name.$target.sass
             echo "  $target: $(count HMMA "$code") HMMA, $(count LDSM "$code") LDSM," \
                 "$(count 'LDGSTS[.A-Z0-9]*\.128' "$code") 128-bit global-to-shared copies," \
-                "$(count 'LDG[.A-Z0-9]*\.128' "$code") 128-bit and $(count 'LDG' "$code") global loads in all," \
-                "$(count 'STG[.A-Z0-9]*\.128' "$code") 128-bit and $(count 'STG' "$code") stores"
+                "$(count 'LDG\.[.A-Z0-9]*128' "$code") 128-bit and $(count 'LDG\.' "$code") global loads in all," \
+                "$(count 'STG\.[.A-Z0-9]*128' "$code") 128-bit and $(count 'STG\.' "$code") stores"
         done
     } >>"$report"
 done
