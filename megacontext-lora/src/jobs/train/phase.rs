@@ -325,15 +325,14 @@ impl Run<'_> {
             modules.gistnet.set_gist_version(next);
             self.state.gist_version = next;
         }
+        // Recency reads no gists: only LensNet chooses others by those that GistNet makes now.
+        let others = module == Group::Gistnet && was_ready;
         self.state.lens_ready |= module == Group::Lensnet;
         let (after, mut verdict) = match self.state.failed.clone() {
             Some(verdict) => (before.clone(), verdict),
             None => {
                 // A run that is stopped here measures again: the state has to be as it was.
-                let chooser = match module {
-                    Group::Gistnet => Some(self.start_of_gistnet(&modules.gistnet, version)?),
-                    _ => None,
-                };
+                let chooser = others.then(|| self.start_of_gistnet(&modules.gistnet, version)).transpose()?;
                 let was = [version, u16::from(was_ready)];
                 let found = self.evaluate_ended(&modules, chooser.as_ref(), scope, optimizer, was)?;
                 let verdict = Verdict::of(place.kind, &before, &found, &self.config.judge);
@@ -375,8 +374,8 @@ impl Run<'_> {
         }
         if verdict.kept() {
             self.state.moments.keep(self.folder.path(), module, self.state.phase, optimizer)?;
-            // After GistNet the policy has yet to choose by the gists as they are.
-            self.state.before = (module != Group::Gistnet).then(|| after.clone());
+            // Where the policy has yet to choose by the gists as they are, the next phase measures what it does.
+            self.state.before = (!others).then(|| after.clone());
             if gists_change {
                 self.host.event(
                     "labels_stale",
