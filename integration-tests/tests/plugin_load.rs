@@ -5,8 +5,8 @@
 
 use integration_tests::{example_library, fixture, model_with_tokenizer, plugin};
 use megacontext_lora_abi::{
-    ABI_REVISION, AbiError, Answer, ContextView, DType, Device, EntriesView, ErrorKind, Host, LoadError,
-    LoadOptions, NO_TARGET, Plugin, Session, TensorView, TensorViewMut, VERSION_LINE,
+    ABI_REVISION, AbiError, Answer, ContextView, DType, Device, EntriesView, ErrorKind, Host, JobParameters,
+    LoadError, LoadOptions, NO_TARGET, Plugin, Session, TensorView, TensorViewMut, VERSION_LINE,
 };
 use serde_json::{Value, json};
 use std::path::Path;
@@ -401,6 +401,111 @@ fn a_host_drives_a_phase_and_takes_the_adapter_away() {
     let again = load().open_session(&json!({ "base": base, "adapter": adapter }), ()).unwrap();
     let reread = again.evaluate(&batch).unwrap()["nll"].as_f64().unwrap();
     assert!((reread - after).abs() < 1e-5, "{after} and {reread}");
+}
+
+/// What a host has read of a job's parameters, between its phases.
+#[derive(Default)]
+struct Reader(Mutex<Vec<(String, Value)>>);
+
+impl Host for Reader {
+    fn parameters(&self, when: &str, json: &str, parameters: &JobParameters<'_>) {
+        let phase: Value = serde_json::from_str(json).unwrap();
+        let groups = parameters.groups().unwrap();
+        let sum = |name: &str| {
+            let view = parameters.get(name).unwrap();
+            let dims: Vec<_> = view.shape().iter().map(|dim| Some(*dim)).collect();
+            // The frozen base is stored in bf16 here, what learns in f32.
+            match view.dtype() {
+                DType::Bf16 => {
+                    view.read::<half::bf16>(name, &dims).unwrap().iter().map(|v| v.to_f32()).sum::<f32>()
+                }
+                _ => view.read::<f32>(name, &dims).unwrap().iter().sum::<f32>(),
+            }
+        };
+        let network = |module: &str| -> Vec<f32> {
+            let list = groups[module][module]["parameters"].as_array().unwrap();
+            list.iter().map(|entry| sum(entry["name"].as_str().unwrap())).collect()
+        };
+        let module = "model.layers.0.self_attn.k_proj";
+        let mut delta = vec![0f32; 16 * 32];
+        parameters.lora_delta(module, TensorViewMut::new(&mut delta, &[16, 32]).unwrap()).unwrap();
+        let error = parameters.lora_delta(module, TensorViewMut::new(&mut delta, &[32, 16]).unwrap());
+        assert!(error.unwrap_err().message().contains("expected the shape [16, 32]"));
+        let error = parameters.get("lensnet/none").err().unwrap();
+        assert_eq!(error.kind(), ErrorKind::Usage);
+        assert!(error.message().contains("got \"lensnet/none\""), "{error}");
+        let of = |factor: &str| {
+            let name = format!("model/{module}.{factor}.weight");
+            let view = parameters.get(&name).unwrap();
+            view.read::<f32>(&name, &[None, None]).unwrap().into_owned()
+        };
+        let (a, b) = (of("lora_A"), of("lora_B"));
+        let product = |o: usize, i: usize| 8.0 * (b[2 * o] * a[i] + b[2 * o + 1] * a[32 + i]);
+        assert!(delta.iter().enumerate().all(|(at, d)| (d - product(at / 32, at % 32)).abs() < 1e-5));
+        let frozen = &groups["model"]["base"];
+        assert_eq!((&frozen["learns"], &frozen["parameters"][0]["stored"]), (&json!(false), &json!("bf16")));
+        let read = json!({
+            "phase": phase["phase"], "learns": groups["gistnet"]["gistnet"]["learns"], "gistnet": network("gistnet"),
+            "lensnet": network("lensnet"), "delta": delta.iter().map(|d| d.abs()).sum::<f32>(),
+            "base": sum(frozen["parameters"][0]["name"].as_str().unwrap()),
+        });
+        self.0.lock().unwrap().push((when.to_owned(), read));
+    }
+}
+
+#[test]
+fn a_host_reads_what_a_running_job_has_learned_between_its_phases() {
+    let folder = tempfile::tempdir().unwrap();
+    let (base, text) = (folder.path().join("base"), folder.path().join("texts"));
+    model_with_tokenizer("llama/tied_f32", 64, &base).unwrap();
+    std::fs::create_dir(&text).unwrap();
+    let mut state = 1u64;
+    for document in 0..30 {
+        let words: Vec<String> = (0..400)
+            .map(|_| {
+                state = state.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+                format!("w{}", 1 + (state >> 33) % 50)
+            })
+            .collect();
+        std::fs::write(text.join(format!("{document}.txt")), words.join(" ")).unwrap();
+    }
+    let reader = Arc::new(Reader::default());
+    let session = load().open_session(&json!({}), reader.clone()).unwrap();
+    let labels = json!({ "rounds": 1, "histories": 4 });
+    let settings = json!({
+        "base": base, "data": [text], "out": folder.path().join("run"), "contexts": [44], "horizon": 4, "budget": 24, "protected": 4,
+        "holdout": 0.2, "cycles": 1, "dtype": "bf16", "network": { "block": 4, "layers": 1 }, "lens": { "layers": 1 },
+        "lora": { "r": 2, "alpha": 16 },
+        "warm_gistnet": { "steps": 3, "batch": 2, "spans": 3 },
+        "warm_lensnet": { "steps": 2, "batch": 2, "labels": labels },
+        "jt1": { "steps": 2, "batch": 2, "spans": 3 }, "jt2": { "steps": 2, "batch": 2, "labels": labels },
+        "jt3": { "steps": 3, "batch": 2 }, "judge": { "tolerance": 9.0, "full_tolerance": 9.0 },
+        "validation": { "histories": 4, "test_histories": 4, "spans": 3 },
+    });
+    session.run("train", &settings).unwrap();
+    let read = std::mem::take(&mut *reader.0.lock().unwrap());
+    let whens: Vec<&str> = read.iter().map(|(when, _)| when.as_str()).collect();
+    assert_eq!(whens, ["phase_entered", "phase_left"].repeat(5));
+    for phase in read.chunks(2) {
+        let [(_, entered), (_, left)] = phase else { unreachable!() };
+        let name = entered["phase"].as_str().unwrap();
+        let learns = |key: &str| match key {
+            "gistnet" => name == "warm_gistnet" || name == "jt1",
+            "lensnet" => name == "warm_lensnet" || name == "jt2",
+            "delta" => name == "jt3",
+            _ => false,
+        };
+        assert_eq!(entered["learns"], learns("gistnet"), "{name}");
+        for key in ["gistnet", "lensnet", "delta", "base"] {
+            assert_eq!(
+                entered[key] != left[key],
+                learns(key),
+                "{name}: {key}: {} to {}",
+                entered[key],
+                left[key]
+            );
+        }
+    }
 }
 
 #[test]

@@ -5,6 +5,7 @@
 use serde_json::Value;
 
 use crate::error::Result;
+use crate::learned::Learned;
 
 /// What becomes of a phase. What an answer does depends on where it is given:
 ///
@@ -65,6 +66,11 @@ pub trait HostApi: Send + Sync {
     fn hook(&self, kind: &str, json: &Value) -> Answer {
         let _ = (kind, json);
         Answer::Continue
+    }
+
+    /// What the job `train` holds where it is about to ask `when` (`phase_entered`, `phase_left`) with this JSON, to be read.
+    fn parameters(&self, when: &str, json: &Value, learned: &Learned) {
+        let _ = (when, json, learned);
     }
 }
 

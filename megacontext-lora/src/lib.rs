@@ -1,7 +1,8 @@
 //! The MegaContext plugin: LongLoRA-style adaptation of a base model, as jobs and sessions behind a stable ABI.
 //!
 //! A host loads the built library through `megacontext-lora-abi` and never sees this crate; [`glue`] is the one module
-//! that knows the ABI's types. Inside it is plain Rust: [`session`] holds a model for a host, [`jobs`] runs whole tasks,
+//! that knows the ABI's types. Inside it is plain Rust: [`session`] holds a model for a host, [`jobs`] runs whole tasks, [`learned`] is
+//! what either lets a host read,
 //! [`train`] is the step loop with its settings, plan and evaluation, [`run`] and [`report`] are what a run leaves on disk,
 //! [`data`], [`corpus`], [`bpe`] and [`ngram`] are text, [`untrusted`] is what fuzzers call.
 //!
@@ -16,6 +17,7 @@ pub mod glue;
 pub mod host;
 pub mod host_allocator;
 pub mod jobs;
+pub mod learned;
 pub mod ngram;
 pub mod report;
 pub mod run;

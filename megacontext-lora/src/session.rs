@@ -19,7 +19,7 @@ use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
-use candle_core::{DType, Device, Tensor};
+use candle_core::{Device, Tensor};
 use megacontext_base::decoder::{Decoder, Forward, stored_narrow};
 use megacontext_base::gradients::{Gradients, Optimizer};
 use megacontext_base::params::{Group, Shared};
@@ -37,6 +37,7 @@ use serde_json::{Value, json};
 use crate::error::{PluginError, Result};
 use crate::host::HostApi;
 use crate::jobs::{self, ModelDir, model_error, parse};
+use crate::learned;
 use crate::run::folder::config_hash;
 use crate::train::config::OptimizerConfig;
 
@@ -411,25 +412,7 @@ impl Session {
     pub fn lora_delta(&self, module: &str, out: &mut [f32]) -> Result<()> {
         let l = self.read()?;
         l.refuse_merged("lora delta")?;
-        let lora = l
-            .decoder
-            .lora_modules()
-            .ok_or_else(|| PluginError::usage("lora delta: the model carries no LoRA"))?;
-        let Some(found) = lora.get(module) else {
-            let known: Vec<&str> = lora.modules.iter().map(|module| module.name.as_str()).collect();
-            return Err(PluginError::usage(format!(
-                "lora delta: expected one of {known:?}, got \"{module}\""
-            )));
-        };
-        size("lora delta: out", found.out * found.inp, out.len())?;
-        let params = l.decoder.params();
-        let weight = params
-            .get(&found.weight_name())
-            .ok_or_else(|| PluginError::internal(format!("{module} has no weight")))?
-            .to_dtype(DType::F32)?;
-        let delta =
-            megacontext_base::lora::delta(found, &weight, |name| params.get(name)).map_err(model_error)?;
-        copy_out(&delta, out)
+        learned::lora_delta(&l.decoder, module, out)
     }
 
     /// A copy of a parameter: shape and values, in f32 however they are stored.
@@ -460,21 +443,7 @@ impl Session {
     pub fn parameter_groups(&self) -> Result<Value> {
         let l = self.read()?;
         let params = l.decoder.params();
-        let mut groups = serde_json::Map::new();
-        for name in params.names() {
-            let group = l.model.config.group_of(name);
-            let entry = groups
-                .entry(group.name())
-                .or_insert_with(|| json!({ "learns": params.learns(group), "parameters": [] }));
-            let stored = match params.values(name).map_err(model_error)?.weight() {
-                Weight::F32(_) => "f32",
-                Weight::Bf16(_) => "bf16",
-            };
-            if let Some(list) = entry["parameters"].as_array_mut() {
-                list.push(json!({ "name": name, "shape": params.shape(name), "stored": stored }));
-            }
-        }
-        Ok(Value::Object(groups))
+        learned::groups(params, |group| params.learns(group), str::to_string)
     }
 }
 

@@ -162,3 +162,27 @@ fn a_base_with_an_adapter_in_bf16() {
         ],
     ));
 }
+
+/// The plan's total and the peak of `train` over a model, bytes: one cycle over histories of `context` tokens in a quarter of the room.
+fn cycle(name: &str, model: Value, context: usize, settings: &str) -> (f64, f64) {
+    let fixture = Fixture::new();
+    fixture.model_of("model", 1, model);
+    let file = fixture.path("cycle.toml");
+    let text = format!(
+        "contexts = [{}]\nhorizon = 16\nbudget = {}\nprotected = 16\ncycles = 1\nholdout = 0.5\nthreads = 2\n{settings}",
+        context + 16,
+        context / 4,
+    );
+    std::fs::write(&file, text).unwrap();
+    let (base, data, out) = (fixture.at("model"), fixture.at("data"), fixture.at("cycle"));
+    let file = file.display().to_string();
+    let args = ["train", &file, "--base", &base, "--data", &data, "--out", &out, "--json"];
+    let summary = mclora(&args.map(str::to_owned)).success().json();
+    let of = |key: &str| summary[key].as_f64().unwrap();
+    println!(
+        "{name}: planned {:.0} MB, measured {:.0} MB",
+        of("planned_bytes") / 1e6,
+        of("peak_bytes") / 1e6
+    );
+    (of("planned_bytes"), of("peak_bytes"))
+}

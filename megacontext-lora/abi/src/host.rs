@@ -14,6 +14,7 @@
 //! Focus: whoever has a focus allocator of its own implements [`Host::allocate`].
 
 use crate::error::{AbiError, ErrorKind};
+use crate::parameters::{JobParameters, ParametersRef};
 use crate::raw::{HostBox, RawHost, RawHost_TO};
 use abi_stable::StableAbi;
 use abi_stable::sabi_trait::TD_Opaque;
@@ -129,6 +130,13 @@ pub trait Host: Send + Sync + 'static {
         let _ = (kind, json);
         Answer::Continue
     }
+
+    /// What the job `train` has learned so far, for looking at without a copy. Called right before [`Host::phase_entered`] and
+    /// [`Host::phase_left`], with the name of that method as `when` and the same JSON: at `phase_left` the phase has been measured,
+    /// and whether it is kept is still to be said. The parameters are the job's own and go with the call.
+    fn parameters(&self, when: &str, json: &str, parameters: &JobParameters<'_>) {
+        let _ = (when, json, parameters);
+    }
 }
 
 impl Host for () {}
@@ -154,6 +162,9 @@ impl<H: Host + ?Sized> Host for std::sync::Arc<H> {
     }
     fn hook(&self, kind: &str, json: &str) -> Answer {
         (**self).hook(kind, json)
+    }
+    fn parameters(&self, when: &str, json: &str, parameters: &JobParameters<'_>) {
+        (**self).parameters(when, json, parameters);
     }
 }
 
@@ -208,6 +219,11 @@ impl<H: Host> RawHost for Adaptor<H> {
 
     fn hook(&self, kind: RStr<'_>, json: RStr<'_>) -> Answer {
         self.guard(Answer::Stop, |h| h.hook(kind.as_str(), json.as_str()))
+    }
+
+    fn parameters(&self, when: RStr<'_>, json: RStr<'_>, parameters: ParametersRef<'_>) {
+        let parameters = JobParameters::new(parameters);
+        self.guard((), |h| h.parameters(when.as_str(), json.as_str(), &parameters));
     }
 }
 

@@ -28,7 +28,8 @@
 //! | keep a history with its gists, and choose what of it the model sees | [`Session::open_tree`], [`Session::open_lens`], [`Session::refocus`] |
 //! | choose that yourself | [`Session::focus_scores`], [`Host::allocate`] |
 //! | own the forward pass | [`Session::embed`], [`Session::rope_tables`], [`Session::lora_delta`], [`Session::parameter`] |
-//! | implement a plugin | [`raw`] |
+//! | read what a running job has learned | [`Host::parameters`] |
+//! | implement a plugin | [`raw`], [`parameters`] |
 //!
 //! Errors: loading fails with [`LoadError`], everything after that with [`AbiError`].
 //!
@@ -39,6 +40,7 @@ pub mod dlpack;
 pub mod error;
 pub mod host;
 pub mod loader;
+pub mod parameters;
 pub mod raw;
 pub mod session;
 pub mod tensor;
@@ -48,6 +50,7 @@ pub use dlpack::OwnedTensor;
 pub use error::{AbiError, ErrorKind};
 pub use host::{Answer, Host};
 pub use loader::{BuildInfo, LoadError, LoadOptions, Plugin};
+pub use parameters::JobParameters;
 pub use session::Session;
 pub use tensor::{DType, Device, DeviceKind, TensorError, TensorView, TensorViewMut};
 

@@ -18,6 +18,7 @@ use crate::context::ContextView;
 use crate::dlpack::OwnedTensor;
 use crate::error::AbiError;
 use crate::host::Answer;
+use crate::parameters::ParametersRef;
 use crate::tensor::{TensorView, TensorViewMut};
 use abi_stable::library::RootModule;
 use abi_stable::sabi_types::VersionStrings;
@@ -52,6 +53,8 @@ pub trait RawHost: Send + Sync + 'static {
     fn hook(&self, _kind: RStr<'_>, _json: RStr<'_>) -> Answer {
         Answer::Continue
     }
+    /// The parameters of a job that stands between two phases, before `when` (`phase_entered`, `phase_left`) is asked.
+    fn parameters(&self, _when: RStr<'_>, _json: RStr<'_>, _parameters: ParametersRef<'_>) {}
 }
 
 /// A host, owned by the session that it was given to.

@@ -24,7 +24,7 @@ pub struct Session {
     raw: SessionBox,
 }
 
-fn json(answer: RResult<RString, AbiError>) -> Result<Value> {
+pub(crate) fn json(answer: RResult<RString, AbiError>) -> Result<Value> {
     let text = answer.into_result()?;
     serde_json::from_str(&text)
         .map_err(|e| AbiError::new(ErrorKind::Internal, format!("the plugin answered with broken JSON: {e}")))

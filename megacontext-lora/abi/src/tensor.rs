@@ -122,7 +122,7 @@ macro_rules! element {
         }
     )*};
 }
-element!(f32 => F32, f64 => F64, u32 => U32, i64 => I64);
+element!(f32 => F32, f64 => F64, half::bf16 => Bf16, half::f16 => F16, u32 => U32, i64 => I64);
 
 /// Why a view was refused. `what` is the argument's name.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]

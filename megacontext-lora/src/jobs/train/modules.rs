@@ -66,6 +66,11 @@ impl Modules {
         parts(&self.decoder, &self.gistnet, &self.lensnet, model)
     }
 
+    /// By their words in files.
+    pub fn stores(&self) -> [(&'static str, &ParamStore); 3] {
+        parts(&self.decoder, &self.gistnet, &self.lensnet, &[]).map(|part| (part.module, part.params))
+    }
+
     /// Puts back what a file holds of any module.
     pub fn put(&mut self, tensors: Vec<Named<'static>>) -> Result<()> {
         for tensor in tensors {

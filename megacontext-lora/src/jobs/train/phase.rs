@@ -20,6 +20,7 @@ use crate::error::{PluginError, Result};
 use crate::host::Answer;
 use crate::host_allocator::HostAllocator;
 use crate::jobs::{model_error, to_value};
+use crate::learned::Learned;
 use crate::run::metrics::{CycleStepRecord, PhaseRecord, Record, wall_time};
 use crate::train::config::pattern;
 use crate::train::cycle::{PhaseKind, PhasePlace};
@@ -246,6 +247,7 @@ impl Run<'_> {
         if self.state.before.is_none() {
             self.state.before = Some(self.evaluate(modules, scope, Side::Validation)?);
         }
+        self.lend("phase_entered", modules, place, &told)?;
         if !self.wanted(modules, place, self.host.phase_entered(&told))? {
             return Ok(false);
         }
@@ -264,6 +266,13 @@ impl Run<'_> {
         self.state.failed = None;
         self.say(&format!("{place}: {} steps", self.config.steps_of(place.kind)));
         Ok(true)
+    }
+
+    /// Lets the host read the modules before it is asked `when`.
+    fn lend(&self, when: &str, modules: &Modules, place: PhasePlace, told: &Value) -> Result<()> {
+        let learned = Learned::new(&modules.decoder, &modules.stores(), &self.groups(place.kind))?;
+        self.host.parameters(when, told, &learned);
+        Ok(())
     }
 
     /// Does the host, by its answer, want the phase to begin?
@@ -368,6 +377,7 @@ impl Run<'_> {
         told["after"] = json!({ "loss_at_h": after.loss_at_h, "full_loss": after.full_loss });
         told["kept"] = json!(verdict.kept());
         told["verdict"] = to_value(&verdict)?;
+        self.lend("phase_left", &modules, place, &told)?;
         let answer = self.host.phase_left(&told);
         if answer == Answer::RollBack && verdict.kept() {
             verdict = Verdict::Host;
