@@ -29,6 +29,7 @@ use crate::run::folder::config_hash;
 mod plan;
 
 pub use plan::GistPlan;
+pub(in crate::train) use plan::{LEARNING, Rows, graph_bytes};
 
 /// The network, but for what the base model decides.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]

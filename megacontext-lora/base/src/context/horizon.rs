@@ -29,7 +29,7 @@ use crate::gradients::Gradients;
 use crate::rope::{Entries, Rope, RopeScaling, RopeTables, SigmaRule};
 
 /// Entries of contexts that run together, but for one that is longer by itself.
-const ENTRIES_AT_ONCE: usize = 512;
+pub const ENTRIES_AT_ONCE: usize = 512;
 
 /// What measures contexts: a model, and how it places entries.
 pub struct HorizonLoss<'a> {

@@ -34,7 +34,7 @@ mod working;
 pub use ctx::{CtxFile, CtxHeader, GistDtype, HEADER, Layout};
 pub use folder::{LevelMetadata, Metadata, OwnMetadata, StoreOptions, TreeFolder, write_tree};
 pub use hierarchy::{Hierarchy, Node};
-pub use horizon::{HorizonLoss, HorizonObjective, HorizonStep};
+pub use horizon::{ENTRIES_AT_ONCE, HorizonLoss, HorizonObjective, HorizonStep};
 pub use input::{ContextInput, NO_TOKEN};
 pub use source::{GistSource, TokenEmbeddings};
 pub use tree::{BaseModel, GistTree};

@@ -1,17 +1,19 @@
 //! What a run of alternating optimisation will cost, said before the base model is in memory: bytes by kind, and time by phase.
 //!
-//! The model of memory: what the process holds when it plans stays; the base model with what is on it, both networks and what
-//! learns of the base come on top, each with its gradients and moments; so do the histories' tokens and gists, and packed
-//! operands. Then the largest of what the kinds of phases hold besides, since one runs at a time. Moments of a module that pauses are
-//! on the disk, so those of the largest module count.
+//! The model of memory: what the process holds when it plans stays; the base model with what is on it, both networks, the buffers
+//! of passes, the histories' tokens and gists and packed operands come on top. Then the largest of what the kinds of phases hold
+//! besides, since one runs at a time: passages and graphs, what walking back takes, gradients and moments of what learns. Moments of a
+//! module that pauses are on the disk.
 //!
 //! The model of time: multiply-adds of passes over the base model and of the networks, over the speed of a product measured now,
 //! with the allowance that plans of `extend` have. Judging phases comes on top.
 //!
 //! Units: bytes, seconds. Errors: a plan beyond the budget, with the numbers and what would help.
 
-use megacontext_base::buffers::{PassShape, evaluation_bytes, keys_values_bytes, training_bytes};
+use gistnet_adapter::Mode;
+use megacontext_base::buffers::{PassBytes, PassShape, evaluation_bytes, keys_values_bytes, training_bytes};
 use megacontext_base::config::DecoderConfig;
+use megacontext_base::context::ENTRIES_AT_ONCE;
 use megacontext_base::decoder::DocumentShape;
 use megacontext_base::lora::LoraModules;
 use megacontext_base::params::Group;
@@ -21,6 +23,7 @@ use serde::Serialize;
 
 use super::{CycleConfig, PhaseKind};
 use crate::error::{PluginError, Result};
+use crate::train::gistnet::{LEARNING, Rows, graph_bytes};
 use crate::train::plan::{
     ALLOWANCE, F32, available_bytes, bytes, count, duration, frozen_bytes, packed_bytes, resident_bytes,
 };
@@ -48,12 +51,10 @@ pub struct CyclePlan {
     pub program: u64,
     /// The base model, and what is frozen on it.
     pub weights: u64,
-    /// Both networks with gradients.
+    /// Both networks.
     pub networks: u64,
-    /// What learns of the base model, with gradients.
-    pub trainables: u64,
-    /// Moments of the largest of the three modules.
-    pub moments: u64,
+    /// Buffers of passes over histories and over contexts.
+    pub passes: u64,
     /// Tokens and gists of all histories.
     pub histories: u64,
     /// Packed operands of products, all threads together.
@@ -66,7 +67,7 @@ pub struct CyclePlan {
     pub seconds: f64,
 }
 
-/// Values of an entry that a network's graph keeps, in widths of the model and per block.
+/// Values of an entry that LensNet's graph keeps, in widths of the model and per block.
 const GRAPH_WIDTHS: u64 = 40;
 
 impl CyclePlan {
@@ -96,31 +97,51 @@ impl CyclePlan {
 
         // Bytes.
         let pass = |entries| PassShape { entries, precision: config.dtype, lora: Some(lora) };
-        let forward = evaluation_bytes(model, pass(context.max(512))).total();
         let passage = DocumentShape { entries: context, precision: config.dtype, hidden: true }.bytes(model)
             + F32 * context as u64 * e;
-        let rows =
-            training_bytes(model, pass(512.max(budget + config.horizon)), model.num_hidden_layers, true);
-        let rows = rows.activations + rows.workspace + rows.loss;
-        let graph =
-            |entries: usize, layers: usize| F32 * entries as u64 * e * GRAPH_WIDTHS * (layers as u64 + 1);
+        let held = |bytes: PassBytes| bytes.activations + bytes.workspace;
+        // Buffers that all phases use one after another: of whole histories, and of contexts that are measured together.
+        let shown = budget + config.horizon;
+        let together = (ENTRIES_AT_ONCE / shown).max(1) * shown;
+        let read = evaluation_bytes(model, pass((context + config.horizon).max(together)));
+        let passes = held(read) + read.loss;
+        // What walking back takes besides.
+        let trained = |entries: usize| {
+            let (own, trained) = (
+                evaluation_bytes(model, pass(entries)),
+                training_bytes(model, pass(entries), model.num_hidden_layers, true),
+            );
+            held(trained).saturating_sub(held(own)) + trained.loss.saturating_sub(read.loss)
+        };
         let bytes_of = |kind: PhaseKind| match kind {
             PhaseKind::WarmGistnet | PhaseKind::Jt1 => {
                 let phase = config.gist_phase(kind);
-                let spans = phase.spans.max(context / block);
+                let of_whole = if phase.whole > 0.0 && !kind.warm() { context / block } else { 0 };
+                let rows = Rows {
+                    count: phase.spans,
+                    longest: config.horizon.max(if of_whole > 0 { shown } else { 0 }),
+                };
+                let padded = block as u64 + u64::from(gist.mode == Mode::Transformer);
+                let spans = phase.batch * phase.spans.max(of_whole);
                 phase.batch as u64 * passage
-                    + graph(phase.batch * spans * block, gist.layers)
-                    + rows
-                    + forward
+                    + graph_bytes(&gist, e, spans as u64 * padded)
+                    + (phase.batch as u64 + 1) * rows.bytes(e)
+                    + trained(rows.at_once())
+                    + LEARNING * F32 * gist.parameters() as u64
             }
             PhaseKind::WarmLensnet | PhaseKind::Jt2 => {
                 let phase = config.lens_phase(kind);
                 let contexts = phase.batch * phase.labels.contexts();
-                graph(contexts * (budget + block), lens.layers)
-                    + forward
-                    + keys_values_bytes(model, config.dtype, context)
+                let graph =
+                    F32 * (contexts * (budget + block)) as u64 * e * GRAPH_WIDTHS * (lens.layers as u64 + 1);
+                let labels = keys_values_bytes(model, config.dtype, context);
+                graph.max(labels) + LEARNING * F32 * lens.parameters() as u64
             }
-            PhaseKind::Jt3 => rows + forward,
+            // Weights that are stored narrow become wide; gradients, two moments.
+            PhaseKind::Jt3 => {
+                let widened = if config.dtype.stores_bf16() { whole } else { 0 };
+                trained(shown) + F32 * (widened + 3 * learning)
+            }
         };
 
         // Time.
@@ -188,9 +209,8 @@ impl CyclePlan {
         let mut plan = Self {
             program: resident_bytes().unwrap_or(0),
             weights: frozen_bytes(model, Some(lora), config.dtype),
-            networks: 2 * F32 * (gist + lens),
-            trainables: F32 * (whole + learning),
-            moments: 2 * F32 * gist.max(lens).max(learning),
+            networks: F32 * (gist + lens),
+            passes,
             histories: histories as u64 * (F32 * context as u64 + nodes * (F32 * e + 2)),
             packed: packed_bytes(),
             phases,
@@ -216,7 +236,7 @@ impl CyclePlan {
 
     fn sum(&self) -> u64 {
         let largest = self.phases.iter().map(|phase| phase.bytes).max().unwrap_or(0);
-        let always = self.program + self.weights + self.networks + self.trainables + self.moments;
+        let always = self.program + self.weights + self.networks + self.passes;
         always + self.histories + self.packed + largest
     }
 
@@ -225,12 +245,11 @@ impl CyclePlan {
         let largest = largest
             .map_or("nothing".to_string(), |phase| format!("{} {}", phase.kind.name(), bytes(phase.bytes)));
         format!(
-            "program {}, weights {}, networks {}, what learns of the base {}, moments {}, histories {}, packed {}, and the largest phase, {}",
+            "program {}, weights {}, networks {}, passes {}, histories {}, packed {}, and the largest phase, {}",
             bytes(self.program),
             bytes(self.weights),
             bytes(self.networks),
-            bytes(self.trainables),
-            bytes(self.moments),
+            bytes(self.passes),
             bytes(self.histories),
             bytes(self.packed),
             largest

@@ -14,7 +14,7 @@
 
 use gistnet_adapter::curriculum::{Stage, places};
 use gistnet_adapter::delta_nll::ENTRIES_AT_ONCE;
-use gistnet_adapter::{CHUNK_ENTRIES, Mode};
+use gistnet_adapter::{CHUNK_ENTRIES, GistNetConfig, Mode};
 
 use gistnet_adapter::validate::{Baseline, LOOKED_AT};
 use megacontext_base::buffers::{PassShape, evaluation_bytes, training_bytes};
@@ -62,6 +62,16 @@ const ONCE_WIDTHS: u64 = 2 + 10;
 /// The same while the entropy of attention is looked at, beside one block's graph: queries, keys and values once more, and
 /// those that are read in f64.
 const ENTROPY_WIDTHS: u64 = 8 + 6;
+
+/// Values per parameter of a network that learns, besides its own: gradients, two moments; and candle's gradients before they are
+/// added up.
+pub(in crate::train) const LEARNING: u64 = 4;
+
+/// Bytes of GistNet's graph over `entries` entries of a model of this width.
+pub(in crate::train) fn graph_bytes(network: &GistNetConfig, width: u64, entries: u64) -> u64 {
+    let layers = if network.mode == Mode::Mean { 0 } else { network.layers as u64 };
+    F32 * width * entries * (KEPT_WIDTHS * layers + ONCE_WIDTHS)
+}
 
 impl GistPlan {
     /// Plans a resolved run over the text to learn from, to choose by and to test on; what it would hold must fit.
@@ -120,13 +130,9 @@ impl GistPlan {
         };
         let base = load.memory(true);
         let network = config.network.of(model);
-        let graph = |entries: u64| {
-            let layers = if network.mode == Mode::Mean { 0 } else { network.layers as u64 };
-            F32 * e * entries * (KEPT_WIDTHS * layers + ONCE_WIDTHS)
-        };
+        let graph = |entries: u64| graph_bytes(&network, e, entries);
         let anchor = u64::from(config.stages.iter().any(|stage| stage.loss.stability != 0.0));
-        // Values, gradients, two moments; and candle's gradients before they are added up.
-        let of_network = (4 + 1 + anchor) * F32 * network.parameters() as u64;
+        let of_network = (1 + LEARNING + anchor) * F32 * network.parameters() as u64;
 
         let hidden = config.stages.iter().any(|stage| stage.kl != 0.0);
         let passage = |entries: usize, hidden: bool| {
@@ -225,20 +231,20 @@ impl GistPlan {
 
 /// Rows over one document.
 #[derive(Clone, Copy)]
-struct Rows {
-    count: usize,
+pub(in crate::train) struct Rows {
+    pub count: usize,
     /// Entries of the longest.
-    longest: usize,
+    pub longest: usize,
 }
 
 impl Rows {
     /// Entries that run together.
-    fn at_once(self) -> usize {
+    pub fn at_once(self) -> usize {
         self.count.min((ENTRIES_AT_ONCE / self.longest.max(1)).max(1)) * self.longest
     }
 
     /// Their own entries.
-    fn bytes(self, width: u64) -> u64 {
+    pub fn bytes(self, width: u64) -> u64 {
         F32 * width * (self.count * self.longest) as u64
     }
 }
