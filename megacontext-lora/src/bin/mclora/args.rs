@@ -122,7 +122,7 @@ pub struct Quickstart {
     /// How positions are stretched: linear, ntk, dynamic, yarn or llama3 [default: linear]
     #[arg(long, value_name = "NAME")]
     pub scaling: Option<String>,
-    /// Precision: f32, mixed (products in bf16) or bf16 (frozen weights and activations too) [default: f32]
+    /// Precision: f32, mixed (products in bf16) or bf16 (frozen weights and activations too) [default: mixed]
     #[arg(long, value_name = "NAME")]
     pub dtype: Option<String>,
 }

@@ -176,6 +176,8 @@ fn parameters(base: &Path, run: &Path, smoke: bool) -> Result<Params> {
     params.set("data", vec!["corpus:held-out"]);
     params.set("out", utf8(run)?);
     params.set("context", CONTEXT);
+    // Products in bf16 where the machine has them; as f32 elsewhere.
+    params.set("dtype", "mixed");
     let stages: Vec<Value> =
         preset.stages.iter().map(|(context, steps)| json!({ "context": context, "steps": steps })).collect();
     params.set("stages", stages);
