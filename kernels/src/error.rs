@@ -23,6 +23,10 @@ pub enum KernelError {
         /// Range and value.
         message: String,
     },
+    /// The GPU's driver or compiler refused something underneath.
+    #[cfg(feature = "cuda")]
+    #[error(transparent)]
+    Cuda(#[from] crate::cuda::CudaError),
     /// candle refused something underneath.
     #[error(transparent)]
     Candle(#[from] candle_core::Error),

@@ -1,0 +1,65 @@
+//! NVRTC, which needs no GPU, on every file for both targets; its cache. Skipped with a line where there is no NVRTC.
+
+use std::fs;
+use std::time::Instant;
+
+use anyhow::{Context, Result, ensure};
+use megacontext_kernels::cuda::Capability;
+use megacontext_kernels::cuda::image::{Compiler, Module};
+
+const HOPPER: Capability = Capability { major: 9, minor: 0 };
+const AMPERE: Capability = Capability { major: 8, minor: 0 };
+
+fn compiler(cache: Option<&std::path::Path>) -> Option<Compiler> {
+    match Compiler::new(99, "sm_90", cache.map(Into::into)) {
+        Ok(compiler) => Some(compiler),
+        Err(error) => {
+            println!("skipped: {error}");
+            None
+        }
+    }
+}
+
+#[test]
+fn every_file_compiles_for_both_targets() -> Result<()> {
+    let Some(compiler) = compiler(None) else { return Ok(()) };
+    let (major, minor) = compiler.version();
+    for capability in [AMPERE, HOPPER] {
+        for module in Module::ALL {
+            let start = Instant::now();
+            let image = compiler.image(module, capability)?;
+            let bytes = image.bytes.len();
+            ensure!(image.bytes.starts_with(b"\x7fELF"), "{}: no cubin", module.name());
+            let (name, target) = (module.name(), capability.target());
+            println!("NVRTC {major}.{minor}: {name} for {target}: {bytes} bytes, {:.1?}", start.elapsed());
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn the_cache_gives_what_was_made_and_mends_what_is_damaged() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    let Some(compiler) = compiler(Some(&folder.path().join("a/b"))) else { return Ok(()) };
+    let made = compiler.image(Module::AdamW, HOPPER)?;
+    ensure!(!made.origin.contains("cache"), "{}", made.origin);
+    let again = compiler.image(Module::AdamW, HOPPER)?;
+    ensure!(again.origin.contains("from the cache") && again.bytes == made.bytes, "{}", again.origin);
+    let files: Vec<_> =
+        fs::read_dir(folder.path().join("a/b"))?.flatten().map(|entry| entry.path()).collect();
+    let [file] = &files[..] else { anyhow::bail!("one file, and nothing beside it: {files:?}") };
+    let good = fs::read(file)?;
+    let mut damaged = good.clone();
+    *damaged.last_mut().context("a file with something in it")? ^= 1;
+    for bad in [&damaged[..], &good[..good.len() - 1], &good[..10], &[]] {
+        fs::write(file, bad)?;
+        let mended = compiler.image(Module::AdamW, HOPPER)?;
+        ensure!(!mended.origin.contains("cache") && mended.bytes == made.bytes, "{}", mended.origin);
+        ensure!(fs::read(file)? == good, "the file is good again");
+    }
+    ensure!(compiler.image(Module::AdamW, AMPERE)?.origin == made.origin, "another target is another file");
+    // A folder that cannot be written is no error.
+    let in_a_file = Compiler::new(99, "sm_90", Some(file.join("below")))?;
+    ensure!(in_a_file.image(Module::AdamW, HOPPER)?.bytes == made.bytes, "compiled without a cache");
+    Ok(())
+}
