@@ -10,6 +10,8 @@ mod attention;
 mod compiler;
 #[path = "cuda_device/images.rs"]
 mod images;
+#[path = "cuda_device/inside.rs"]
+mod inside;
 #[path = "cuda_device/ops.rs"]
 mod ops;
 #[path = "cuda_device/probing.rs"]

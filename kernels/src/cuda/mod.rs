@@ -36,14 +36,14 @@ mod device;
 mod driver;
 mod error;
 pub mod image;
+#[doc(hidden)]
+pub mod inside;
 mod kernels;
 pub mod loss;
 pub mod norm;
 mod nvrtc;
 pub mod rope;
 mod stored;
-#[cfg(test)]
-mod tests;
 
 pub use device::{Capability, Device};
 pub use driver::{DeviceInfo, probe};

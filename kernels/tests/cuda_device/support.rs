@@ -6,7 +6,7 @@ use std::process::{Command, Output};
 use std::sync::{OnceLock, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use anyhow::{Context, Result, bail, ensure};
-use libloading::os::unix::{Library, RTLD_GLOBAL, RTLD_NOW};
+use libloading::os::unix::{Library, RTLD_LOCAL, RTLD_NOW};
 use megacontext_kernels::cuda::image::{Image, Module};
 use megacontext_kernels::cuda::{Device, Kind, Stored};
 
@@ -74,10 +74,11 @@ pub fn driver() -> Result<Option<PathBuf>> {
     Ok(DRIVER.get_or_init(|| made).clone())
 }
 
-/// Opens the emulated driver before anything asks for one: what asks for libcuda.so.1 then gets this library, by its SONAME.
+/// Opens the emulated driver before anything asks for one: what asks for libcuda.so.1 then gets this library, by its SONAME. Its
+/// symbols are for no other library.
 pub fn preload(path: &Path) -> Result<Library> {
     // SAFETY: the library is this crate's own, and its initialisers do nothing.
-    Ok(unsafe { Library::open(Some(path), RTLD_NOW | RTLD_GLOBAL) }?)
+    Ok(unsafe { Library::open(Some(path), RTLD_NOW | RTLD_LOCAL) }?)
 }
 
 /// What the emulated driver takes for the machine code of a file.
