@@ -17,7 +17,7 @@ const DAMPING_THREADS: u32 = 128;
 
 /// Refuses more than fits into a head; half of what is rotated.
 fn half(heads: usize, width: usize, rotated: usize) -> Result<usize> {
-    if heads == 0 || rotated == 0 || rotated % 2 != 0 || rotated > width {
+    if heads == 0 || rotated == 0 || !rotated.is_multiple_of(2) || rotated > width {
         let expected = "at least one head, and an even number of rotated values of 2 up to its width";
         return Err(KernelError::shape(OP, expected, format!("{heads} heads, {rotated} of {width} values")));
     }
