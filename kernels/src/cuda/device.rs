@@ -52,6 +52,7 @@ pub struct Device {
     stream: Arc<CudaStream>,
     name: String,
     capability: Capability,
+    cuda_major: i32,
     shared_limit: usize,
     pub(super) kernels: Kernels,
 }
@@ -110,7 +111,8 @@ impl Device {
                 error,
             })
         })?;
-        Ok(Self { stream: context.default_stream(), name, capability, shared_limit: limit, kernels })
+        let (stream, cuda_major) = (context.default_stream(), driver.major);
+        Ok(Self { stream, name, capability, cuda_major, shared_limit: limit, kernels })
     }
 
     /// Its number.
@@ -126,6 +128,11 @@ impl Device {
     /// Its compute capability.
     pub fn capability(&self) -> Capability {
         self.capability
+    }
+
+    /// The driver's major version of CUDA: libraries of newer ones are of no use to it.
+    pub(super) fn cuda_major(&self) -> i32 {
+        self.cuda_major
     }
 
     /// Bytes of dynamic shared memory that a block may have.

@@ -68,6 +68,24 @@ pub enum CudaError {
         /// Libraries, and what was wrong with them.
         tried: String,
     },
+    /// There is no library of matrix products.
+    #[error("CUDA: no cuBLASLt: expected libcublasLt of CUDA 12.0 to {newest} (tried: {tried})")]
+    NoBlas {
+        /// The newest version that the driver runs.
+        newest: i32,
+        /// Libraries, and what was wrong with them.
+        tried: String,
+    },
+    /// cuBLASLt refused a call.
+    #[error("CUDA: {call}: {status} ({code})")]
+    Blas {
+        /// What was called.
+        call: &'static str,
+        /// What came back.
+        code: i32,
+        /// The manual's name for it.
+        status: &'static str,
+    },
     /// NVRTC refused a source.
     #[error("CUDA: NVRTC {version}: {file} for {target}: {reason}\n{log}")]
     Compile {

@@ -6,6 +6,7 @@
 //! | [`crate::attention::slices`], [`crate::attention::prefix`] | [`attention`] | `attention_bounds.cu`, `attention_forward.cu`, `attention_backward.cu` |
 //! | [`crate::rope`] | [`rope`] | `rope.cu` |
 //! | [`crate::norm`] | [`norm`] | `norm.cu` |
+//! | [`crate::linear`] | [`linear`] | cuBLASLt's |
 //! | [`crate::loss`], from logits on | [`loss`] | `loss.cu` |
 //! | [`crate::adamw`] | [`adamw`] | `adamw.cu` |
 //!
@@ -22,7 +23,7 @@
 //! inputs give the same bytes.
 //!
 //! Errors are [`crate::error::KernelError`] with the expectation and the finding; what the driver and the compiler say is in
-//! [`CudaError`]. Left out: linear layers, several devices at once, graphs of launches.
+//! [`CudaError`]. Left out: several devices at once, graphs of launches.
 //!
 //! [`CudaSlice`]: cudarc::driver::CudaSlice
 //! [`CudaView`]: cudarc::driver::CudaView
@@ -32,6 +33,7 @@ pub mod adamw;
 mod arguments;
 pub mod attention;
 mod check;
+mod cublaslt;
 mod device;
 mod driver;
 mod error;
@@ -39,6 +41,8 @@ pub mod image;
 #[doc(hidden)]
 pub mod inside;
 mod kernels;
+mod libraries;
+pub mod linear;
 pub mod loss;
 pub mod norm;
 mod nvrtc;

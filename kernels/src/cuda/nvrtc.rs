@@ -11,6 +11,7 @@ use std::ptr::{null, null_mut};
 use libloading::Library;
 
 use super::error::{CudaError, loader_said};
+use super::libraries::candidates;
 
 type Program = *mut c_void;
 type Size = unsafe extern "C" fn(Program, *mut usize) -> c_int;
@@ -64,23 +65,11 @@ fn pointers(strings: &[CString]) -> Vec<*const c_char> {
     strings.iter().map(|string| string.as_ptr()).collect()
 }
 
-/// Where a library may be: as the loader finds it, then in the toolkit that the environment names.
-fn candidates(newest: i32) -> Vec<String> {
-    let majors = (12..=newest.max(12)).rev().map(|major| format!("libnvrtc.so.{major}"));
-    let names: Vec<String> = majors.chain(["libnvrtc.so".to_string()]).collect();
-    let homes = ["CUDA_HOME", "CUDA_PATH"].into_iter().filter_map(std::env::var_os);
-    let folders = homes.flat_map(|home| ["lib64", "lib"].map(|folder| Path::new(&home).join(folder)));
-    let in_folders: Vec<String> = folders
-        .flat_map(|folder| names.iter().map(move |name| folder.join(name).display().to_string()))
-        .collect();
-    names.iter().cloned().chain(in_folders).collect()
-}
-
 impl Nvrtc {
     /// The first library of CUDA 12.0 up to the major version `newest`.
     pub fn open(newest: i32, target: &str) -> Result<Self, CudaError> {
         let mut tried = Vec::new();
-        for name in candidates(newest) {
+        for name in candidates("nvrtc", newest) {
             // SAFETY: a library of this name is NVRTC, whose initialisers may run anywhere.
             let library = match unsafe { Library::new(&name) } {
                 Ok(library) => library,

@@ -11,7 +11,7 @@ mod sealed {
 }
 
 /// A storage type, as a number.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Kind {
     /// 32 bits.
     F32,

@@ -1,9 +1,10 @@
 //! The device that tests run on, seeded values, comparisons.
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
-use std::sync::{OnceLock, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+use std::sync::{Mutex, OnceLock, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use anyhow::{Context, Result, bail, ensure};
 use libloading::os::unix::{Library, RTLD_LOCAL, RTLD_NOW};
@@ -42,19 +43,20 @@ pub fn probed() -> Result<String> {
     Ok(line[line.find("probe: ").unwrap_or(0)..].to_string())
 }
 
-/// The emulated driver, compiled if it is not newer than its sources; none without a compiler.
-pub fn driver() -> Result<Option<PathBuf>> {
-    static DRIVER: OnceLock<Option<PathBuf>> = OnceLock::new();
-    static BUILDING: std::sync::Mutex<()> = std::sync::Mutex::new(());
+/// A library of `cu/emulate` by its file's name, compiled under its SONAME if it is not newer than its sources; none without a
+/// compiler.
+pub fn compiled(name: &str, soname: &str) -> Result<Option<PathBuf>> {
+    static BUILDING: Mutex<()> = Mutex::new(());
+    static MADE: Mutex<BTreeMap<String, Option<PathBuf>>> = Mutex::new(BTreeMap::new());
     let _building = BUILDING.lock().unwrap_or_else(PoisonError::into_inner);
-    if let Some(driver) = DRIVER.get() {
-        return Ok(driver.clone());
+    if let Some(made) = MADE.lock().unwrap_or_else(PoisonError::into_inner).get(name) {
+        return Ok(made.clone());
     }
     let made = match compiler::compiler() {
         None => None,
         Some(compiler) => {
-            let to = Path::new(env!("CARGO_TARGET_TMPDIR")).join("emulated_driver.so");
-            let folder = compiler::source("driver");
+            let to = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("emulated_{name}.so"));
+            let folder = compiler::source(name);
             let folder = folder.parent().context("a folder")?;
             let changed = |path: &Path| fs::metadata(path).and_then(|m| m.modified()).ok();
             let sources = [folder, folder.parent().context("a folder")?];
@@ -64,17 +66,23 @@ pub fn driver() -> Result<Option<PathBuf>> {
             if changed(&to).is_none_or(|made| Some(made) < newest) {
                 // Under another name first, since two programs may do this at once.
                 let beside = to.with_extension(format!("{}.so", std::process::id()));
-                let shared = ["-shared", "-fPIC", "-Wl,-soname,libcuda.so.1"];
-                compiler::compile(&compiler, "driver", &shared, &beside)?;
+                let soname = format!("-Wl,-soname,{soname}");
+                compiler::compile(&compiler, name, &["-shared", "-fPIC", &soname], &beside)?;
                 fs::rename(beside, &to)?;
             }
             Some(to)
         }
     };
-    Ok(DRIVER.get_or_init(|| made).clone())
+    MADE.lock().unwrap_or_else(PoisonError::into_inner).insert(name.to_string(), made.clone());
+    Ok(made)
 }
 
-/// Opens the emulated driver before anything asks for one: what asks for libcuda.so.1 then gets this library, by its SONAME. Its
+/// The emulated driver.
+pub fn driver() -> Result<Option<PathBuf>> {
+    compiled("driver", "libcuda.so.1")
+}
+
+/// Opens an emulated library before anything asks for one: what asks for its SONAME then gets this one. Its
 /// symbols are for no other library.
 pub fn preload(path: &Path) -> Result<Library> {
     // SAFETY: the library is this crate's own, and its initialisers do nothing.
