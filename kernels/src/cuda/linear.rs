@@ -283,7 +283,7 @@ impl<T: Stored> Layer<'_, T> {
 }
 
 /// Either both or neither.
-fn both<A, B>(of: &Option<A>, with: Option<B>, what: &str) -> Result<Option<(&A, B)>> {
+fn both<'a, A, B>(of: &'a Option<A>, with: Option<B>, what: &str) -> Result<Option<(&'a A, B)>> {
     match (of, with) {
         (Some(of), Some(with)) => Ok(Some((of, with))),
         (None, None) => Ok(None),

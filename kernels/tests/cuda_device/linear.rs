@@ -6,7 +6,7 @@ use libloading::os::unix::{Library, Symbol};
 use megacontext_kernels::cuda::linear::{FactorGradients, Layer, Lora, Products, Saved};
 use megacontext_kernels::cuda::{Device, Stored};
 
-use crate::support::{Lease, close, compiled, device_alone, preload, stored, values, widened};
+use crate::support::{Lease, bound, close_within, compiled, device_alone, preload, stored, values, widened};
 
 /// The products, and the emulated library where the device is emulated.
 fn products<G>(lease: &Lease<'_, G>) -> Result<Option<(Products, Option<Library>)>> {
@@ -17,7 +17,14 @@ fn products<G>(lease: &Lease<'_, G>) -> Result<Option<(Products, Option<Library>
             Some(preload(&path)?)
         }
     };
-    Ok(Some((Products::open(lease.device)?, emulated)))
+    match Products::open(lease.device) {
+        Ok(products) => Ok(Some((products, emulated))),
+        Err(error) if emulated.is_none() && error.to_string().contains("no cuBLASLt") => {
+            eprintln!("skipped: {error}");
+            Ok(None)
+        }
+        Err(error) => Err(error.into()),
+    }
 }
 
 /// c [m, n] += factor·a·b in f64; `a` and `b` say how their values are found.
@@ -61,10 +68,12 @@ fn layer<T: Stored, Y: Stored>(
     add(&mut y, [n, out, inp], 1.0, |i, l| wx[i * inp + l], |l, j| ww[j * inp + l]);
     add(&mut y, [n, out, r], scale, |i, l| h[i * r + l] as f32, |l, j| wb[j * r + l]);
 
-    let (dx0, dw, db, dg) = (values(n * inp, 6), device.upload(&w)?, device.upload(&b)?, device.upload(&g)?);
-    let (dx_, da_) = (device.upload(&x)?, device.upload(&a)?);
-    let (view_x, view_w, view_g) = (dx_.as_view(), dw.as_view(), dg.as_view());
-    let (view_a, view_b) = (da_.as_view(), db.as_view());
+    let (memory_w, memory_g) = (device.upload(&w)?, device.upload(&g)?);
+    let memory_b = device.upload(if r > 0 { &b } else { &x })?;
+    let dx0 = values(n * inp, 6);
+    let (memory_x, memory_a) = (device.upload(&x)?, device.upload(if r > 0 { &a } else { &x })?);
+    let (view_x, view_w, view_g) = (memory_x.as_view(), memory_w.as_view(), memory_g.as_view());
+    let (view_a, view_b) = (memory_a.as_view(), memory_b.as_view());
     let lora = (r > 0).then_some(Lora { a: &view_a, b: &view_b, rank: r, scale: scale as f32 });
     let layer = Layer { weight: &view_w, shape: [out, inp], lora };
     let mut got_h = device.zeros::<T>((n * r).max(1))?;
@@ -72,7 +81,9 @@ fn layer<T: Stored, Y: Stored>(
     let mut got_y = device.upload(&vec![Y::put(f32::NAN); n * out])?;
     let mut room = got_h.as_view_mut();
     layer.forward(device, products, &view_x, (r > 0).then_some(&mut room), &mut got_y.as_view_mut())?;
-    close(&format!("y, {what}"), &device.download(&got_y)?, &narrow(&y))?;
+    // Gradients, and perhaps y, are f32; what was stored in between was not.
+    let bound = bound(T::KIND);
+    close_within(&format!("y, {what}"), &device.download(&got_y)?, &narrow(&y), bound)?;
 
     let mut t = vec![0f64; n * r];
     add(&mut t, [n, r, out], 1.0, |i, l| wg[i * out + l], |l, j| wb[l * r + j]);
@@ -89,7 +100,7 @@ fn layer<T: Stored, Y: Stored>(
     let saved = Saved { x: &view_x, reduced: (r > 0).then_some(&view_h), gradient: &view_g };
     if r == 0 {
         layer.backward(device, products, saved, Some(&mut got_dx.as_view_mut()), None)?;
-        return close(&format!("dx, {what}"), &device.download(&got_dx)?, &narrow(&dx));
+        return close_within(&format!("dx, {what}"), &device.download(&got_dx)?, &narrow(&dx), bound);
     }
     let (mut got_a, mut got_b) = (device.upload(&a0)?, device.upload(&b0)?);
     {
@@ -97,11 +108,9 @@ fn layer<T: Stored, Y: Stored>(
         let into = FactorGradients { a: &mut into_a, b: &mut into_b };
         layer.backward(device, products, saved, Some(&mut got_dx.as_view_mut()), Some(into))?;
     }
-    // Gradients are f32; what was stored in between was not.
-    let bound = crate::support::bound(T::KIND);
     for (name, got, expected) in [("dx", &got_dx, &dx), ("dA", &got_a, &da), ("dB", &got_b, &db)] {
         let got = device.download(got)?;
-        crate::support::close_within(&format!("{name}, {what}"), &got, &narrow(expected), bound)?;
+        close_within(&format!("{name}, {what}"), &got, &narrow(expected), bound)?;
     }
     Ok(())
 }
@@ -111,7 +120,7 @@ fn linear_layers() -> Result<()> {
     let Some(lease) = device_alone()? else { return Ok(()) };
     let Some((products, emulated)) = products(&lease)? else { return Ok(()) };
     let device = lease.device;
-    for shape in [[5, 7, 11, 3], [16, 24, 8, 8], [1, 1, 1, 1], [33, 16, 40, 0], [2, 64, 32, 16]] {
+    for shape in [[5, 7, 11, 3], [16, 24, 8, 8], [1, 2, 3, 1], [33, 16, 40, 0], [2, 64, 32, 16]] {
         layer::<f32, f32>(device, &products, shape)?;
         layer::<bf16, bf16>(device, &products, shape)?;
         layer::<bf16, f32>(device, &products, shape)?;
