@@ -2,7 +2,9 @@
 # Compiles kernels/cu/*.cu ahead of time for sm_80 and sm_90, and says what came out: registers, stack and spills of each
 # kernel, shared memory of attention, tensor-core instructions and 128-bit accesses in the machine code.
 #
-#   scripts/cuda-build.sh [FOLDER]      # default target/cuda-kernels: NAME.fatbin, NAME.log, report.txt
+#   scripts/cuda-build.sh [FOLDER]      # default target/cuda-kernels: NAME.fatbin, NAME.log, report.txt, the sources
+#
+# MEGACONTEXT_CUDA_FATBINS=FOLDER puts the fatbins into the library; the sources beside them say what they were made of.
 #
 # Uses nvcc and cuobjdump on PATH; without nvcc it asks scripts/cuda-toolchain.sh for one. Fails when a kernel does not
 # compile, when ptxas warns of anything, or when the 16-bit attention kernels came out without tensor cores.
@@ -23,6 +25,9 @@ fi
 command -v cuobjdump >/dev/null || fail "expected cuobjdump beside nvcc, found none (scripts/cuda-toolchain.sh installs one)"
 
 mkdir -p "$out"
+# First the sources, and no code of others beside them.
+rm -f "$out"/*.fatbin
+cp "$root"/kernels/cu/*.cu "$root"/kernels/cu/*.cuh "$out"
 report=$out/report.txt
 nvcc --version | tail -n 1 >"$report"
 
@@ -74,6 +79,6 @@ done
 
 if compiler=$(command -v c++ || command -v g++); then
     "$compiler" -std=c++17 -O1 -w -o "$out/shared" "$root/kernels/cu/emulate/shared.cpp"
-    { echo; echo "attention, bytes of shared memory of the largest block"; "$out/shared"; } >>"$report"
+    { echo; echo "attention: bytes of shared memory of a block, and its tiles"; "$out/shared"; } >>"$report"
 fi
 cat "$report"

@@ -3,6 +3,11 @@
 // On a GPU each is a line of PTX (ISA 7.0, from sm_80 on); without nvcc the same names come from emulate/device.h.
 #pragma once
 
+#ifdef __CUDACC_RTC__
+// NVRTC compiles without the host's headers, and these are in math.h.
+#define INFINITY __int_as_float(0x7f800000)
+#define NAN __int_as_float(0x7fffffff)
+#endif
 #ifdef __CUDACC__
 #define SHARED(name) extern __shared__ __align__(16) unsigned char name[]
 #else

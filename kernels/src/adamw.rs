@@ -60,14 +60,31 @@ struct Update<'a> {
     with: AdamW,
 }
 
-struct Constants {
-    decay: f32,
-    beta1: f32,
-    beta2: f32,
-    step_size: f32,
-    root_scale: f32,
-    eps: f32,
-    gradient_scale: f32,
+/// What a step multiplies with, made in f64: 1 − lr·λ, the betas, lr/(1 − β1ᵗ), 1/√(1 − β2ᵗ), eps, the gradient's scale.
+pub(crate) struct Constants {
+    pub decay: f32,
+    pub beta1: f32,
+    pub beta2: f32,
+    pub step_size: f32,
+    pub root_scale: f32,
+    pub eps: f32,
+    pub gradient_scale: f32,
+}
+
+impl AdamW {
+    pub(crate) fn constants(&self) -> Constants {
+        let correction1 = 1.0 - self.beta1.powi(self.step as i32);
+        let correction2 = 1.0 - self.beta2.powi(self.step as i32);
+        Constants {
+            decay: (1.0 - self.lr * self.weight_decay) as f32,
+            beta1: self.beta1 as f32,
+            beta2: self.beta2 as f32,
+            step_size: (self.lr / correction1) as f32,
+            root_scale: (1.0 / correction2.sqrt()) as f32,
+            eps: self.eps as f32,
+            gradient_scale: self.gradient_scale as f32,
+        }
+    }
 }
 
 multiversion! {
@@ -92,18 +109,7 @@ impl InplaceOp1 for Update<'_> {
         let (Some((start, end)), CpuStorage::F32(data)) = (layout.contiguous_offsets(), storage) else {
             return Err(KernelError::shape(OP, "a contiguous f32 parameter", format!("{layout:?}")).into());
         };
-        let with = &self.with;
-        let correction1 = 1.0 - with.beta1.powi(with.step as i32);
-        let correction2 = 1.0 - with.beta2.powi(with.step as i32);
-        let constants = Constants {
-            decay: (1.0 - with.lr * with.weight_decay) as f32,
-            beta1: with.beta1 as f32,
-            beta2: with.beta2 as f32,
-            step_size: (with.lr / correction1) as f32,
-            root_scale: (1.0 / correction2.sqrt()) as f32,
-            eps: with.eps as f32,
-            gradient_scale: with.gradient_scale as f32,
-        };
+        let constants = self.with.constants();
         let mut moments = self.moments.lock().unwrap_or_else(|e| e.into_inner());
         let (m, v) = &mut *moments;
         let data = &mut data[start..end];

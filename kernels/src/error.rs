@@ -23,6 +23,10 @@ pub enum KernelError {
         /// Range and value.
         message: String,
     },
+    /// The GPU's driver or compiler refused something underneath.
+    #[cfg(feature = "cuda")]
+    #[error(transparent)]
+    Cuda(Box<crate::cuda::CudaError>),
     /// candle refused something underneath.
     #[error(transparent)]
     Candle(#[from] candle_core::Error),
@@ -35,6 +39,13 @@ impl KernelError {
 
     pub(crate) fn argument(op: &'static str, message: impl Into<String>) -> Self {
         Self::Argument { op, message: message.into() }
+    }
+}
+
+#[cfg(feature = "cuda")]
+impl From<crate::cuda::CudaError> for KernelError {
+    fn from(error: crate::cuda::CudaError) -> Self {
+        Self::Cuda(Box::new(error))
     }
 }
 

@@ -42,21 +42,21 @@ pub use op::{Options, attention, attention_with};
 pub use pattern::{Pattern, Rows, alibi_slopes};
 
 use crate::error::{KernelError, Result};
-use pattern::OP;
+pub(crate) use pattern::OP;
 
 /// [B, T, H, Hkv, D].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Dims {
-    batch: usize,
-    entries: usize,
-    heads: usize,
-    kv_heads: usize,
-    width: usize,
+pub(crate) struct Dims {
+    pub batch: usize,
+    pub entries: usize,
+    pub heads: usize,
+    pub kv_heads: usize,
+    pub width: usize,
 }
 
 impl Dims {
     /// Refuses head counts and widths the kernels are not made for.
-    fn check(self, slopes: Option<&[f32]>) -> Result<()> {
+    pub fn check(self, slopes: Option<&[f32]>) -> Result<()> {
         let Self { entries, heads, kv_heads, width, .. } = self;
         if heads == 0 || kv_heads == 0 || !heads.is_multiple_of(kv_heads) {
             return Err(KernelError::shape(
@@ -81,6 +81,17 @@ impl Dims {
             }
             _ => Ok(()),
         }
+    }
+
+    /// Refuses anything but one finite place for each entry of a row.
+    pub fn check_positions(self, positions: &[f32]) -> Result<()> {
+        if positions.len() != self.entries || positions.iter().any(|p| !p.is_finite()) {
+            let what = format!("expected {} finite positions, one per entry of a row", self.entries);
+            let bad = positions.iter().find(|p| !p.is_finite());
+            let got = bad.map_or_else(|| positions.len().to_string(), f32::to_string);
+            return Err(KernelError::argument(OP, format!("{what}, got {got}")));
+        }
+        Ok(())
     }
 }
 

@@ -7,7 +7,7 @@ use std::ops::Range;
 
 use crate::error::{KernelError, Result};
 
-pub(super) const OP: &str = "attention";
+pub(crate) const OP: &str = "attention";
 
 /// Which keys a query may see, before row lengths and segments narrow it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -47,7 +47,7 @@ pub struct Rows {
 }
 
 impl Rows {
-    pub(super) fn check(&self, batch: usize, entries: usize) -> Result<()> {
+    pub(crate) fn check(&self, batch: usize, entries: usize) -> Result<()> {
         let refuse = |message: String| Err(KernelError::argument(OP, message));
         if let Some(lengths) = &self.lengths {
             if lengths.len() != batch {
@@ -84,7 +84,7 @@ impl Rows {
 }
 
 impl Pattern {
-    pub(super) fn check(self) -> Result<()> {
+    pub(crate) fn check(self) -> Result<()> {
         match self {
             Self::ShiftedSparse { group } | Self::ShiftedBidirectional { group } if group < 2 => {
                 Err(KernelError::argument(OP, format!("expected a group of at least 2 entries, got {group}")))

@@ -41,6 +41,49 @@ pub struct Continuations {
     pub lower: Option<Vec<usize>>,
 }
 
+impl Continuations {
+    /// Refuses what [`PrefixAttention::new`] says.
+    pub(crate) fn check(&self, dims: Dims, document: usize, pattern: Pattern) -> Result<()> {
+        let refuse = |message: String| Err(KernelError::argument(OP, message));
+        let Dims { batch: n, entries, .. } = dims;
+        dims.check(None)?;
+        pattern.check()?;
+        if matches!(pattern, Pattern::Bidirectional | Pattern::ShiftedBidirectional { .. }) {
+            return refuse(
+                "expected a causal pattern for rows that continue a document, got bidirectional".into(),
+            );
+        }
+        let counts = [
+            ("prefixes", Some(&self.prefix)),
+            ("row lengths", self.lengths.as_ref()),
+            ("lower bounds", self.lower.as_ref()),
+        ];
+        for (what, values) in counts {
+            if let Some(values) = values.filter(|values| values.len() != n) {
+                return refuse(format!("expected {n} {what}, got {}", values.len()));
+            }
+        }
+        for (row, prefix) in self.prefix.iter().enumerate() {
+            if *prefix > document {
+                return refuse(format!(
+                    "row {row}: expected a prefix of at most T = {document}, got {prefix}"
+                ));
+            }
+            if let Some(length) = self.lengths.as_ref().map(|l| l[row]).filter(|length| *length > entries) {
+                return refuse(format!(
+                    "row {row}: expected a length of at most R = {entries}, got {length}"
+                ));
+            }
+            if let Some(lower) = self.lower.as_ref().map(|l| l[row]).filter(|lower| lower > prefix) {
+                return refuse(format!(
+                    "row {row}: expected a lower bound of at most its prefix {prefix}, got {lower}"
+                ));
+            }
+        }
+        Ok(())
+    }
+}
+
 /// The document's keys and values.
 #[derive(Clone, Copy, Debug)]
 pub struct Document<'a, S> {
@@ -83,42 +126,8 @@ impl PrefixAttention {
         pattern: Pattern,
         rows: Continuations,
     ) -> Result<Self> {
-        let refuse = |message: String| Err(KernelError::argument(OP, message));
         let dims = Dims { batch: n, entries, heads, kv_heads, width };
-        dims.check(None)?;
-        pattern.check()?;
-        if matches!(pattern, Pattern::Bidirectional | Pattern::ShiftedBidirectional { .. }) {
-            return refuse(
-                "expected a causal pattern for rows that continue a document, got bidirectional".into(),
-            );
-        }
-        let counts = [
-            ("prefixes", Some(&rows.prefix)),
-            ("row lengths", rows.lengths.as_ref()),
-            ("lower bounds", rows.lower.as_ref()),
-        ];
-        for (what, values) in counts {
-            if let Some(values) = values.filter(|values| values.len() != n) {
-                return refuse(format!("expected {n} {what}, got {}", values.len()));
-            }
-        }
-        for (row, prefix) in rows.prefix.iter().enumerate() {
-            if *prefix > document {
-                return refuse(format!(
-                    "row {row}: expected a prefix of at most T = {document}, got {prefix}"
-                ));
-            }
-            if let Some(length) = rows.lengths.as_ref().map(|l| l[row]).filter(|length| *length > entries) {
-                return refuse(format!(
-                    "row {row}: expected a length of at most R = {entries}, got {length}"
-                ));
-            }
-            if let Some(lower) = rows.lower.as_ref().map(|l| l[row]).filter(|lower| lower > prefix) {
-                return refuse(format!(
-                    "row {row}: expected a lower bound of at most its prefix {prefix}, got {lower}"
-                ));
-            }
-        }
+        rows.check(dims, document, pattern)?;
         Ok(Self { dims, document, rows, pattern, making: Making::new(scale) })
     }
 

@@ -4,9 +4,9 @@ use super::Dims;
 use super::backward::{Operands, backward, delta};
 use super::forward::forward;
 use super::panel::Making;
-use super::pattern::{OP, Pattern, Plan, Rows};
+use super::pattern::{Pattern, Plan, Rows};
 use super::view::View;
-use crate::error::{KernelError, Result};
+use crate::error::Result;
 use crate::micro::Products;
 use crate::store::Store;
 
@@ -82,12 +82,7 @@ impl Prepared {
     /// # Errors
     /// When there is not one finite position per entry.
     pub fn with_positions(mut self, positions: &[f32]) -> Result<Self> {
-        if positions.len() != self.dims.entries || positions.iter().any(|p| !p.is_finite()) {
-            let what = format!("expected {} finite positions, one per entry of a row", self.dims.entries);
-            let bad = positions.iter().find(|p| !p.is_finite());
-            let got = bad.map_or_else(|| positions.len().to_string(), f32::to_string);
-            return Err(KernelError::argument(OP, format!("{what}, got {got}")));
-        }
+        self.dims.check_positions(positions)?;
         self.making.positions = Some(positions.to_vec());
         Ok(self)
     }

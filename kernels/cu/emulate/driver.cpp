@@ -1,0 +1,406 @@
+// A driver without a GPU: the functions of libcuda.so.1 that launches need, on host memory, with the kernels of this
+// folder run by the emulation of device.h. For tests alone; compiled as a shared library of that name.
+//
+// What it holds callers to:
+// - Memory lies between pages without access, at the end or the beginning of its pages in turn, is filled with NaN, and is
+//   gone when it is freed. Copies and sets are refused unless they lie in one live allocation; so are frees of anything
+//   else, and allocations of length 0.
+// - A launch is refused for a grid or a block beyond the hardware's limits, for more threads than the kernel was compiled
+//   for, for more dynamic shared memory than 48 KiB or what its attribute was set to, and the attribute beyond the
+//   device's limit.
+// - A module is the text `emulated device: NAME` with a zero behind; it has the kernels of NAME.cu and no others. Anything
+//   else is no image.
+// - Calls before cuInit, or without a current context where one is needed, are refused.
+// Everything is done when a call returns. One launch at a time.
+//
+// The environment sets what is there: EMULATED_DEVICES (1), EMULATED_CAPABILITY (80), EMULATED_VERSION (12000),
+// EMULATED_SHARED (166912).
+#include <atomic>
+#include <chrono>
+#include <map>
+#include <mutex>
+#include <string>
+#include <tuple>
+#include <utility>
+
+#include "../attention_bounds.cu"
+#include "../attention_forward.cu"
+#include "../attention_backward.cu"
+namespace rotary {
+#include "../rope.cu"
+}
+namespace norms {
+#include "../norm.cu"
+}
+namespace losses {
+#include "../loss.cu"
+}
+namespace optimiser {
+#include "../adamw.cu"
+}
+
+namespace {
+
+// Results, as cuda.h numbers them.
+enum Result : int {
+    SUCCESS = 0,
+    INVALID_VALUE = 1,
+    OUT_OF_MEMORY = 2,
+    NOT_INITIALIZED = 3,
+    NO_DEVICE = 100,
+    INVALID_DEVICE = 101,
+    INVALID_IMAGE = 200,
+    INVALID_CONTEXT = 201,
+    INVALID_HANDLE = 400,
+    NOT_FOUND = 500,
+    NOT_READY = 600,
+    LAUNCH_OUT_OF_RESOURCES = 701,
+};
+
+// Calls a kernel with the arguments that `params` points to.
+template <class... Args, size_t... I>
+void call(void (*kernel)(Args...), void** params, std::index_sequence<I...>) {
+    kernel(*static_cast<std::remove_cv_t<Args>*>(params[I])...);
+}
+template <auto KERNEL, class... Args>
+void through(void (*)(Args...), void** params) {
+    call(KERNEL, params, std::make_index_sequence<sizeof...(Args)>());
+}
+
+struct Kernel {
+    const char* module;
+    unsigned threads;
+    void (*run)(void** params);
+    size_t shared = 48 << 10;
+};
+
+std::map<std::string, Kernel>& kernels() {
+#define KERNEL(module, name, threads) \
+    {#name, Kernel{module, threads, [](void** params) { through<&name>(&name, params); }}},
+#define KINDS(module, name, threads) \
+    KERNEL(module, name##_f32, threads) KERNEL(module, name##_bf16, threads) KERNEL(module, name##_f16, threads)
+#define WIDTHS(module, name)                                                                                   \
+    KINDS_OF(module, name, 32) KINDS_OF(module, name, 64) KINDS_OF(module, name, 96) KINDS_OF(module, name, 128) \
+    KINDS_OF(module, name, 256)
+#define KINDS_OF(module, name, D) \
+    KERNEL(module, name##_f32_##D, 128) KERNEL(module, name##_bf16_##D, 128) KERNEL(module, name##_f16_##D, 128)
+#define NORM_PAIRS(name)                                                                               \
+    KINDS("norm", name, 256)                                                                           \
+    KERNEL("norm", name##_f32_to_bf16, 256) KERNEL("norm", name##_f32_to_f16, 256)                     \
+    KERNEL("norm", name##_bf16_to_f32, 256) KERNEL("norm", name##_f16_to_f32, 256)
+    using namespace rotary;
+    using namespace norms;
+    using namespace losses;
+    using namespace optimiser;
+    static std::map<std::string, Kernel> table{
+        KERNEL("attention_bounds", attention_bounds, 1024)
+        WIDTHS("attention_forward", attention_forward)
+        KINDS("attention_backward", attention_delta, 256)
+        WIDTHS("attention_backward", attention_queries)
+        WIDTHS("attention_backward", attention_keys)
+        KINDS("rope", rope, 256) KINDS("rope", rope_vectors, 256) KINDS("rope", rope_damping, 128)
+        NORM_PAIRS(rms_forward) NORM_PAIRS(rms_forward_vectors)
+        NORM_PAIRS(layer_forward) NORM_PAIRS(layer_forward_vectors)
+        KINDS("norm", rms_backward, 256) KINDS("norm", rms_backward_vectors, 256)
+        KINDS("norm", layer_backward, 256) KINDS("norm", layer_backward_vectors, 256)
+        KERNEL("norm", norm_sums, 1024)
+        KERNEL("loss", loss_nll, 256) KINDS("loss", loss_kl, 256)
+        KERNEL("adamw", adamw, 256) KERNEL("adamw", adamw_rows, 256) KERNEL("adamw", sum_of_squares, 256)
+    };
+    return table;
+}
+
+struct Allocation {
+    emulated::Guarded<unsigned char> bytes;
+    size_t size;
+};
+
+struct State {
+    std::mutex lock;
+    bool started = false;
+    // By address.
+    std::map<uint64_t, Allocation> memory;
+    size_t made = 0, launches = 0, contexts = 0;
+};
+
+State& state() {
+    static State all;
+    return all;
+}
+
+int setting(const char* name, int otherwise) {
+    const char* value = std::getenv(name);
+    return value ? std::atoi(value) : otherwise;
+}
+int devices() { return setting("EMULATED_DEVICES", 1); }
+int shared_limit() { return setting("EMULATED_SHARED", 163 << 10); }
+
+// Contexts are handles of devices' numbers.
+thread_local void* current = nullptr;
+char context_handles[64];
+
+Result ready() {
+    if (!state().started) return NOT_INITIALIZED;
+    return current ? SUCCESS : INVALID_CONTEXT;
+}
+
+// Whether bytes lie in one live allocation; the state is locked.
+bool lies(uint64_t address, size_t size) {
+    auto after = state().memory.upper_bound(address);
+    if (after == state().memory.begin()) return false;
+    const auto& [from, allocation] = *--after;
+    return address - from <= allocation.size && size <= allocation.size - (address - from);
+}
+
+Result allocate(uint64_t* address, size_t size) {
+    std::lock_guard<std::mutex> guard(state().lock);
+    if (const Result result = ready()) return result;
+    if (!address || !size) return INVALID_VALUE;
+    if (size > size_t(1) << 34) return OUT_OF_MEMORY;
+    // Addresses are multiples of 16 at least, so that the last bytes of a page may be left over.
+    const bool at_end = state().made++ % 2;
+    Allocation allocation{emulated::Guarded<unsigned char>((size + 15) / 16 * 16, at_end), size};
+    *address = uint64_t(allocation.bytes.data());
+    state().memory.emplace(*address, std::move(allocation));
+    return SUCCESS;
+}
+
+Result release(uint64_t address) {
+    std::lock_guard<std::mutex> guard(state().lock);
+    if (!state().started) return NOT_INITIALIZED;
+    const auto found = state().memory.find(address);
+    if (found == state().memory.end()) return INVALID_VALUE;
+    // What lies behind the last byte was filled with ones.
+    for (size_t i = found->second.size; i % 16; ++i)
+        if (found->second.bytes[i] != 0xff) emulated::fail("bytes behind an allocation were written");
+    state().memory.erase(found);
+    return SUCCESS;
+}
+
+Result copy(bool good, void* to, const void* from, size_t size) {
+    if (const Result result = ready()) return result;
+    if (!good) return INVALID_VALUE;
+    if (size) std::memcpy(to, from, size);
+    return SUCCESS;
+}
+
+struct Event {
+    std::chrono::steady_clock::time_point at;
+    bool recorded = false;
+};
+
+}  // namespace
+
+#define API extern "C" __attribute__((visibility("default")))
+
+// For tests: allocations that live, contexts that are held, launches so far.
+API size_t emulated_allocations() {
+    std::lock_guard<std::mutex> guard(state().lock);
+    return state().memory.size();
+}
+API size_t emulated_contexts() {
+    std::lock_guard<std::mutex> guard(state().lock);
+    return state().contexts;
+}
+API size_t emulated_launches() {
+    std::lock_guard<std::mutex> guard(state().lock);
+    return state().launches;
+}
+
+API Result cuInit(unsigned flags) {
+    if (flags) return INVALID_VALUE;
+    if (devices() < 1) return NO_DEVICE;
+    state().started = true;
+    return SUCCESS;
+}
+API Result cuDriverGetVersion(int* version) {
+    *version = setting("EMULATED_VERSION", 12000);
+    return SUCCESS;
+}
+API Result cuGetErrorName(Result error, const char** name) {
+    static const std::map<int, const char*> names{
+        {SUCCESS, "CUDA_SUCCESS"},
+        {INVALID_VALUE, "CUDA_ERROR_INVALID_VALUE"},
+        {OUT_OF_MEMORY, "CUDA_ERROR_OUT_OF_MEMORY"},
+        {NOT_INITIALIZED, "CUDA_ERROR_NOT_INITIALIZED"},
+        {NO_DEVICE, "CUDA_ERROR_NO_DEVICE"},
+        {INVALID_DEVICE, "CUDA_ERROR_INVALID_DEVICE"},
+        {INVALID_IMAGE, "CUDA_ERROR_INVALID_IMAGE"},
+        {INVALID_CONTEXT, "CUDA_ERROR_INVALID_CONTEXT"},
+        {INVALID_HANDLE, "CUDA_ERROR_INVALID_HANDLE"},
+        {NOT_FOUND, "CUDA_ERROR_NOT_FOUND"},
+        {NOT_READY, "CUDA_ERROR_NOT_READY"},
+        {LAUNCH_OUT_OF_RESOURCES, "CUDA_ERROR_LAUNCH_OUT_OF_RESOURCES"},
+    };
+    const auto found = names.find(error);
+    if (found == names.end()) return INVALID_VALUE;
+    *name = found->second;
+    return SUCCESS;
+}
+API Result cuGetErrorString(Result error, const char** text) { return cuGetErrorName(error, text); }
+
+API Result cuDeviceGetCount(int* count) {
+    if (!state().started) return NOT_INITIALIZED;
+    *count = devices();
+    return SUCCESS;
+}
+API Result cuDeviceGet(int* device, int ordinal) {
+    if (!state().started) return NOT_INITIALIZED;
+    if (ordinal < 0 || ordinal >= devices() || ordinal >= int(sizeof context_handles)) return INVALID_DEVICE;
+    *device = ordinal;
+    return SUCCESS;
+}
+API Result cuDeviceGetName(char* name, int size, int device) {
+    std::snprintf(name, size_t(size), "emulated device %d", device);
+    return SUCCESS;
+}
+API Result cuDeviceTotalMem_v2(size_t* bytes, int) {
+    *bytes = size_t(1) << 34;
+    return SUCCESS;
+}
+API Result cuDeviceGetAttribute(int* value, int attribute, int device) {
+    if (device < 0 || device >= devices()) return INVALID_DEVICE;
+    const int capability = setting("EMULATED_CAPABILITY", 80);
+    switch (attribute) {
+        case 16: *value = 2; return SUCCESS;                // multiprocessors
+        case 75: *value = capability / 10; return SUCCESS;  // compute capability
+        case 76: *value = capability % 10; return SUCCESS;
+        case 97: *value = shared_limit(); return SUCCESS;   // dynamic shared memory of a block
+        case 115: *value = 1; return SUCCESS;               // memory pools
+        default: return INVALID_VALUE;
+    }
+}
+
+API Result cuDevicePrimaryCtxRetain(void** context, int device) {
+    if (!state().started) return NOT_INITIALIZED;
+    if (device < 0 || device >= devices()) return INVALID_DEVICE;
+    std::lock_guard<std::mutex> guard(state().lock);
+    ++state().contexts;
+    *context = context_handles + device;
+    return SUCCESS;
+}
+API Result cuDevicePrimaryCtxRelease_v2(int) {
+    std::lock_guard<std::mutex> guard(state().lock);
+    if (!state().contexts) return INVALID_CONTEXT;
+    --state().contexts;
+    return SUCCESS;
+}
+API Result cuCtxGetCurrent(void** context) {
+    *context = current;
+    return SUCCESS;
+}
+API Result cuCtxSetCurrent(void* context) {
+    current = context;
+    return SUCCESS;
+}
+API Result cuCtxSynchronize() { return ready(); }
+API Result cuMemGetInfo_v2(size_t* free, size_t* total) {
+    std::lock_guard<std::mutex> guard(state().lock);
+    if (const Result result = ready()) return result;
+    size_t used = 0;
+    for (const auto& [address, allocation] : state().memory) used += allocation.size;
+    *total = size_t(1) << 34;
+    *free = *total - used;
+    return SUCCESS;
+}
+
+API Result cuStreamCreate(void** stream, unsigned) {
+    *stream = new char;
+    return ready();
+}
+API Result cuStreamDestroy_v2(void* stream) {
+    delete static_cast<char*>(stream);
+    return SUCCESS;
+}
+API Result cuStreamSynchronize(void*) { return ready(); }
+API Result cuStreamWaitEvent(void*, void* event, unsigned) { return event ? SUCCESS : INVALID_HANDLE; }
+API Result cuEventCreate(void** event, unsigned) {
+    *event = new Event;
+    return ready();
+}
+API Result cuEventRecord(void* event, void*) {
+    if (!event) return INVALID_HANDLE;
+    *static_cast<Event*>(event) = Event{std::chrono::steady_clock::now(), true};
+    return SUCCESS;
+}
+API Result cuEventSynchronize(void* event) { return event ? SUCCESS : INVALID_HANDLE; }
+API Result cuEventQuery(void* event) { return event ? SUCCESS : INVALID_HANDLE; }
+API Result cuEventElapsedTime(float* milliseconds, void* start, void* end) {
+    const auto *from = static_cast<Event*>(start), *to = static_cast<Event*>(end);
+    if (!from || !to || !from->recorded || !to->recorded) return INVALID_HANDLE;
+    *milliseconds = std::chrono::duration<float, std::milli>(to->at - from->at).count();
+    return SUCCESS;
+}
+API Result cuEventDestroy_v2(void* event) {
+    delete static_cast<Event*>(event);
+    return SUCCESS;
+}
+
+API Result cuMemAlloc_v2(uint64_t* address, size_t size) { return allocate(address, size); }
+API Result cuMemAllocAsync(uint64_t* address, size_t size, void*) { return allocate(address, size); }
+API Result cuMemFree_v2(uint64_t address) { return release(address); }
+API Result cuMemFreeAsync(uint64_t address, void*) { return release(address); }
+API Result cuMemcpyHtoDAsync_v2(uint64_t to, const void* from, size_t size, void*) {
+    std::lock_guard<std::mutex> guard(state().lock);
+    return copy(lies(to, size), reinterpret_cast<void*>(to), from, size);
+}
+API Result cuMemcpyDtoHAsync_v2(void* to, uint64_t from, size_t size, void*) {
+    std::lock_guard<std::mutex> guard(state().lock);
+    return copy(lies(from, size), to, reinterpret_cast<void*>(from), size);
+}
+API Result cuMemcpyDtoDAsync_v2(uint64_t to, uint64_t from, size_t size, void*) {
+    std::lock_guard<std::mutex> guard(state().lock);
+    return copy(lies(to, size) && lies(from, size), reinterpret_cast<void*>(to), reinterpret_cast<void*>(from), size);
+}
+API Result cuMemsetD8Async(uint64_t to, unsigned char value, size_t size, void*) {
+    std::lock_guard<std::mutex> guard(state().lock);
+    if (const Result result = ready()) return result;
+    if (!lies(to, size)) return INVALID_VALUE;
+    std::memset(reinterpret_cast<void*>(to), value, size);
+    return SUCCESS;
+}
+
+API Result cuModuleLoadData(void** module, const void* image) {
+    if (const Result result = ready()) return result;
+    static const std::string before = "emulated device: ";
+    const char* const text = static_cast<const char*>(image);
+    // Stops at the first difference, and so at the end of anything that is shorter.
+    for (size_t i = 0; i < before.size(); ++i)
+        if (text[i] != before[i]) return INVALID_IMAGE;
+    const std::string name = text + before.size();
+    for (const auto& [kernel, of] : kernels())
+        if (name == of.module) {
+            *module = new std::string(name);
+            return SUCCESS;
+        }
+    return INVALID_IMAGE;
+}
+API Result cuModuleUnload(void* module) {
+    delete static_cast<std::string*>(module);
+    return SUCCESS;
+}
+API Result cuModuleGetFunction(void** function, void* module, const char* name) {
+    const auto found = kernels().find(name);
+    if (found == kernels().end() || *static_cast<std::string*>(module) != found->second.module) return NOT_FOUND;
+    *function = &found->second;
+    return SUCCESS;
+}
+API Result cuFuncSetAttribute(void* function, int attribute, int value) {
+    if (attribute != 8 || value < 0 || value > shared_limit()) return INVALID_VALUE;
+    std::lock_guard<std::mutex> guard(state().lock);
+    static_cast<Kernel*>(function)->shared = std::max<size_t>(48 << 10, size_t(value));
+    return SUCCESS;
+}
+API Result cuLaunchKernel(void* function, unsigned grid_x, unsigned grid_y, unsigned grid_z, unsigned x, unsigned y, unsigned z,
+                          unsigned shared, void*, void** params, void** extra) {
+    std::lock_guard<std::mutex> guard(state().lock);
+    if (const Result result = ready()) return result;
+    const Kernel& kernel = *static_cast<const Kernel*>(function);
+    if (!grid_x || !grid_y || !grid_z || grid_x > 0x7fffffff || grid_y > 65535 || grid_z > 65535) return INVALID_VALUE;
+    const uint64_t threads = uint64_t(x) * y * z;
+    if (!threads || threads > 1024 || shared > kernel.shared || extra) return INVALID_VALUE;
+    if (threads > kernel.threads) return LAUNCH_OUT_OF_RESOURCES;
+    const auto order = emulated::Order(state().launches++ % 3);
+    emulated::launch(dim3(grid_x, grid_y, grid_z), dim3(x, y, z), shared, [&] { kernel.run(params); }, order);
+    return SUCCESS;
+}

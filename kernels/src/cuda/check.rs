@@ -1,0 +1,82 @@
+//! What every launch refuses: sizes, addresses, devices, grids.
+
+use cudarc::driver::DeviceSlice;
+use cudarc::driver::sys::CUdeviceptr;
+
+use super::device::Device;
+use crate::error::{KernelError, Result};
+
+/// Bytes that vector accesses and asynchronous copies are aligned to.
+pub(super) const ALIGNMENT: u64 = 16;
+
+/// Refuses memory of another device.
+pub(super) fn here<T>(
+    op: &'static str,
+    what: &str,
+    of: &(impl DeviceSlice<T> + ?Sized),
+    device: &Device,
+) -> Result<()> {
+    let theirs = of.stream().context();
+    if theirs != device.stream().context() {
+        let got = format!("memory of device {}", theirs.ordinal());
+        return Err(KernelError::shape(op, format!("{what} on device {}", device.ordinal()), got));
+    }
+    Ok(())
+}
+
+/// Refuses anything but `expected` values on this device.
+pub(super) fn values<T>(
+    op: &'static str,
+    what: &str,
+    expected: usize,
+    of: &(impl DeviceSlice<T> + ?Sized),
+    device: &Device,
+) -> Result<()> {
+    if of.len() != expected {
+        return Err(KernelError::shape(op, format!("{what} of {expected} values"), of.len().to_string()));
+    }
+    here(op, what, of, device)
+}
+
+/// The whole rows of `width` values that `length` values are.
+pub(super) fn rows(op: &'static str, what: &str, length: usize, width: usize) -> Result<usize> {
+    if width == 0 || !length.is_multiple_of(width) {
+        let expected = format!("{what} of whole rows of {width} values, at least one value in each");
+        return Err(KernelError::shape(op, expected, format!("{length} values")));
+    }
+    Ok(length / width)
+}
+
+/// The product of sizes.
+pub(super) fn product(op: &'static str, what: &str, sizes: &[usize]) -> Result<usize> {
+    let product = sizes.iter().try_fold(1usize, |product, size| product.checked_mul(*size));
+    product.filter(|product| *product <= isize::MAX as usize / 8).ok_or_else(|| {
+        KernelError::shape(op, format!("{what} whose bytes can be counted"), format!("{sizes:?}"))
+    })
+}
+
+/// Refuses an address that is not a multiple of 16 bytes.
+pub(super) fn aligned(op: &'static str, what: &str, address: CUdeviceptr) -> Result<()> {
+    if !address.is_multiple_of(ALIGNMENT) {
+        let got = format!("{} bytes past one", address % ALIGNMENT);
+        return Err(KernelError::shape(op, format!("{what} at a multiple of {ALIGNMENT} bytes"), got));
+    }
+    Ok(())
+}
+
+/// A size as the kernels take it.
+pub(super) fn int(op: &'static str, what: &str, value: usize) -> Result<i32> {
+    i32::try_from(value)
+        .map_err(|_| KernelError::argument(op, format!("{what}: expected at most {}, got {value}", i32::MAX)))
+}
+
+/// Blocks of a grid's first dimension for `count` pieces of work, `per_block` in each.
+pub(super) fn blocks(op: &'static str, count: usize, per_block: usize) -> Result<u32> {
+    let blocks = count.div_ceil(per_block);
+    int(op, "blocks of a launch", blocks).map(|blocks| blocks as u32)
+}
+
+/// Threads of a block for `count` pieces of work: whole warps, at most `most`.
+pub(super) fn threads(count: usize, most: u32) -> u32 {
+    count.min(most as usize).next_multiple_of(32).max(32) as u32
+}

@@ -1,0 +1,214 @@
+//! Linear layers with LoRA over cuBLASLt, or over its loops on the emulated driver.
+
+use anyhow::{Context, Result, ensure};
+use half::{bf16, f16};
+use libloading::os::unix::{Library, Symbol};
+use megacontext_kernels::cuda::linear::{FactorGradients, Layer, Lora, Products, Saved};
+use megacontext_kernels::cuda::{Device, Stored};
+
+use crate::support::{Lease, bound, close_within, compiled, device_alone, preload, stored, values, widened};
+
+/// The products, and the emulated library where the device is emulated.
+fn products<G>(lease: &Lease<'_, G>) -> Result<Option<(Products, Option<Library>)>> {
+    let emulated = match lease.emulated {
+        None => None,
+        Some(_) => {
+            let Some(path) = compiled("cublaslt", "libcublasLt.so.12")? else { return Ok(None) };
+            Some(preload(&path)?)
+        }
+    };
+    match Products::open(lease.device) {
+        Ok(products) => Ok(Some((products, emulated))),
+        Err(error) if emulated.is_none() && error.to_string().contains("no cuBLASLt") => {
+            eprintln!("skipped: {error}");
+            Ok(None)
+        }
+        Err(error) => Err(error.into()),
+    }
+}
+
+/// c [m, n] += factor·a·b in f64; `a` and `b` say how their values are found.
+fn add(
+    c: &mut [f64],
+    [m, n, k]: [usize; 3],
+    factor: f64,
+    a: impl Fn(usize, usize) -> f32,
+    b: impl Fn(usize, usize) -> f32,
+) {
+    for i in 0..m {
+        for j in 0..n {
+            let sum: f64 = (0..k).map(|l| f64::from(a(i, l)) * f64::from(b(l, j))).sum();
+            c[i * n + j] += factor * sum;
+        }
+    }
+}
+
+fn narrow(values: &[f64]) -> Vec<f32> {
+    values.iter().map(|x| *x as f32).collect()
+}
+
+/// Forward and backward of one shape against f64 over operands as they are stored.
+fn layer<T: Stored, Y: Stored>(
+    device: &Device,
+    products: &Products,
+    [n, out, inp, r]: [usize; 4],
+) -> Result<()> {
+    let what = format!("[{n}, {inp}] to {out}, rank {r}, {} to {}", T::KIND.name(), Y::KIND.name());
+    let scale = 1.5;
+    let make = |count: usize, seed| -> (Vec<T>, Vec<f32>) {
+        let made: Vec<T> = stored(&values(count, seed));
+        let wide = widened(&made);
+        (made, wide)
+    };
+    let ((x, wx), (w, ww), (g, wg)) = (make(n * inp, 1), make(out * inp, 2), make(n * out, 3));
+    let ((a, wa), (b, wb)) = (make(r * inp, 4), make(out * r, 5));
+    let mut h = vec![0f64; n * r];
+    add(&mut h, [n, r, inp], 1.0, |i, l| wx[i * inp + l], |l, j| wa[j * inp + l]);
+    let mut y = vec![0f64; n * out];
+    add(&mut y, [n, out, inp], 1.0, |i, l| wx[i * inp + l], |l, j| ww[j * inp + l]);
+    add(&mut y, [n, out, r], scale, |i, l| h[i * r + l] as f32, |l, j| wb[j * r + l]);
+
+    let (memory_w, memory_g) = (device.upload(&w)?, device.upload(&g)?);
+    let memory_b = device.upload(if r > 0 { &b } else { &x })?;
+    let dx0 = values(n * inp, 6);
+    let (memory_x, memory_a) = (device.upload(&x)?, device.upload(if r > 0 { &a } else { &x })?);
+    let (view_x, view_w, view_g) = (memory_x.as_view(), memory_w.as_view(), memory_g.as_view());
+    let (view_a, view_b) = (memory_a.as_view(), memory_b.as_view());
+    let lora = (r > 0).then_some(Lora { a: &view_a, b: &view_b, rank: r, scale: scale as f32 });
+    let layer = Layer { weight: &view_w, shape: [out, inp], lora };
+    let mut got_h = device.zeros::<T>((n * r).max(1))?;
+    // What was there is not read.
+    let mut got_y = device.upload(&vec![Y::put(f32::NAN); n * out])?;
+    let mut room = got_h.as_view_mut();
+    layer.forward(device, products, &view_x, (r > 0).then_some(&mut room), &mut got_y.as_view_mut())?;
+    // Gradients, and perhaps y, are f32; what was stored in between was not.
+    let bound = bound(T::KIND);
+    close_within(&format!("y, {what}"), &device.download(&got_y)?, &narrow(&y), bound)?;
+
+    let mut t = vec![0f64; n * r];
+    add(&mut t, [n, r, out], 1.0, |i, l| wg[i * out + l], |l, j| wb[l * r + j]);
+    let (a0, b0) = (values(r * inp, 7), values(out * r, 8));
+    let wide = |of: &[f32]| of.iter().map(|x| f64::from(*x)).collect::<Vec<f64>>();
+    let (mut dx, mut da, mut db) = (wide(&dx0), wide(&a0), wide(&b0));
+    add(&mut dx, [n, inp, out], 1.0, |i, l| wg[i * out + l], |l, j| ww[l * inp + j]);
+    add(&mut dx, [n, inp, r], scale, |i, l| t[i * r + l] as f32, |l, j| wa[l * inp + j]);
+    add(&mut da, [r, inp, n], scale, |i, l| t[l * r + i] as f32, |l, j| wx[l * inp + j]);
+    add(&mut db, [out, r, n], scale, |i, l| wg[l * out + i], |l, j| h[l * r + j] as f32);
+
+    let mut got_dx = device.upload(&dx0)?;
+    let view_h = got_h.as_view();
+    let saved = Saved { x: &view_x, reduced: (r > 0).then_some(&view_h), gradient: &view_g };
+    if r == 0 {
+        layer.backward(device, products, saved, Some(&mut got_dx.as_view_mut()), None)?;
+        return close_within(&format!("dx, {what}"), &device.download(&got_dx)?, &narrow(&dx), bound);
+    }
+    let (mut got_a, mut got_b) = (device.upload(&a0)?, device.upload(&b0)?);
+    {
+        let (mut into_a, mut into_b) = (got_a.as_view_mut(), got_b.as_view_mut());
+        let into = FactorGradients { a: &mut into_a, b: &mut into_b };
+        layer.backward(device, products, saved, Some(&mut got_dx.as_view_mut()), Some(into))?;
+    }
+    for (name, got, expected) in [("dx", &got_dx, &dx), ("dA", &got_a, &da), ("dB", &got_b, &db)] {
+        let got = device.download(got)?;
+        close_within(&format!("{name}, {what}"), &got, &narrow(expected), bound)?;
+    }
+    Ok(())
+}
+
+#[test]
+fn linear_layers() -> Result<()> {
+    let Some(lease) = device_alone()? else { return Ok(()) };
+    let Some((products, emulated)) = products(&lease)? else { return Ok(()) };
+    let device = lease.device;
+    for shape in [[5, 7, 11, 3], [16, 24, 8, 8], [1, 2, 3, 1], [33, 16, 40, 0], [2, 64, 32, 16]] {
+        layer::<f32, f32>(device, &products, shape)?;
+        layer::<bf16, bf16>(device, &products, shape)?;
+        layer::<bf16, f32>(device, &products, shape)?;
+        layer::<f16, f16>(device, &products, shape)?;
+        layer::<f16, f32>(device, &products, shape)?;
+    }
+    drop(products);
+    if let Some(library) = emulated {
+        // SAFETY: the library is `cu/emulate/cublaslt.cpp`, and this is the function's type.
+        let objects: Symbol<unsafe extern "C" fn() -> std::ffi::c_long> =
+            unsafe { library.get(b"emulated_cublaslt_objects") }?;
+        // SAFETY: it reads a counter.
+        let left = unsafe { objects() };
+        ensure!(left == 0, "{left} objects of cuBLASLt were not destroyed");
+    }
+    Ok(())
+}
+
+#[test]
+fn small_factors_beside_a_large_weight_are_rounded_once() -> Result<()> {
+    let Some(lease) = device_alone()? else { return Ok(()) };
+    let Some((products, _emulated)) = products(&lease)? else { return Ok(()) };
+    let device = lease.device;
+    // x·Wᵀ = 1 + 2⁻⁸ lies exactly between two bf16 values, of which the even one is 1; LoRA's 2⁻¹² decides for the other.
+    let x = device.upload(&[bf16::put(1.0), bf16::put(2f32.powi(-8))])?;
+    let w = device.upload(&[bf16::put(1.0), bf16::put(1.0)])?;
+    let a = device.upload(&[bf16::put(1.0), bf16::put(0.0)])?;
+    let b = device.upload(&[bf16::put(2f32.powi(-12))])?;
+    let (view_x, view_w, view_a, view_b) = (x.as_view(), w.as_view(), a.as_view(), b.as_view());
+    let lora = Some(Lora { a: &view_a, b: &view_b, rank: 1, scale: 1.0 });
+    let layer = Layer { weight: &view_w, shape: [1, 2], lora };
+    let (mut h, mut y) = (device.zeros::<bf16>(1)?, device.zeros::<bf16>(1)?);
+    layer.forward(device, &products, &view_x, Some(&mut h.as_view_mut()), &mut y.as_view_mut())?;
+    let y = device.download(&y)?[0].get();
+    ensure!(y == 1.0 + 2f32.powi(-7), "expected 1.0078125, got {y}");
+    Ok(())
+}
+
+#[test]
+fn what_does_not_fit_is_refused() -> Result<()> {
+    let Some(lease) = device_alone()? else { return Ok(()) };
+    let Some((products, _emulated)) = products(&lease)? else { return Ok(()) };
+    let device = lease.device;
+    let memory = device.zeros::<f32>(64)?;
+    let of = |count: usize| memory.try_slice(0..count).context("a view");
+    let (w, a, b, x, small) = (of(12)?, of(6)?, of(8)?, of(9)?, of(5)?);
+    let lora = Lora { a: &a, b: &b, rank: 2, scale: 1.0 };
+    let layer = Layer { weight: &w, shape: [4, 3], lora: Some(lora) };
+    let bare = Layer { lora: None, ..layer };
+    let (mut h, mut y) = (device.zeros::<f32>(6)?, device.zeros::<f32>(12)?);
+    let mut says = |layer: Layer<'_, f32>, x, rooms: usize, result: usize, expected: &str| -> Result<()> {
+        let (mut room, mut y) = (h.slice_mut(0..rooms.max(1)), y.slice_mut(0..result));
+        let room = (rooms > 0).then_some(&mut room);
+        let error = layer.forward(device, &products, x, room, &mut y).err().context("must be refused")?;
+        ensure!(error.to_string() == expected, "expected {expected:?}, got {error}");
+        Ok(())
+    };
+    says(
+        layer,
+        &small,
+        6,
+        12,
+        "cuda linear: expected x of whole rows of 3 values, at least one value in each, got 5 values",
+    )?;
+    says(layer, &x, 6, 11, "cuda linear: expected y of 12 values, got 11")?;
+    says(layer, &x, 5, 12, "cuda linear: expected room for x·Aᵀ of 6 values, got 5")?;
+    says(layer, &x, 0, 12, "cuda linear: expected room for x·Aᵀ beside LoRA, got none")?;
+    says(bare, &x, 6, 12, "cuda linear: expected room for x·Aᵀ beside LoRA only, got a layer without LoRA")?;
+    says(Layer { weight: &small, ..layer }, &x, 6, 12, "cuda linear: expected W of 12 values, got 5")?;
+    says(
+        Layer { lora: Some(Lora { rank: 3, ..lora }), ..layer },
+        &x,
+        6,
+        12,
+        "cuda linear: expected A of 9 values, got 6",
+    )?;
+    let g = of(12)?;
+    let saved = Saved { x: &x, reduced: None, gradient: &g };
+    let (mut into_a, mut into_b) = (device.zeros::<f32>(6)?, device.zeros::<f32>(8)?);
+    for (layer, expected) in [
+        (layer, "cuda linear: expected x·Aᵀ from forward where factors learn, got none"),
+        (bare, "cuda linear: expected gradients of factors beside LoRA only, got a layer without LoRA"),
+    ] {
+        let (mut a, mut b) = (into_a.as_view_mut(), into_b.as_view_mut());
+        let into = FactorGradients { a: &mut a, b: &mut b };
+        let error =
+            layer.backward(device, &products, saved, None, Some(into)).err().context("must be refused")?;
+        ensure!(error.to_string() == expected, "expected {expected:?}, got {error}");
+    }
+    Ok(())
+}

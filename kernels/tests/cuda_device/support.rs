@@ -1,0 +1,189 @@
+//! The device that tests run on, seeded values, comparisons.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+use std::sync::{Mutex, OnceLock, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+
+use anyhow::{Context, Result, bail, ensure};
+use libloading::os::unix::{Library, RTLD_LOCAL, RTLD_NOW};
+use megacontext_kernels::cuda::image::{Image, Module};
+use megacontext_kernels::cuda::{Device, Kind, Stored};
+
+use crate::compiler;
+
+/// A device, for as long as a test holds it. Drop what lies on it first.
+pub struct Lease<'a, G> {
+    pub device: &'a Device,
+    /// The emulated driver, where the device is its.
+    pub emulated: Option<&'a Library>,
+    _guard: G,
+}
+
+static USERS: RwLock<()> = RwLock::new(());
+
+struct Found {
+    device: Device,
+    emulated: Option<Library>,
+}
+
+/// This program again, to run one test alone.
+pub fn child(test: &str, environment: &[(&str, &str)]) -> Result<Output> {
+    let mut command = Command::new(std::env::current_exe()?);
+    command.args(["--exact", test, "--ignored", "--nocapture", "--test-threads=1"]);
+    command.envs(environment.iter().copied()).output().with_context(|| format!("{command:?}"))
+}
+
+/// What the probe says in a process where nothing else was loaded.
+pub fn probed() -> Result<String> {
+    let output = child("probing::says", &[])?;
+    let text = String::from_utf8(output.stdout)?;
+    let line = text.lines().find(|line| line.contains("probe: ")).context(text.clone())?;
+    Ok(line[line.find("probe: ").unwrap_or(0)..].to_string())
+}
+
+/// A library of `cu/emulate` by its file's name, compiled under its SONAME if it is not newer than its sources; none without a
+/// compiler.
+pub fn compiled(name: &str, soname: &str) -> Result<Option<PathBuf>> {
+    static BUILDING: Mutex<()> = Mutex::new(());
+    static MADE: Mutex<BTreeMap<String, Option<PathBuf>>> = Mutex::new(BTreeMap::new());
+    let _building = BUILDING.lock().unwrap_or_else(PoisonError::into_inner);
+    if let Some(made) = MADE.lock().unwrap_or_else(PoisonError::into_inner).get(name) {
+        return Ok(made.clone());
+    }
+    let made = match compiler::compiler() {
+        None => None,
+        Some(compiler) => {
+            let to = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("emulated_{name}.so"));
+            let folder = compiler::source(name);
+            let folder = folder.parent().context("a folder")?;
+            let changed = |path: &Path| fs::metadata(path).and_then(|m| m.modified()).ok();
+            let sources = [folder, folder.parent().context("a folder")?];
+            let files = sources.iter().map(fs::read_dir).collect::<std::io::Result<Vec<_>>>()?;
+            let newest =
+                files.into_iter().flatten().flatten().filter_map(|entry| changed(&entry.path())).max();
+            if changed(&to).is_none_or(|made| Some(made) < newest) {
+                // Under another name first, since two programs may do this at once.
+                let beside = to.with_extension(format!("{}.so", std::process::id()));
+                let soname = format!("-Wl,-soname,{soname}");
+                compiler::compile(&compiler, name, &["-shared", "-fPIC", &soname], &beside)?;
+                fs::rename(beside, &to)?;
+            }
+            Some(to)
+        }
+    };
+    MADE.lock().unwrap_or_else(PoisonError::into_inner).insert(name.to_string(), made.clone());
+    Ok(made)
+}
+
+/// The emulated driver.
+pub fn driver() -> Result<Option<PathBuf>> {
+    compiled("driver", "libcuda.so.1")
+}
+
+/// Opens an emulated library before anything asks for one: what asks for its SONAME then gets this one. Its
+/// symbols are for no other library.
+pub fn preload(path: &Path) -> Result<Library> {
+    // SAFETY: the library is this crate's own, and its initialisers do nothing.
+    Ok(unsafe { Library::open(Some(path), RTLD_NOW | RTLD_LOCAL) }?)
+}
+
+/// What the emulated driver takes for the machine code of a file.
+pub fn emulated_image(module: Module) -> Image {
+    let text = format!("emulated device: {}\0", module.name());
+    Image { bytes: text.into_bytes().into(), origin: "emulated".into() }
+}
+
+fn find() -> Result<Option<Found>> {
+    let said = probed()?;
+    if said.starts_with("probe: devices") {
+        println!("{said}");
+        return Ok(Some(Found { device: Device::open(0)?, emulated: None }));
+    }
+    ensure!(said.contains("no driver"), "the driver that is there cannot be used: {said}");
+    let Some(path) = driver()? else { return Ok(None) };
+    let library = preload(&path)?;
+    let device = Device::open_with(0, |module, _, _| Ok(emulated_image(module)))?;
+    Ok(Some(Found { device, emulated: Some(library) }))
+}
+
+fn lease<G>(guard: G) -> Result<Option<Lease<'static, G>>> {
+    static FOUND: OnceLock<Result<Option<Found>, String>> = OnceLock::new();
+    match FOUND.get_or_init(|| find().map_err(|error| format!("{error:#}"))) {
+        Err(error) => bail!("{error}"),
+        Ok(None) => Ok(None),
+        Ok(Some(Found { device, emulated })) => {
+            Ok(Some(Lease { device, emulated: emulated.as_ref(), _guard: guard }))
+        }
+    }
+}
+
+/// The device, together with others.
+pub fn device() -> Result<Option<Lease<'static, RwLockReadGuard<'static, ()>>>> {
+    lease(USERS.read().unwrap_or_else(PoisonError::into_inner))
+}
+
+/// The device, alone.
+pub fn device_alone() -> Result<Option<Lease<'static, RwLockWriteGuard<'static, ()>>>> {
+    lease(USERS.write().unwrap_or_else(PoisonError::into_inner))
+}
+
+/// Values in −1..1 (splitmix64), the same on every machine.
+pub fn values(count: usize, seed: u64) -> Vec<f32> {
+    let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15).wrapping_add(1);
+    (0..count)
+        .map(|_| {
+            state = state.wrapping_add(0x9e37_79b9_7f4a_7c15);
+            let mut z = state;
+            z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+            z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+            z ^= z >> 31;
+            (z >> 40) as f32 / (1u64 << 23) as f32 - 1.0
+        })
+        .collect()
+}
+
+/// As they are stored.
+pub fn stored<T: Stored>(values: &[f32]) -> Vec<T> {
+    values.iter().map(|x| T::put(*x)).collect()
+}
+
+/// As they were stored, in f32.
+pub fn widened<T: Stored>(values: &[T]) -> Vec<f32> {
+    values.iter().map(|x| x.get()).collect()
+}
+
+/// What results may be off by, relative to the greatest.
+pub fn bound(kind: Kind) -> f32 {
+    match kind {
+        Kind::F32 => 1e-4,
+        Kind::Bf16 => 2e-2,
+        Kind::F16 => 5e-3,
+    }
+}
+
+/// Greatest values below this are rounding's own: what is expected is 0, and operands are of size 1.
+const NOTHING: f32 = 1e-5;
+
+/// Holds `got` against `expected`; NaN never passes.
+pub fn close<T: Stored>(what: &str, got: &[T], expected: &[f32]) -> Result<()> {
+    close_within(what, got, expected, bound(T::KIND))
+}
+
+/// As [`close`], within another bound.
+pub fn close_within<T: Stored>(what: &str, got: &[T], expected: &[f32], bound: f32) -> Result<()> {
+    ensure!(got.len() == expected.len(), "{what}: {} values instead of {}", got.len(), expected.len());
+    let greatest = expected.iter().fold(0f32, |most, x| most.max(x.abs()));
+    let greatest = if greatest < NOTHING { 1.0 } else { greatest };
+    for (i, (got, expected)) in got.iter().zip(expected).enumerate() {
+        let got = got.get();
+        let good = (got - expected).abs() <= bound * greatest || got == *expected;
+        ensure!(
+            good,
+            "{what} {}: number {i}: expected {expected} within {bound} of {greatest}, got {got}",
+            T::KIND.name()
+        );
+    }
+    Ok(())
+}
