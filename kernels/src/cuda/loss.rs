@@ -2,7 +2,7 @@
 //!
 //! The walk over chunks of positions and the products with the head are the caller's.
 //!
-//! Shapes: logits [rows, V] in f32 before the cap, the teacher's [rows, V]; targets, scales and losses [rows]. Units:
+//! Shapes: logits [rows, V] in f32 before the cap, the teacher's [rows, V]; targets, scales and losses \[rows\]. Units:
 //! nats. A row of scale 0 has its loss, and zeros for a gradient; a target of [`IGNORE`] has loss 0 and zeros. Scales lie
 //! in device memory and are not looked at: one that is not finite gives a gradient that is not.
 
