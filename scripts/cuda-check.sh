@@ -85,7 +85,7 @@ if sanitizer=$(command -v compute-sanitizer || ls /usr/local/cuda/bin/compute-sa
     # Reads and writes beside memory, races in shared memory, barriers that some threads miss, memory that was never written.
     for tool in memcheck racecheck synccheck initcheck; do
         check "$tool" "$sanitizer" --tool "$tool" --error-exitcode 1 --target-processes application-only \
-            "$here/cuda_device" --test-threads=1 attention::every attention::rows ops::
+            "$here/cuda_device" --test-threads=1 attention::every attention::rows ops:: linear::
     done
 else
     table+=("compute-sanitizer is not there: not run")
