@@ -28,6 +28,7 @@ fn main() {
     }
     let variable = |name| PathBuf::from(env::var_os(name).expect("cargo sets it for build scripts"));
     let (sources, out) = (variable("CARGO_MANIFEST_DIR").join("cu"), variable("OUT_DIR"));
+    let mut cuda = 0i32;
     let mut text =
         "/// Fatbins by the names of their files.\nstatic FATBINS: &[(&str, &[u8])] = &[\n".to_string();
     if let Some(folder) = env::var_os(VARIABLE).filter(|folder| !folder.is_empty()) {
@@ -46,7 +47,12 @@ fn main() {
             read(&path);
             writeln!(text, "    ({name:?}, include_bytes!({path:?})),").expect("a string takes all");
         }
+        let major = String::from_utf8_lossy(&read(&folder.join("cuda-major"))).trim().to_string();
+        cuda = major.parse().unwrap_or_else(|_| {
+            panic!("{VARIABLE}: expected the compiler's major version in cuda-major, got {major:?}")
+        });
     }
-    text.push_str("];\n");
+    writeln!(text, "];\n/// The compiler's major version of CUDA.\nconst FATBINS_CUDA: i32 = {cuda};")
+        .expect("a string takes all");
     fs::write(out.join("fatbins.rs"), text).expect("the folder for what is built can be written");
 }

@@ -29,6 +29,9 @@ mkdir -p "$out"
 rm -f "$out"/*.fatbin
 cp "$root"/kernels/cu/*.cu "$root"/kernels/cu/*.cuh "$out"
 report=$out/report.txt
+# A driver takes code of its own major version and of older ones.
+nvcc --version | sed -n 's/.*release \([0-9]*\)\..*/\1/p' >"$out/cuda-major"
+[ -s "$out/cuda-major" ] || fail "expected a release in what nvcc --version says, got: $(nvcc --version)"
 nvcc --version | tail -n 1 >"$report"
 
 # How many lines of a file match. grep's 1 for none is no error here.

@@ -67,7 +67,7 @@ impl Device {
     pub fn open(ordinal: usize) -> Result<Self, CudaError> {
         let mut compiler = None;
         Self::open_with(ordinal, |module, capability, newest| {
-            if let Some(bytes) = module.built_in(capability) {
+            if let Some(bytes) = module.built_in(capability, newest) {
                 return Ok(Image { bytes: bytes.into(), origin: "built in".into() });
             }
             let compiler = match &mut compiler {

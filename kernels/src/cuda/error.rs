@@ -57,7 +57,7 @@ pub enum CudaError {
     },
     /// No fatbins were built in, and no compiler is there.
     #[error(
-        "CUDA: no machine code for {target}: the library was built without it, and NVRTC, which would compile it, is not \
+        "CUDA: no machine code for {target} that the driver takes is built in, and NVRTC, which would compile it, is not \
          there: expected libnvrtc of CUDA 12.0 to {newest} (tried: {tried})"
     )]
     NoCompiler {

@@ -1,9 +1,9 @@
 //! Where the machine code of the kernels comes from.
 //!
 //! Built in, when `MEGACONTEXT_CUDA_FATBINS` named the folder that `scripts/cuda-build.sh` writes as this crate was built:
-//! code for sm_80 and sm_90, which every device of capability 8.x and 9.x runs. Otherwise compiled by NVRTC from the
-//! sources, which are always built in, for the device's own architecture: a minute or two, once. The result is kept in
-//! `$MEGACONTEXT_CUDA_CACHE`, else `$XDG_CACHE_HOME/megacontext/cuda`, else `~/.cache/megacontext/cuda`, under a hash of
+//! code for sm_80 and sm_90, which every device of capability 8.x and 9.x runs under a driver of at least the compiler's
+//! major version of CUDA. Otherwise compiled by NVRTC from the sources, which are always built in, for the device's own
+//! architecture: a minute or two, once. The result is kept in `$MEGACONTEXT_CUDA_CACHE`, else `$XDG_CACHE_HOME/megacontext/cuda`, else `~/.cache/megacontext/cuda`, under a hash of
 //! sources, options, architecture and NVRTC's version. A file there that is damaged is made again. A folder that cannot be
 //! read or written costs the time of compiling and is no error.
 //!
@@ -88,10 +88,10 @@ impl Module {
         }
     }
 
-    /// The built-in code, if there is some for such a device.
-    pub fn built_in(self, capability: Capability) -> Option<&'static [u8]> {
+    /// The built-in code, if there is some that such a device and a driver of this major version of CUDA take.
+    pub fn built_in(self, capability: Capability, driver: i32) -> Option<&'static [u8]> {
         let (_, bytes) = FATBINS.iter().find(|(name, _)| *name == self.name())?;
-        BUILT_FOR.contains(&capability.major).then_some(*bytes)
+        (BUILT_FOR.contains(&capability.major) && driver >= FATBINS_CUDA).then_some(*bytes)
     }
 }
 

@@ -93,7 +93,7 @@ fn caches() -> Result<()> {
 fn without_a_fitting_compiler_the_error_says_what_was_tried() -> Result<()> {
     // NVRTC of CUDA 12 is too new for a driver of 11.
     let error = Compiler::new(11, "sm_90", None).err().context("none that old is looked for")?.to_string();
-    let expected = "CUDA: no machine code for sm_90: the library was built without it, and NVRTC, which would compile it, is \
+    let expected = "CUDA: no machine code for sm_90 that the driver takes is built in, and NVRTC, which would compile it, is \
                     not there: expected libnvrtc of CUDA 12.0 to 11 (tried: libnvrtc.so.12: ";
     ensure!(error.starts_with(expected), "{error}");
     Ok(())

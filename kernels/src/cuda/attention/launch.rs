@@ -34,9 +34,10 @@ fn operand<T: Stored>(
     }
     aligned(OP, what, address)?;
     for (name, (size, stride)) in ["rows", "entries", "heads"].iter().zip(dims.iter().zip(of.strides)) {
-        if *size > 1 && !(stride * size_of::<T>()).is_multiple_of(ALIGNMENT as usize) {
+        if *size > 1 && !stride.is_multiple_of(ALIGNMENT as usize / size_of::<T>()) {
             let expected = format!("{what} with {name} at multiples of {ALIGNMENT} bytes");
-            return Err(KernelError::shape(OP, expected, format!("{} bytes apart", stride * size_of::<T>())));
+            let got = format!("{} bytes apart", stride.saturating_mul(size_of::<T>()));
+            return Err(KernelError::shape(OP, expected, got));
         }
     }
     let stride = |dim: usize| {

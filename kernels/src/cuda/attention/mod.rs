@@ -40,7 +40,8 @@ pub struct Operand<'a, T> {
 impl<'a, T> Operand<'a, T> {
     /// Rows of `entries` entries of `heads` heads of `width` values, one after the other.
     pub fn row_major(values: CudaView<'a, T>, [entries, heads, width]: [usize; 3]) -> Self {
-        Self { values, strides: [entries * heads * width, heads * width, width] }
+        let entry = heads.saturating_mul(width);
+        Self { values, strides: [entries.saturating_mul(entry), entry, width] }
     }
 }
 
