@@ -3,7 +3,7 @@
 //! A session reads its own model so, and a job that pauses between two phases lends its modules to the host ([`Learned`]).
 //!
 //! Shapes: as in checkpoints, row-major; a delta is [out, in], of an embedding [V, D].
-//! Errors: a name that is not there, with those that are; an output of another size.
+//! Errors: a name that is not there; an output of another size.
 
 use std::collections::BTreeMap;
 

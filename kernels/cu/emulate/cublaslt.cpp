@@ -1,4 +1,4 @@
-// cuBLASLt without a GPU: the functions of libcublasLt that `cuda/products.rs` calls, as plain loops on host memory. For tests
+// cuBLASLt without a GPU: the functions of libcublasLt that `cuda/cublaslt.rs` calls, as plain loops on host memory. For tests
 // alone; compiled as a shared library of that name, beside the emulated driver, whose memory it reads and writes.
 //
 // What it holds callers to:
@@ -6,7 +6,8 @@
 //   f16), C and D of that type or f32, f32 scales, computed in f32; anything else is not supported, as there.
 // - Sizes have to agree, leading dimensions have to hold a column, and addresses have to be aligned as the preference that the
 //   algorithm came from said; an algorithm for other operands is refused.
-// - The workspace is as large as the algorithm says it needs, and is overwritten.
+// - The workspace is at least as large as the algorithm said it needs, and is overwritten. Partial sums in the result's type
+//   are refused.
 // Its own memory is counted (`emulated_cublaslt_objects`), so that a test sees what is not destroyed.
 #include <atomic>
 #include <cstdint>
@@ -48,11 +49,13 @@ struct Operation {
 };
 struct Preference {
     size_t workspace;
+    uint32_t reduction;
     uint32_t alignment[4];
 };
 // What an algorithm was found for. It lies in the 64 bytes that the caller copies.
 struct Algorithm {
     uint32_t alignment[4];
+    size_t workspace;
     uint64_t key;
 };
 static_assert(sizeof(Algorithm) <= 64);
@@ -123,6 +126,8 @@ extern "C" {
 
 long emulated_cublaslt_objects() { return objects; }
 
+size_t cublasLtGetVersion() { return 120905; }
+
 int cublasLtCreate(void** handle) {
     *handle = make(Handle{});
     return SUCCESS;
@@ -148,14 +153,15 @@ int cublasLtMatmulDescSetAttribute(void* operation, int attribute, const void* v
 }
 
 int cublasLtMatmulPreferenceCreate(void** preference) {
-    *preference = make(Preference{0, {256, 256, 256, 256}});
+    *preference = make(Preference{0, 7, {256, 256, 256, 256}});
     return SUCCESS;
 }
 int cublasLtMatmulPreferenceDestroy(void* preference) { return drop(static_cast<Preference*>(preference)); }
 int cublasLtMatmulPreferenceSetAttribute(void* preference, int attribute, const void* value, size_t bytes) {
     auto& p = *static_cast<Preference*>(preference);
-    // MAX_WORKSPACE_BYTES; MIN_ALIGNMENT of A, B, C, D.
+    // MAX_WORKSPACE_BYTES; REDUCTION_SCHEME_MASK; MIN_ALIGNMENT of A, B, C, D.
     if (attribute == 1 && bytes == 8) std::memcpy(&p.workspace, value, 8);
+    else if (attribute == 3 && bytes == 4) std::memcpy(&p.reduction, value, 4);
     else if (attribute >= 5 && attribute <= 8 && bytes == 4) std::memcpy(&p.alignment[attribute - 5], value, 4);
     else return NOT_SUPPORTED;
     return SUCCESS;
@@ -170,10 +176,13 @@ int cublasLtMatmulAlgoGetHeuristic(void* handle, void* operation, void* a, void*
                                 *static_cast<Layout*>(c), *static_cast<Layout*>(d), key);
     if (status) return status;
     const auto& p = *static_cast<Preference*>(preference);
+    // Sums in the result's type are not what callers here want.
+    if (p.reduction & 4) return INVALID_VALUE;
     std::memset(found, 0, sizeof *found);
     std::memcpy(found->algorithm.alignment, p.alignment, sizeof p.alignment);
     found->algorithm.key = key;
     found->workspace = p.workspace < WORKSPACE ? p.workspace : WORKSPACE;
+    found->algorithm.workspace = found->workspace;
     *count = 1;
     return SUCCESS;
 }
@@ -192,7 +201,8 @@ int cublasLtMatmul(void* handle, void* operation, const float* alpha, const void
     const void* const addresses[] = {a, b, c, d};
     for (int i = 0; i < 4; ++i)
         if (reinterpret_cast<uintptr_t>(addresses[i]) % algorithm->alignment[i]) return INVALID_VALUE;
-    if (workspace) std::memset(workspace, 0xff, workspace_bytes < WORKSPACE ? workspace_bytes : WORKSPACE);
+    if (workspace_bytes < algorithm->workspace || (algorithm->workspace && !workspace)) return INVALID_VALUE;
+    std::memset(workspace, 0xff, algorithm->workspace);
     const uint64_t m = ld.rows, n = ld.columns, k = o.transposed[0] ? la.rows : la.columns;
     for (uint64_t j = 0; j < n; ++j)
         for (uint64_t i = 0; i < m; ++i) {

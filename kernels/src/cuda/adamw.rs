@@ -6,7 +6,7 @@
 use cudarc::driver::{CudaSlice, DevicePtr, DevicePtrMut, PushKernelArg};
 
 use super::arguments::AdamWArgs;
-use super::check::{aligned, blocks, here, int, product, threads, values};
+use super::check::{aligned, at_most, blocks, here, int, product, threads, values};
 use super::device::{Device, config, launched};
 use crate::adamw::{AdamW, Untouched};
 use crate::error::{KernelError, Result};
@@ -103,6 +103,8 @@ pub fn step_rows(
     with: &AdamW,
 ) -> Result<()> {
     let vocab = super::check::rows(OP, "the table", table.len(), width)?;
+    // A thread steps past the end of a row once.
+    at_most(OP, "the width", width, i32::MAX as usize - THREADS as usize)?;
     here(OP, "the table", table, device)?;
     values(OP, "the first moment", table.len(), exp_avg, device)?;
     values(OP, "the second moment", table.len(), exp_avg_sq, device)?;
@@ -133,7 +135,7 @@ pub fn step_rows(
         v,
         ids: ids.as_ref().map_or(0, |(ids, _)| *ids),
         touched: int(OP, "touched rows", rows.count)?,
-        width: int(OP, "the width", width.saturating_add(THREADS as usize)).map(|_| width as i32)?,
+        width: int(OP, "the width", width)?,
         step_untouched: i32::from(untouched == Untouched::Step),
         ..constants(with)
     };

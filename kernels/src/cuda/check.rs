@@ -64,6 +64,14 @@ pub(super) fn aligned(op: &'static str, what: &str, address: CUdeviceptr) -> Res
     Ok(())
 }
 
+/// Refuses a size beyond `most`.
+pub(super) fn at_most(op: &'static str, what: &str, value: usize, most: usize) -> Result<()> {
+    if value > most {
+        return Err(KernelError::argument(op, format!("{what}: expected at most {most}, got {value}")));
+    }
+    Ok(())
+}
+
 /// A size as the kernels take it.
 pub(super) fn int(op: &'static str, what: &str, value: usize) -> Result<i32> {
     i32::try_from(value)

@@ -5,11 +5,13 @@
 
 use std::collections::HashMap;
 use std::ffi::{c_int, c_void};
+use std::fmt;
+use std::mem::ManuallyDrop;
 use std::ptr::null_mut;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use cudarc::driver::sys::CUdeviceptr;
-use cudarc::driver::{CudaSlice, CudaStream, DevicePtrMut};
+use cudarc::driver::{CudaContext, CudaSlice, CudaStream, DevicePtrMut};
 use libloading::Library;
 
 use super::error::{CudaError, loader_said};
@@ -31,7 +33,7 @@ struct Heuristic {
     reserved: [c_int; 4],
 }
 
-/// The library's functions, which live as long as it.
+/// The library's functions. It stays open: its code and its threads' state may be in use when the last handle goes.
 struct Functions {
     create: unsafe extern "C" fn(*mut Object) -> c_int,
     destroy: Destroy,
@@ -73,13 +75,17 @@ struct Functions {
         usize,
         *mut c_void,
     ) -> c_int,
-    _library: Library,
+    version: unsafe extern "C" fn() -> usize,
+    _library: ManuallyDrop<Library>,
 }
 
 // Numbers of the library's headers.
 const COMPUTE_F32: c_int = 68;
 const OPERATION_TRANSPOSE: [c_int; 2] = [3, 4];
 const PREFERENCE_WORKSPACE: c_int = 1;
+const PREFERENCE_REDUCTION: c_int = 3;
+/// Partial sums are added in f32, and not in the result's type.
+const REDUCTION_IN_COMPUTE_TYPE: u32 = 2;
 const PREFERENCE_ALIGNMENT: [c_int; 4] = [5, 6, 7, 8];
 
 fn number(kind: Kind) -> c_int {
@@ -101,12 +107,27 @@ fn status(code: c_int) -> &'static str {
         13 => "CUBLAS_STATUS_EXECUTION_FAILED",
         14 => "CUBLAS_STATUS_INTERNAL_ERROR",
         15 => "CUBLAS_STATUS_NOT_SUPPORTED",
+        16 => "CUBLAS_STATUS_LICENSE_ERROR",
         _ => "a status that the manual does not name",
     }
 }
 
 fn checked(call: &'static str, code: c_int) -> Result<(), CudaError> {
-    if code == 0 { Ok(()) } else { Err(CudaError::Blas { call, code, status: status(code) }) }
+    if code == 0 {
+        Ok(())
+    } else {
+        Err(CudaError::Blas { call, reason: format!("{} ({code})", status(code)) })
+    }
+}
+
+/// As [`checked`], of a call for one product.
+fn checked_for(call: &'static str, product: &Product, code: c_int) -> Result<(), CudaError> {
+    checked(call, code).map_err(|error| match error {
+        CudaError::Blas { call, reason } => {
+            CudaError::Blas { call, reason: format!("{reason} for {product}") }
+        }
+        other => other,
+    })
 }
 
 /// One of the library's objects, destroyed at the end.
@@ -157,13 +178,29 @@ pub(super) struct Product {
     pub transposed: [bool; 2],
 }
 
+impl fmt::Display for Product {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let [m, n] = [self.d.rows, self.d.columns];
+        let k = if self.transposed[0] { self.a.rows } else { self.a.columns };
+        let aligned = [self.a.alignment, self.b.alignment, self.d.alignment];
+        write!(
+            f,
+            "a product of {n} x {k} and {k} x {m} values, {} to {}, at multiples of {aligned:?} bytes",
+            self.a.kind.name(),
+            self.d.kind.name()
+        )
+    }
+}
+
 /// The largest power of two up to 256 that divides an address.
 pub(super) fn alignment(address: CUdeviceptr) -> u32 {
     1 << address.trailing_zeros().min(8)
 }
 
-/// The library, with a handle, memory to work in, and the algorithms it has chosen.
+/// The library, with a handle, memory to work in, and the algorithms it has chosen: one for each product that has come, sizes and
+/// alignments included.
 pub(super) struct CublasLt {
+    context: Arc<CudaContext>,
     functions: Functions,
     handle: Object,
     workspace: Mutex<CudaSlice<u8>>,
@@ -177,6 +214,9 @@ unsafe impl Sync for CublasLt {}
 
 impl Drop for CublasLt {
     fn drop(&mut self) {
+        // Its context has to be the current one, and what was queued has to be done. Errors of work that was queued are told where
+        // it is waited for.
+        let _ = self.context.bind_to_thread().and_then(|()| self.context.synchronize());
         // SAFETY: made by `create`, and destroyed once; its functions are still there.
         unsafe { (self.functions.destroy)(self.handle) };
     }
@@ -190,7 +230,14 @@ impl CublasLt {
             // SAFETY: a library of this name is cuBLASLt, whose initialisers may run anywhere, and the types of its functions
             // are those of cublasLt.h.
             match unsafe { Library::new(&name).and_then(|library| Functions::of(library)) } {
-                Ok(functions) => return Self::over(functions, stream, workspace),
+                Ok(functions) => {
+                    // SAFETY: it takes nothing and gives a number: 10000·major + 100·minor + patch.
+                    let version = unsafe { (functions.version)() };
+                    if (12..=newest.max(12)).contains(&((version / 10_000) as i32)) {
+                        return Self::over(functions, stream, workspace);
+                    }
+                    tried.push(format!("{name}: of CUDA {}.{}", version / 10_000, version / 100 % 100));
+                }
                 Err(error) => tried.push(format!("{name}: {}", loader_said(&error))),
             }
         }
@@ -205,7 +252,13 @@ impl CublasLt {
         let mut handle = null_mut();
         // SAFETY: `handle` outlives the call; a context is current.
         checked("cublasLtCreate", unsafe { (functions.create)(&raw mut handle) })?;
-        Ok(Self { functions, handle, workspace: Mutex::new(memory), chosen: Mutex::default() })
+        let context = stream.context().clone();
+        Ok(Self { context, functions, handle, workspace: Mutex::new(memory), chosen: Mutex::default() })
+    }
+
+    /// The context that it works in.
+    pub fn context(&self) -> &Arc<CudaContext> {
+        &self.context
     }
 
     /// Queues a product.
@@ -267,7 +320,7 @@ impl CublasLt {
                 stream.cu_stream().cast(),
             )
         };
-        checked("cublasLtMatmul", code)
+        checked_for("cublasLtMatmul", product, code)
     }
 
     /// What the library thinks is fastest: asked once for each product.
@@ -289,6 +342,7 @@ impl CublasLt {
         })?;
         const SET: &str = "cublasLtMatmulPreferenceSetAttribute";
         preference.set(SET, f.preference_set, PREFERENCE_WORKSPACE, &workspace)?;
+        preference.set(SET, f.preference_set, PREFERENCE_REDUCTION, &REDUCTION_IN_COMPUTE_TYPE)?;
         // Without these the library takes every address for a multiple of 256.
         let of = [&product.a, &product.b, &product.d, &product.d].map(|matrix| matrix.alignment);
         for (attribute, alignment) in PREFERENCE_ALIGNMENT.into_iter().zip(of) {
@@ -310,8 +364,15 @@ impl CublasLt {
                 &raw mut count,
             )
         };
-        checked("cublasLtMatmulAlgoGetHeuristic", code)?;
-        checked("cublasLtMatmulAlgoGetHeuristic", if count == 0 { 15 } else { found.state })?;
+        const FIND: &str = "cublasLtMatmulAlgoGetHeuristic";
+        checked_for(FIND, product, code)?;
+        if count == 0 {
+            return Err(CudaError::Blas {
+                call: FIND,
+                reason: format!("expected an algorithm for {product}, got none"),
+            });
+        }
+        checked_for(FIND, product, found.state)?;
         chosen.insert(*product, found.algorithm);
         Ok(found.algorithm)
     }
@@ -336,7 +397,8 @@ impl Functions {
                 preference_set: *library.get(b"cublasLtMatmulPreferenceSetAttribute")?,
                 heuristic: *library.get(b"cublasLtMatmulAlgoGetHeuristic")?,
                 multiply: *library.get(b"cublasLtMatmul")?,
-                _library: library,
+                version: *library.get(b"cublasLtGetVersion")?,
+                _library: ManuallyDrop::new(library),
             })
         }
     }

@@ -77,14 +77,12 @@ pub enum CudaError {
         tried: String,
     },
     /// cuBLASLt refused a call.
-    #[error("CUDA: {call}: {status} ({code})")]
+    #[error("CUDA: {call}: {reason}")]
     Blas {
         /// What was called.
         call: &'static str,
-        /// What came back.
-        code: i32,
-        /// The manual's name for it.
-        status: &'static str,
+        /// What came back, and for which product.
+        reason: String,
     },
     /// NVRTC refused a source.
     #[error("CUDA: NVRTC {version}: {file} for {target}: {reason}\n{log}")]

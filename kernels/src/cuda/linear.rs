@@ -1,7 +1,7 @@
 //! Linear layers with LoRA on a device: [`crate::linear`]'s formulas as products of cuBLASLt.
 //!
-//! Source: LoRA (Hu et al. 2021). Forward h = x·Aᵀ, y = s·h·Bᵀ + x·Wᵀ; LoRA's part is made first and W's added to it in the product,
-//! so that a y in 16 bits is rounded with both in it and small factors are not lost. Backward for the gradient g of y, with
+//! Source: LoRA (Hu et al. 2021). Forward h = x·Aᵀ, y = s·h·Bᵀ + x·Wᵀ; LoRA's part is made first and W's added to it in the product:
+//! a y in 16 bits keeps LoRA's part to its own precision until the sum is rounded, so small factors are not lost. Backward for the gradient g of y, with
 //! t = g·B:
 //!   dx += g·W + s·t·A,  dA += s·tᵀ·x,  dB += s·gᵀ·h.
 //! A frozen weight gets no product of its own, nothing that is not asked for is computed, and no pass but the products touches
@@ -55,9 +55,6 @@ impl Products {
         d: CUdeviceptr,
         [alpha, beta]: [f32; 2],
     ) -> Result<()> {
-        for (what, size) in [("rows", m), ("columns", n), ("the depth", k)] {
-            int(OP, what, size)?;
-        }
         // A row-major [rows, columns] is a column-major [columns, rows], and (a·b)ᵀ = bᵀ·aᵀ.
         let matrix = |kind, address, [rows, columns]: [usize; 2]| Matrix {
             kind,
@@ -141,8 +138,13 @@ pub struct Saved<'a, T> {
 
 impl<T: Stored> Layer<'_, T> {
     /// n, for x.
-    fn check(&self, device: &Device, x: &CudaView<'_, T>) -> Result<usize> {
+    fn check(&self, device: &Device, products: &Products, x: &CudaView<'_, T>) -> Result<usize> {
         let [out, inp] = self.shape;
+        let theirs = products.library.context();
+        if theirs != device.stream().context() {
+            let expected = format!("products of device {}", device.ordinal());
+            return Err(KernelError::shape(OP, expected, format!("those of device {}", theirs.ordinal())));
+        }
         values(OP, "W", product(OP, "W", &[out, inp])?, self.weight, device)?;
         if let Some(lora) = &self.lora {
             values(OP, "A", product(OP, "A", &[lora.rank, inp])?, lora.a, device)?;
@@ -153,6 +155,12 @@ impl<T: Stored> Layer<'_, T> {
         }
         let n = rows(OP, "x", x.len(), inp)?;
         here(OP, "x", x, device)?;
+        let rank = self.lora.as_ref().map_or(0, |lora| lora.rank);
+        for (what, size) in
+            [("rows", n), ("the width of y", out), ("the width of x", inp), ("the rank", rank)]
+        {
+            int(OP, what, size)?;
+        }
         Ok(n)
     }
 
@@ -168,11 +176,14 @@ impl<T: Stored> Layer<'_, T> {
         reduced: Option<&mut CudaViewMut<'_, T>>,
         y: &mut CudaViewMut<'_, Y>,
     ) -> Result<()> {
-        let n = self.check(device, x)?;
+        let n = self.check(device, products, x)?;
         let [out, inp] = self.shape;
         values(OP, "y", product(OP, "y", &[n, out])?, y, device)?;
         if Y::KIND != T::KIND && Y::KIND != Kind::F32 {
-            let expected = format!("y stored in {} or f32", T::KIND.name());
+            let expected = match T::KIND {
+                Kind::F32 => "y stored in f32".to_string(),
+                kind => format!("y stored in {} or f32", kind.name()),
+            };
             return Err(KernelError::shape(OP, expected, Y::KIND.name()));
         }
         let lora = both(&self.lora, reduced, "room for x·Aᵀ")?;
@@ -216,7 +227,7 @@ impl<T: Stored> Layer<'_, T> {
         dx: Option<&mut CudaViewMut<'_, f32>>,
         factors: Option<FactorGradients<'_, '_>>,
     ) -> Result<()> {
-        let n = self.check(device, saved.x)?;
+        let n = self.check(device, products, saved.x)?;
         let [out, inp] = self.shape;
         values(OP, "the gradient of y", product(OP, "y", &[n, out])?, saved.gradient, device)?;
         if let Some(dx) = &dx {
@@ -244,6 +255,8 @@ impl<T: Stored> Layer<'_, T> {
         if n == 0 || out == 0 || (dx.is_none() && factors.is_none()) {
             return Ok(());
         }
+        // SAFETY: the product writes all of it before anything reads it. Made before anything is added to a gradient.
+        let mut t = unsafe { device.unset::<T>(n * self.lora.as_ref().map_or(1, |lora| lora.rank))? };
         let stream = device.stream();
         let (g, _g) = saved.gradient.device_ptr(stream);
         let (x, _x) = saved.x.device_ptr(stream);
@@ -259,8 +272,6 @@ impl<T: Stored> Layer<'_, T> {
         let (r, s) = (lora.rank, lora.scale);
         let (a, _a) = lora.a.device_ptr(stream);
         let (b, _b) = lora.b.device_ptr(stream);
-        // SAFETY: the product writes all of it before anything reads it.
-        let mut t = unsafe { device.unset::<T>(n * r)? };
         let (t, _t) = t.device_ptr_mut(stream);
         // SAFETY: t has n·r values.
         unsafe { products.row_major::<T, T>(device, [n, r, out], plain(g), plain(b), t, [1.0, 0.0])? };

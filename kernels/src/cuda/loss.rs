@@ -9,7 +9,7 @@
 use cudarc::driver::{CudaSlice, DevicePtr, DevicePtrMut};
 
 use super::arguments::LossArgs;
-use super::check::{blocks, here, int, rows, threads, values};
+use super::check::{at_most, blocks, here, int, rows, threads, values};
 use super::device::{Device, config};
 use super::stored::Stored;
 use crate::error::{KernelError, Result};
@@ -51,7 +51,7 @@ fn check(
     let count = rows(OP, "logits", logits.len(), vocab)?;
     here(OP, "logits", logits, device)?;
     // A thread steps past the end of a row once.
-    int(OP, "the vocabulary", vocab.saturating_add(THREADS as usize))?;
+    at_most(OP, "the vocabulary", vocab, i32::MAX as usize - THREADS as usize)?;
     values(OP, "scales", count, scales, device)?;
     values(OP, "losses", count, losses, device)?;
     match cap {

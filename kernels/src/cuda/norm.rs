@@ -8,7 +8,7 @@ use cudarc::driver::sys::CUdeviceptr;
 use cudarc::driver::{CudaView, CudaViewMut, DevicePtr, DevicePtrMut, PushKernelArg};
 
 use super::arguments::NormArgs;
-use super::check::{blocks, here, int, product, rows, threads, values};
+use super::check::{at_most, blocks, here, int, product, rows, threads, values};
 use super::device::{Device, config, launched};
 use super::kernels::NORM_PAIRS;
 use super::stored::Stored;
@@ -42,7 +42,7 @@ impl<G: DevicePtr<f32>> Norm<'_, G> {
         let width = self.gain.len();
         let count = rows(op, "x", x.len(), width)?;
         // The kernels step over a row in ints.
-        int(op, "the width", product(op, "a row", &[width, 2])?)?;
+        at_most(op, "the width", width, i32::MAX as usize / 2)?;
         here(op, "x", x, device)?;
         here(op, "the gain", self.gain, device)?;
         if let Some(bias) = self.bias {

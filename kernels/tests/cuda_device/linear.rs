@@ -8,14 +8,19 @@ use megacontext_kernels::cuda::{Device, Stored};
 
 use crate::support::{Lease, bound, close_within, compiled, device_alone, preload, stored, values, widened};
 
+/// cuBLASLt in plain loops; none without a compiler.
+pub fn emulated() -> Result<Option<Library>> {
+    compiled("cublaslt", "libcublasLt.so.12")?.map(|path| preload(&path)).transpose()
+}
+
 /// The products, and the emulated library where the device is emulated.
 fn products<G>(lease: &Lease<'_, G>) -> Result<Option<(Products, Option<Library>)>> {
     let emulated = match lease.emulated {
         None => None,
-        Some(_) => {
-            let Some(path) = compiled("cublaslt", "libcublasLt.so.12")? else { return Ok(None) };
-            Some(preload(&path)?)
-        }
+        Some(_) => match emulated()? {
+            None => return Ok(None),
+            found => found,
+        },
     };
     match Products::open(lease.device) {
         Ok(products) => Ok(Some((products, emulated))),
@@ -47,11 +52,13 @@ fn narrow(values: &[f64]) -> Vec<f32> {
     values.iter().map(|x| *x as f32).collect()
 }
 
-/// Forward and backward of one shape against f64 over operands as they are stored.
+/// Forward and backward of one shape against f64 over operands as they are stored; `alone`, gradients of x and of the factors come from
+/// calls of their own, and x begins between two multiples of four bytes.
 fn layer<T: Stored, Y: Stored>(
     device: &Device,
     products: &Products,
     [n, out, inp, r]: [usize; 4],
+    alone: bool,
 ) -> Result<()> {
     let what = format!("[{n}, {inp}] to {out}, rank {r}, {} to {}", T::KIND.name(), Y::KIND.name());
     let scale = 1.5;
@@ -71,8 +78,11 @@ fn layer<T: Stored, Y: Stored>(
     let (memory_w, memory_g) = (device.upload(&w)?, device.upload(&g)?);
     let memory_b = device.upload(if r > 0 { &b } else { &x })?;
     let dx0 = values(n * inp, 6);
-    let (memory_x, memory_a) = (device.upload(&x)?, device.upload(if r > 0 { &a } else { &x })?);
-    let (view_x, view_w, view_g) = (memory_x.as_view(), memory_w.as_view(), memory_g.as_view());
+    let before = usize::from(alone);
+    let memory_x = device.upload(&[&x[..before], &x[..]].concat())?;
+    let memory_a = device.upload(if r > 0 { &a } else { &x })?;
+    let view_x = memory_x.try_slice(before..).context("a view")?;
+    let (view_w, view_g) = (memory_w.as_view(), memory_g.as_view());
     let (view_a, view_b) = (memory_a.as_view(), memory_b.as_view());
     let lora = (r > 0).then_some(Lora { a: &view_a, b: &view_b, rank: r, scale: scale as f32 });
     let layer = Layer { weight: &view_w, shape: [out, inp], lora };
@@ -103,7 +113,12 @@ fn layer<T: Stored, Y: Stored>(
         return close_within(&format!("dx, {what}"), &device.download(&got_dx)?, &narrow(&dx), bound);
     }
     let (mut got_a, mut got_b) = (device.upload(&a0)?, device.upload(&b0)?);
-    {
+    if alone {
+        layer.backward(device, products, saved, Some(&mut got_dx.as_view_mut()), None)?;
+        let (mut into_a, mut into_b) = (got_a.as_view_mut(), got_b.as_view_mut());
+        let into = FactorGradients { a: &mut into_a, b: &mut into_b };
+        layer.backward(device, products, saved, None, Some(into))?;
+    } else {
         let (mut into_a, mut into_b) = (got_a.as_view_mut(), got_b.as_view_mut());
         let into = FactorGradients { a: &mut into_a, b: &mut into_b };
         layer.backward(device, products, saved, Some(&mut got_dx.as_view_mut()), Some(into))?;
@@ -121,11 +136,13 @@ fn linear_layers() -> Result<()> {
     let Some((products, emulated)) = products(&lease)? else { return Ok(()) };
     let device = lease.device;
     for shape in [[5, 7, 11, 3], [16, 24, 8, 8], [1, 2, 3, 1], [33, 16, 40, 0], [2, 64, 32, 16]] {
-        layer::<f32, f32>(device, &products, shape)?;
-        layer::<bf16, bf16>(device, &products, shape)?;
-        layer::<bf16, f32>(device, &products, shape)?;
-        layer::<f16, f16>(device, &products, shape)?;
-        layer::<f16, f32>(device, &products, shape)?;
+        for alone in [false, true] {
+            layer::<f32, f32>(device, &products, shape, alone)?;
+            layer::<bf16, bf16>(device, &products, shape, alone)?;
+            layer::<bf16, f32>(device, &products, shape, alone)?;
+            layer::<f16, f16>(device, &products, shape, alone)?;
+            layer::<f16, f32>(device, &products, shape, alone)?;
+        }
     }
     drop(products);
     if let Some(library) = emulated {
@@ -139,8 +156,19 @@ fn linear_layers() -> Result<()> {
     Ok(())
 }
 
+/// What layers say of products that belong to `other`.
+pub fn refused_elsewhere(device: &Device, other: &Device) -> Result<String> {
+    let products = Products::open(other)?;
+    let (w, x) = (device.zeros::<f32>(4)?, device.zeros::<f32>(2)?);
+    let (w, x) = (w.as_view(), x.as_view());
+    let layer = Layer { weight: &w, shape: [2, 2], lora: None };
+    let mut y = device.zeros::<f32>(2)?;
+    let result = layer.forward(device, &products, &x, None, &mut y.as_view_mut());
+    Ok(result.err().context("products of another device")?.to_string())
+}
+
 #[test]
-fn small_factors_beside_a_large_weight_are_rounded_once() -> Result<()> {
+fn small_factors_beside_a_large_weight_are_not_lost() -> Result<()> {
     let Some(lease) = device_alone()? else { return Ok(()) };
     let Some((products, _emulated)) = products(&lease)? else { return Ok(()) };
     let device = lease.device;
@@ -197,6 +225,22 @@ fn what_does_not_fit_is_refused() -> Result<()> {
         12,
         "cuda linear: expected A of 9 values, got 6",
     )?;
+    let none = of(0)?;
+    let rankless = Lora { a: &none, b: &none, rank: 0, scale: 1.0 };
+    says(
+        Layer { lora: Some(rankless), ..layer },
+        &x,
+        6,
+        12,
+        "cuda linear: expected a rank of at least 1, got 0",
+    )?;
+    let mut narrow = device.zeros::<bf16>(12)?;
+    let error = bare
+        .forward(device, &products, &x, None, &mut narrow.as_view_mut())
+        .err()
+        .context("must be refused")?;
+    let expected = "cuda linear: expected y stored in f32, got bf16";
+    ensure!(error.to_string() == expected, "expected {expected:?}, got {error}");
     let g = of(12)?;
     let saved = Saved { x: &x, reduced: None, gradient: &g };
     let (mut into_a, mut into_b) = (device.zeros::<f32>(6)?, device.zeros::<f32>(8)?);

@@ -4,11 +4,13 @@
 use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
-use megacontext_kernels::attention::Pattern;
+use megacontext_kernels::attention::{Pattern, Rows};
+use megacontext_kernels::cuda::attention::Prepared;
 use megacontext_kernels::cuda::image::Image;
 use megacontext_kernels::cuda::{CudaError, Device, norm, probe};
 
 use crate::attention::{Case, run};
+use crate::linear;
 use crate::support::{child, driver, emulated_image, preload, probed};
 
 const LIBRARY: &str = "CUDA_DEVICE_LIBRARY";
@@ -61,6 +63,12 @@ fn opens() -> Result<()> {
         let (x, gain) = (other.zeros::<f32>(8)?, device.zeros::<f32>(8)?);
         let result = norm::rms_forward(&device, &x, &gain, 1e-5, &mut device.zeros::<f32>(8)?);
         println!("other: {}", result.err().context("memory of another device")?);
+        let prepared = Prepared::new(&device, [1, 4, 2, 1, 8], 1.0, Pattern::Dense, &Rows::default())?;
+        let result = prepared.with_slopes(&other, &[0.5, 0.25]);
+        println!("slopes: {}", result.err().context("slopes on another device")?);
+        if let Some(_library) = linear::emulated()? {
+            println!("products: {}", linear::refused_elsewhere(&device, &other)?);
+        }
     }
     Ok(())
 }
@@ -157,6 +165,10 @@ fn a_device_with_less_shared_memory_runs_with_fewer_warps() -> Result<()> {
 
 #[test]
 fn memory_of_another_device_is_refused() -> Result<()> {
-    let expected = "other: cuda rms_norm: expected x on device 0, got memory of device 1\n";
-    opens_on_the_emulated_driver(&[("EMULATED_DEVICES", "2")], &[expected])
+    let expected = [
+        "other: cuda rms_norm: expected x on device 0, got memory of device 1\n",
+        "slopes: cuda attention: expected the bounds on device 1, got memory of device 0\n",
+        "products: cuda linear: expected products of device 0, got those of device 1\n",
+    ];
+    opens_on_the_emulated_driver(&[("EMULATED_DEVICES", "2")], &expected)
 }

@@ -132,8 +132,9 @@ pub trait Host: Send + Sync + 'static {
     }
 
     /// What the job `train` has learned so far, for looking at without a copy. Called right before [`Host::phase_entered`] and
-    /// [`Host::phase_left`], with the name of that method as `when` and the same JSON: at `phase_left` the phase has been measured,
-    /// and whether it is kept is still to be said. The parameters are the job's own and go with the call.
+    /// [`Host::phase_left`], with the name of that method as `when` and the same JSON: at `phase_left` the phase has been
+    /// measured, unless it failed, and the JSON says what the run's own bounds make of it; [`Host::phase_left`] may still undo it. The
+    /// parameters are the job's own and go with the call.
     fn parameters(&self, when: &str, json: &str, parameters: &JobParameters<'_>) {
         let _ = (when, json, parameters);
     }

@@ -220,6 +220,13 @@ impl Prepared {
         let kernels = &device.kernels;
         let [batch, heads, kv_heads] = [dims.batch, dims.heads, dims.kv_heads].map(|size| size as u32);
 
+        // Both first: what is refused is refused before anything is queued.
+        let most = sizes.backward_warps();
+        let [warps_of_queries, shared_of_queries] =
+            warps(device, dims.entries, 16, most, |warps| sizes.queries_bytes(warps))?;
+        let [warps_of_keys, shared_of_keys] =
+            warps(device, dims.entries, 16, most, |warps| sizes.keys_bytes(warps))?;
+
         let config_of_delta = config([blocks(OP, queries, THREADS as usize / 32)?, 1, 1], THREADS, 0);
         let mut launch = device.stream().launch_builder(&kernels.delta[kind]);
         let batch_of_kernel = dims.batch as i32;
@@ -227,17 +234,13 @@ impl Prepared {
         // SAFETY: out has B·T·H·D values, d_out those that its strides name, delta one for each query.
         launched(unsafe { launch.launch(config_of_delta) })?;
 
-        let most = sizes.backward_warps();
-        let [warps_of_queries, shared] =
-            warps(device, dims.entries, 16, most, |warps| sizes.queries_bytes(warps))?;
         let grid = [blocks(OP, dims.entries, 16 * warps_of_queries)?, heads, batch];
-        let launch = config(grid, 32 * warps_of_queries as u32, shared);
+        let launch = config(grid, 32 * warps_of_queries as u32, shared_of_queries);
         // SAFETY: as in forward; dq has B·T·H·D values.
         unsafe { device.launch(&kernels.queries[kind][place], launch, x)? };
 
-        let [warps_of_keys, shared] = warps(device, dims.entries, 16, most, |warps| sizes.keys_bytes(warps))?;
         let tiles = blocks(OP, dims.entries.div_ceil(16 * warps_of_keys) * sizes.parts(), 1)?;
-        let launch = config([tiles, kv_heads, batch], 32 * warps_of_keys as u32, shared);
+        let launch = config([tiles, kv_heads, batch], 32 * warps_of_keys as u32, shared_of_keys);
         // SAFETY: as in forward; dk and dv have B·T·Hkv·D values.
         unsafe { device.launch(&kernels.keys[kind][place], launch, x)? };
         Ok(())

@@ -18,7 +18,7 @@ pub(super) mod sizes;
 use cudarc::driver::{CudaSlice, CudaView, CudaViewMut, DevicePtr, DevicePtrMut};
 
 use super::arguments::BoundsArgs;
-use super::check::{blocks, int, product};
+use super::check::{blocks, here, int, product};
 use super::device::{Device, config};
 use crate::attention::prefix::Continuations;
 use crate::attention::{Dims, Pattern, Rows};
@@ -170,9 +170,10 @@ impl Prepared {
     /// Lowers the scores of query head h by slopes\[h\]·|i − j|.
     ///
     /// # Errors
-    /// When there is not one finite slope per query head.
+    /// When there is not one finite slope per query head, or the bounds are on another device.
     pub fn with_slopes(mut self, device: &Device, slopes: &[f32]) -> Result<Self> {
         self.dims.check(Some(slopes))?;
+        here(OP, "the bounds", &self.lo, device)?;
         self.slopes = Some(device.upload(slopes)?);
         Ok(self)
     }
@@ -180,9 +181,10 @@ impl Prepared {
     /// Places of the T entries of a row, as [`crate::attention::slices::Prepared::with_positions`].
     ///
     /// # Errors
-    /// When there is not one finite position per entry, or rows continue a document.
+    /// When there is not one finite position per entry, rows continue a document, or the bounds are on another device.
     pub fn with_positions(mut self, device: &Device, positions: &[f32]) -> Result<Self> {
         self.dims.check_positions(positions)?;
+        here(OP, "the bounds", &self.lo, device)?;
         if self.document.is_some() {
             let message = "expected rows of their own with positions, got rows that continue a document";
             return Err(KernelError::argument(OP, message));
