@@ -16,11 +16,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use abi_stable::export_root_module;
 use abi_stable::prefix_type::PrefixTypeTrait;
 use abi_stable::sabi_trait::TD_Opaque;
-use abi_stable::sabi_types::RRef;
 use abi_stable::std_types::{RResult, RStr, RString, RVec};
-use megacontext_kernels::linear::Weight;
 use megacontext_lora_abi::dlpack::READ_ONLY;
-use megacontext_lora_abi::parameters::{RawParameters, RawParameters_TO};
 use megacontext_lora_abi::raw::{
     HostBox, PluginModule, PluginModuleRef, RawBuildInfo, RawSession, RawSession_TO, SessionBox,
 };
@@ -37,6 +34,10 @@ use crate::host::{self, HostApi};
 use crate::jobs;
 use crate::learned::Learned;
 use crate::session::{Context, Entries, Session};
+
+mod lending;
+
+use lending::Lending;
 
 /// The version line, read by a host before anything that depends on a layout.
 #[unsafe(export_name = "megacontext_lora_abi_line")]
@@ -179,50 +180,8 @@ impl HostApi for HostProxy {
     }
 
     fn parameters(&self, when: &str, json: &Value, learned: &Learned) {
-        let lent = Lending(learned);
-        let lent = RawParameters_TO::from_ptr(RRef::new(&lent), TD_Opaque);
-        self.0.parameters(when.into(), json.to_string().as_str().into(), lent);
-    }
-}
-
-/// A job's modules as the ABI lends them.
-struct Lending<'a>(&'a Learned<'a>);
-
-impl Lending<'_> {
-    /// No panic crosses to the host, which called from within a callback of the plugin's.
-    fn guard<'a, T>(
-        &'a self,
-        call: impl FnOnce(&'a Learned<'a>) -> Result<T, PluginError>,
-    ) -> RResult<T, AbiError> {
-        let caught = catch_unwind(AssertUnwindSafe(|| call(self.0)));
-        let result = caught.unwrap_or_else(|panic| {
-            Err(PluginError::internal(format!("parameters: a call panicked: {}", panic_text(&*panic))))
-        });
-        result.map_err(abi_error).into()
-    }
-}
-
-impl RawParameters for Lending<'_> {
-    fn groups(&self) -> RResult<RString, AbiError> {
-        self.guard(|learned| Ok(RString::from(learned.groups().to_string())))
-    }
-
-    fn get(&self, name: RStr<'_>) -> RResult<TensorView<'_>, AbiError> {
-        self.guard(|learned| {
-            let (shape, weight) = learned.get(name.as_str())?;
-            Ok(match weight {
-                Weight::F32(values) => TensorView::new(values, shape)?,
-                Weight::Bf16(values) => TensorView::new(values, shape)?,
-            })
-        })
-    }
-
-    fn lora_delta(&self, module: RStr<'_>, mut out: TensorViewMut<'_>) -> RResult<(), AbiError> {
-        self.guard(|learned| {
-            // A matrix of the right size the wrong way round must not pass; no LoRA there is the job's error.
-            let dims = learned.delta_shape(module.as_str()).map_or([None; 2], |dims| dims.map(Some));
-            out.fill("out", &dims, |values| learned.lora_delta(module.as_str(), values))
-        })
+        let lending = Lending(learned);
+        self.0.parameters(when.into(), json.to_string().as_str().into(), lending.lent());
     }
 }
 

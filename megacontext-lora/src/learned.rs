@@ -68,7 +68,8 @@ pub(crate) fn lora_delta(decoder: &Decoder, module: &str, out: &mut [f32]) -> Re
 /// The modules of a job, borrowed while nothing learns.
 pub struct Learned<'a> {
     decoder: &'a Decoder,
-    groups: Value,
+    modules: Vec<(&'static str, &'a ParamStore)>,
+    learning: Vec<Group>,
     held: BTreeMap<String, (&'a [usize], Held<'a>)>,
 }
 
@@ -82,21 +83,26 @@ impl<'a> Learned<'a> {
         modules: &[(&'static str, &'a ParamStore)],
         learning: &[Group],
     ) -> Result<Self> {
-        let (mut by_module, mut held) = (Map::new(), BTreeMap::new());
+        let mut held = BTreeMap::new();
         for &(module, params) in modules {
-            let called = |name: &str| format!("{module}/{name}");
-            by_module.insert(module.to_string(), groups(params, |group| learning.contains(&group), called)?);
             for name in params.names() {
                 let values = params.values(name).map_err(model_error)?;
-                held.insert(called(name), (params.shape(name).unwrap_or(&[]), values));
+                held.insert(format!("{module}/{name}"), (params.shape(name).unwrap_or(&[]), values));
             }
         }
-        Ok(Self { decoder, groups: Value::Object(by_module), held })
+        Ok(Self { decoder, modules: modules.to_vec(), learning: learning.to_vec(), held })
     }
 
     /// `{module: {group: {learns, parameters: [{name, shape, stored}]}}}`.
-    pub fn groups(&self) -> &Value {
-        &self.groups
+    ///
+    /// # Errors
+    /// When a parameter cannot be read.
+    pub fn groups(&self) -> Result<Value> {
+        let learns = |group| self.learning.contains(&group);
+        let of = |&(module, params): &(&'static str, &ParamStore)| {
+            Ok((module.to_string(), groups(params, learns, |name| format!("{module}/{name}"))?))
+        };
+        Ok(Value::Object(self.modules.iter().map(of).collect::<Result<_>>()?))
     }
 
     /// A parameter's shape and values, as they are stored.

@@ -169,17 +169,20 @@ fn a_base_with_an_adapter_in_bf16() {
     ));
 }
 
-/// The plan's total and the peak of `train` over a model, bytes: one cycle over histories of `context` tokens in a quarter of the room.
-fn cycle(name: &str, model: Value, context: usize, settings: &str) -> (f64, f64) {
+/// The plan's total and the peak of `train` over a model, bytes: one cycle over histories of `context` tokens in a quarter of the room,
+/// with `batch` labels in a step of LensNet.
+fn cycle(name: &str, model: Value, [context, batch]: [usize; 2], settings: &str) -> (f64, f64) {
     let fixture = Fixture::new();
     fixture.model_of("model", 1, model);
     let file = fixture.path("cycle.toml");
-    let text = format!(
-        "contexts = [{}]\nhorizon = 16\nbudget = {}\nprotected = 16\ncycles = 1\nholdout = 0.5\nthreads = 2\n{settings}",
+    let lens = format!("{{ steps = 1, batch = {batch}, labels = {{ rounds = 1, histories = 2 }} }}");
+    let common = format!(
+        "contexts = [{}]\nhorizon = 16\nbudget = {}\nprotected = 16\ncycles = 1\nholdout = 0.5\nthreads = 2\n\
+         warm_lensnet = {lens}\njt2 = {lens}\nvalidation = {{ histories = 2, test_histories = 2 }}\n",
         context + 16,
         context / 4,
     );
-    std::fs::write(&file, text).unwrap();
+    std::fs::write(&file, common + settings).unwrap();
     let (base, data, out) = (fixture.at("model"), fixture.at("data"), fixture.at("cycle"));
     let file = file.display().to_string();
     let args = ["train", &file, "--base", &base, "--data", &data, "--out", &out, "--json"];
@@ -200,16 +203,13 @@ fn a_cycle_whose_gistnet_is_large_in_f32() {
         cycle(
             "cycle, graph",
             json!({ "vocab_size": 2048, "hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 3 }),
-            256,
+            [256, 1],
             r#"
-        network = { block = 16, layers = 2 }
-        warm_gistnet = { steps = 2, batch = 8, spans = 12 }
-        warm_lensnet = { steps = 1, batch = 1, labels = { rounds = 1, histories = 2 } }
-        jt1 = { steps = 2, batch = 8, spans = 12, whole = 1.0 }
-        jt2 = { steps = 1, batch = 1, labels = { rounds = 1, histories = 2 } }
-        jt3 = { steps = 1, batch = 1 }
-        validation = { histories = 2, test_histories = 2 }
-        "#,
+                network = { block = 16, layers = 2 }
+                warm_gistnet = { steps = 2, batch = 8, spans = 12 }
+                jt1 = { steps = 2, batch = 8, spans = 12, whole = 1.0 }
+                jt3 = { steps = 1, batch = 1 }
+            "#,
         ),
     );
 }
@@ -221,18 +221,15 @@ fn a_cycle_over_a_large_base_in_bf16() {
         cycle(
             "cycle, weights",
             json!({ "vocab_size": 8192, "hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 10 }),
-            128,
+            [128, 1],
             r#"
-        dtype = "bf16"
-        network = { block = 16, layers = 1 }
-        lens = { layers = 1 }
-        warm_gistnet = { steps = 1, batch = 1, spans = 2 }
-        warm_lensnet = { steps = 1, batch = 1, labels = { rounds = 1, histories = 2 } }
-        jt1 = { steps = 1, batch = 1, spans = 2, whole = 1.0 }
-        jt2 = { steps = 1, batch = 1, labels = { rounds = 1, histories = 2 } }
-        jt3 = { steps = 1, batch = 1 }
-        validation = { histories = 2, test_histories = 2 }
-        "#,
+                dtype = "bf16"
+                network = { block = 16, layers = 1 }
+                lens = { layers = 1 }
+                warm_gistnet = { steps = 1, batch = 1, spans = 2 }
+                jt1 = { steps = 1, batch = 1, spans = 2, whole = 1.0 }
+                jt3 = { steps = 1, batch = 1 }
+            "#,
         ),
     );
 }
@@ -244,18 +241,15 @@ fn a_cycle_that_adapts_embeddings_in_mixed() {
         cycle(
             "cycle, embeddings",
             json!({ "vocab_size": 24_576, "hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 2 }),
-            512,
+            [512, 2],
             r#"
-        dtype = "mixed"
-        network = { block = 16, layers = 1 }
-        lens = { layers = 1 }
-        warm_gistnet = { steps = 1, batch = 2, spans = 4 }
-        warm_lensnet = { steps = 1, batch = 2, labels = { rounds = 1, histories = 2 } }
-        jt1 = { steps = 1, batch = 2, spans = 4 }
-        jt2 = { steps = 1, batch = 2, labels = { rounds = 1, histories = 2 } }
-        jt3 = { steps = 2, batch = 2, groups = ["lora", "embeddings", "norms"], keep_alive = 0.1 }
-        validation = { histories = 2, test_histories = 2 }
-        "#,
+                dtype = "mixed"
+                network = { block = 16, layers = 1 }
+                lens = { layers = 1 }
+                warm_gistnet = { steps = 1, batch = 2, spans = 4 }
+                jt1 = { steps = 1, batch = 2, spans = 4 }
+                jt3 = { steps = 2, batch = 2, groups = ["lora", "embeddings", "norms"], keep_alive = 0.1 }
+            "#,
         ),
     );
 }

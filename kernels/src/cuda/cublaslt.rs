@@ -113,21 +113,14 @@ fn status(code: c_int) -> &'static str {
 }
 
 fn checked(call: &'static str, code: c_int) -> Result<(), CudaError> {
-    if code == 0 {
-        Ok(())
-    } else {
-        Err(CudaError::Blas { call, reason: format!("{} ({code})", status(code)) })
-    }
+    let reason = || format!("{} ({code})", status(code));
+    if code == 0 { Ok(()) } else { Err(CudaError::Blas { call, reason: reason() }) }
 }
 
 /// As [`checked`], of a call for one product.
 fn checked_for(call: &'static str, product: &Product, code: c_int) -> Result<(), CudaError> {
-    checked(call, code).map_err(|error| match error {
-        CudaError::Blas { call, reason } => {
-            CudaError::Blas { call, reason: format!("{reason} for {product}") }
-        }
-        other => other,
-    })
+    let reason = || format!("{} ({code}) for {product}", status(code));
+    if code == 0 { Ok(()) } else { Err(CudaError::Blas { call, reason: reason() }) }
 }
 
 /// One of the library's objects, destroyed at the end.

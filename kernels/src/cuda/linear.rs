@@ -10,7 +10,8 @@
 //! Shapes, row-major: x [n, I], W [O, I], A [r, I], B [O, r], h [n, r], y and g [n, O]. Operands are of one storage type, y of the
 //! same or f32, gradients f32. Sums are f32, without TF32. r and the widths may be anything; products of 16-bit operands are fastest
 //! where they are multiples of 8.
-//! Errors: sizes that do not agree, memory of another device, no cuBLASLt.
+//! Errors: sizes that do not agree, memory of another device, no cuBLASLt. A product that cuBLASLt itself refuses ends a call when
+//! others may have been queued: what the call adds to is then of no use.
 //! Left out: dropout, DoRA and PiSSA, a trained W.
 
 use cudarc::driver::sys::CUdeviceptr;
@@ -256,7 +257,7 @@ impl<T: Stored> Layer<'_, T> {
             return Ok(());
         }
         // SAFETY: the product writes all of it before anything reads it. Made before anything is added to a gradient.
-        let mut t = unsafe { device.unset::<T>(n * self.lora.as_ref().map_or(1, |lora| lora.rank))? };
+        let t = self.lora.map(|lora| unsafe { device.unset::<T>(n * lora.rank) }).transpose()?;
         let stream = device.stream();
         let (g, _g) = saved.gradient.device_ptr(stream);
         let (x, _x) = saved.x.device_ptr(stream);
@@ -268,7 +269,7 @@ impl<T: Stored> Layer<'_, T> {
                 products.row_major::<T, f32>(device, [n, inp, out], plain(g), plain(w), *dx, [1.0, 1.0])?
             };
         }
-        let Some(lora) = &self.lora else { return Ok(()) };
+        let Some((lora, mut t)) = self.lora.zip(t) else { return Ok(()) };
         let (r, s) = (lora.rank, lora.scale);
         let (a, _a) = lora.a.device_ptr(stream);
         let (b, _b) = lora.b.device_ptr(stream);

@@ -15,12 +15,12 @@
 //! from is in [`image`]: put into the library when it was built, or compiled by NVRTC on the machine and kept in a cache.
 //!
 //! A launch is queued on the device's stream and returns at once; [`Device::download`] waits. Everything that can be wrong
-//! with it (sizes, alignment, the device that memory belongs to) is refused before it is queued. What lies in device
+//! with it (sizes, alignment, the device that memory belongs to) is refused before it is queued, but for what cuBLASLt itself refuses. What lies in device
 //! memory is not looked at: numbers that index memory are taken from host slices and checked there ([`loss::Targets`],
 //! [`adamw::TouchedRows`], row lengths and segments).
 //!
 //! Shapes and units are those of the CPU's operations. Storage is f32, bf16 or f16 ([`Stored`]), sums are f32. The same
-//! inputs give the same bytes.
+//! inputs give the same bytes where the kernels are this crate's; of cuBLASLt's products that is not known.
 //!
 //! Errors are [`crate::error::KernelError`] with the expectation and the finding; what the driver and the compiler say is in
 //! [`CudaError`]. Left out: several devices at once, graphs of launches.

@@ -13,6 +13,11 @@ use megacontext_kernels::cuda::{Device, Kind, Stored};
 
 use crate::compiler;
 
+#[path = "../attention/seeded.rs"]
+mod seeded;
+
+pub use seeded::values;
+
 /// A device, for as long as a test holds it. Drop what lies on it first.
 pub struct Lease<'a, G> {
     pub device: &'a Device,
@@ -127,21 +132,6 @@ pub fn device() -> Result<Option<Lease<'static, RwLockReadGuard<'static, ()>>>> 
 /// The device, alone.
 pub fn device_alone() -> Result<Option<Lease<'static, RwLockWriteGuard<'static, ()>>>> {
     lease(USERS.write().unwrap_or_else(PoisonError::into_inner))
-}
-
-/// Values in −1..1 (splitmix64), the same on every machine.
-pub fn values(count: usize, seed: u64) -> Vec<f32> {
-    let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15).wrapping_add(1);
-    (0..count)
-        .map(|_| {
-            state = state.wrapping_add(0x9e37_79b9_7f4a_7c15);
-            let mut z = state;
-            z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-            z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-            z ^= z >> 31;
-            (z >> 40) as f32 / (1u64 << 23) as f32 - 1.0
-        })
-        .collect()
 }
 
 /// As they are stored.
