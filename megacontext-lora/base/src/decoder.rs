@@ -17,7 +17,7 @@
 //!
 //! Left out: attention scores that are capped (Gemma 2).
 
-use candle_core::{Device, Tensor};
+use candle_core::{Device as CandleDevice, Tensor};
 use megacontext_kernels::attention::slices::Prepared;
 use megacontext_kernels::attention::{Pattern, Rows, alibi_slopes};
 use megacontext_kernels::cpu::Values;
@@ -27,6 +27,7 @@ use megacontext_kernels::store::{Store, bf16};
 use crate::block::{Attending, Block, ByWindow, Pass, Tables};
 use crate::buffers::{Activation, Buffer, Buffers, Scratch};
 use crate::config::DecoderConfig;
+use crate::device::Device;
 use crate::error::{BaseError, Result};
 use crate::lora::{LoraConfig, LoraModules};
 use crate::norms::Norm;
@@ -78,6 +79,7 @@ pub struct Decoder {
     lora: Option<Attached>,
     precision: Precision,
     merged: Option<Merged>,
+    device: Device,
 }
 
 /// Is a parameter of this group stored in bf16 while it is frozen? Norms are not: they are small and f32 is what reads them.
@@ -128,7 +130,7 @@ impl Decoder {
             let levels = scales.len();
             params.insert_values(SIGMA, Group::Sigma, scales, &[levels])?;
         }
-        Ok(Self { config, params, lora: None, precision, merged: None })
+        Ok(Self { config, params, lora: None, precision, merged: None, device: Device::Cpu })
     }
 
     /// Reads one parameter of the model anew from its folder, as [`Decoder::from_weights`] did.
@@ -180,7 +182,7 @@ impl Decoder {
                 params.insert_values(name, group, values::<f32>(len, next), &shape)?;
             }
         }
-        Ok(Self { config, params, lora: None, precision, merged: None })
+        Ok(Self { config, params, lora: None, precision, merged: None, device: Device::Cpu })
     }
 
     /// Gives a tied model an output head of its own, a copy of the embedding.
@@ -265,6 +267,21 @@ impl Decoder {
         self.precision
     }
 
+    /// What passes run on.
+    pub fn device(&self) -> &Device {
+        &self.device
+    }
+
+    /// Passes run on this device from here on; the processor's is where every decoder begins. Parameters stay on the host, and
+    /// are copied as passes need them.
+    ///
+    /// # Errors
+    /// When the device cannot run this model as it stands; it stays where it was then.
+    pub fn set_device(&mut self, device: &Device) -> Result<()> {
+        self.device = device.clone();
+        Ok(())
+    }
+
     /// LoRA, if attached and not merged into the weights.
     pub fn lora(&self) -> Option<&LoraConfig> {
         self.lora.as_ref().map(|lora| &lora.config)
@@ -321,7 +338,7 @@ impl Decoder {
         let length = Self::length(tokens, batch)?;
         let mut rows = vec![0f32; tokens.len() * self.config.hidden_size];
         self.gather(tokens, &mut rows)?;
-        Ok(Tensor::from_vec(rows, (batch, length, self.config.hidden_size), &Device::Cpu)?)
+        Ok(Tensor::from_vec(rows, (batch, length, self.config.hidden_size), &CandleDevice::Cpu)?)
     }
 
     /// Refuses rotation tables that are neither those of a row nor of all rows.
@@ -492,7 +509,7 @@ impl Decoder {
         } else {
             self.forward_of(x_bte, with, f32::scratch(&mut buffers))?.to_vec()
         };
-        Ok(Tensor::from_vec(values, x_bte.shape(), &Device::Cpu)?)
+        Ok(Tensor::from_vec(values, x_bte.shape(), &CandleDevice::Cpu)?)
     }
 
     /// Logits of every position, [B, T, V]; for short inputs, as they are held whole.
@@ -504,7 +521,7 @@ impl Decoder {
         } else {
             self.logits_of(self.forward_of(x_bte, with, f32::scratch(&mut buffers))?)?
         };
-        Ok(Tensor::from_vec(logits, (batch, length, self.config.vocab_size), &Device::Cpu)?)
+        Ok(Tensor::from_vec(logits, (batch, length, self.config.vocab_size), &CandleDevice::Cpu)?)
     }
 
     /// NLL in nats of `targets` (row-major [B, T]; `IGNORE` gives 0) at every position; builds no graph.

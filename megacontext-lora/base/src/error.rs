@@ -82,6 +82,12 @@ pub enum BaseError {
         /// Its value.
         value: f64,
     },
+    /// A device that there is not, or that cannot do what was asked of it.
+    #[error("device: {message}")]
+    Device {
+        /// Expectation and finding.
+        message: String,
+    },
     /// An argument of the decoder that does not fit.
     #[error("decoder: {message}")]
     Input {

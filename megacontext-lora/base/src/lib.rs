@@ -2,6 +2,7 @@
 //!
 //! [`decoder`] runs and trains a decoder, described as data by [`architecture`], whose parameters live in a
 //! [`params::ParamStore`], each in one group;
+//! [`device`] is what passes run on;
 //! [`gradients`] holds their gradients and the optimiser; [`buffers`] is the memory of a pass, and how much it is; [`lora`] attaches low-rank updates; [`rope`] maps positions to
 //! angles. [`config`], [`weights`] and [`tokenizer`] read a Hugging Face folder, [`hf_export`] writes one, [`adapter`]
 //! reads and writes PEFT folders, [`merge`] folds one into its base, [`lora_only`] and
@@ -22,6 +23,7 @@ pub mod buffers;
 pub mod config;
 pub mod context;
 pub mod decoder;
+pub mod device;
 pub mod error;
 mod families;
 pub mod generate;

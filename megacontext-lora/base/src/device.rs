@@ -1,0 +1,208 @@
+//! What a model's passes run on: the processor, or a GPU.
+//!
+//! Names are PyTorch's: `cpu`, `cuda` (the first GPU), `cuda:N`; `auto` takes the first GPU where there is one that can be used, and
+//! the processor otherwise, and says why. Nothing else falls back: a device that was named and cannot be had is an error.
+//! GPUs take the feature `cuda` of this crate; without it nothing of CUDA is in the program.
+//!
+//! Parameters, gradients, the optimiser and files stay on the host whatever the device, so checkpoints and adapters of one device
+//! are those of every other.
+
+use std::fmt;
+use std::str::FromStr;
+#[cfg(feature = "cuda")]
+use std::sync::Arc;
+
+use serde::{Deserialize, Serialize};
+
+use crate::error::{BaseError, Result};
+
+/// What was asked for.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub enum DeviceChoice {
+    /// The first GPU that can be used, else the processor.
+    #[default]
+    Auto,
+    /// The processor.
+    Cpu,
+    /// The GPU of this number.
+    Cuda(usize),
+}
+
+impl fmt::Display for DeviceChoice {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Auto => f.write_str("auto"),
+            Self::Cpu => f.write_str("cpu"),
+            Self::Cuda(number) => write!(f, "cuda:{number}"),
+        }
+    }
+}
+
+impl FromStr for DeviceChoice {
+    type Err = BaseError;
+
+    fn from_str(name: &str) -> Result<Self> {
+        let number = |digits: &str| {
+            let plain = !digits.is_empty() && digits.bytes().all(|digit| digit.is_ascii_digit());
+            digits.parse().ok().filter(|_| plain)
+        };
+        let choice = match name {
+            "auto" => Some(Self::Auto),
+            "cpu" => Some(Self::Cpu),
+            "cuda" => Some(Self::Cuda(0)),
+            other => other.strip_prefix("cuda:").and_then(number).map(Self::Cuda),
+        };
+        choice.ok_or_else(|| BaseError::Device {
+            message: format!("expected auto, cpu, cuda or cuda:N, got {name:?}"),
+        })
+    }
+}
+
+impl TryFrom<String> for DeviceChoice {
+    type Error = BaseError;
+
+    fn try_from(name: String) -> Result<Self> {
+        name.parse()
+    }
+}
+
+impl From<DeviceChoice> for String {
+    fn from(choice: DeviceChoice) -> Self {
+        choice.to_string()
+    }
+}
+
+/// What passes run on. Clones are the same device.
+#[derive(Clone, Default)]
+pub enum Device {
+    /// The processor.
+    #[default]
+    Cpu,
+    /// A GPU.
+    #[cfg(feature = "cuda")]
+    Cuda(Arc<Gpu>),
+}
+
+/// A GPU with the kernels loaded and cuBLASLt opened.
+#[cfg(feature = "cuda")]
+pub struct Gpu {
+    pub(crate) device: megacontext_kernels::cuda::Device,
+    pub(crate) products: megacontext_kernels::cuda::linear::Products,
+}
+
+/// A device, and what there is to say about how it was chosen.
+pub struct Opened {
+    /// The device.
+    pub device: Device,
+    /// Why `auto` came to the processor.
+    pub note: Option<String>,
+}
+
+impl DeviceChoice {
+    /// Opens the device. A GPU's kernels are loaded, or compiled the first time ([`megacontext_kernels`]' `cuda`), which takes a
+    /// minute or two.
+    ///
+    /// # Errors
+    /// When a GPU was named that this program or this machine does not have.
+    pub fn open(self) -> Result<Opened> {
+        match self {
+            Self::Cpu => Ok(Opened { device: Device::Cpu, note: None }),
+            Self::Cuda(number) => Ok(Opened { device: gpu(number)?, note: None }),
+            Self::Auto if !cfg!(feature = "cuda") => Ok(Opened { device: Device::Cpu, note: None }),
+            Self::Auto => Ok(match gpu(0) {
+                Ok(device) => Opened { device, note: None },
+                Err(error) => Opened { device: Device::Cpu, note: Some(error.to_string()) },
+            }),
+        }
+    }
+}
+
+#[cfg(feature = "cuda")]
+fn gpu(number: usize) -> Result<Device> {
+    use megacontext_kernels::cuda::Device as Opened;
+    use megacontext_kernels::cuda::linear::Products;
+    use megacontext_kernels::error::KernelError;
+
+    let device = Opened::open(number).map_err(KernelError::from)?;
+    let products = Products::open(&device)?;
+    Ok(Device::Cuda(Arc::new(Gpu { device, products })))
+}
+
+#[cfg(not(feature = "cuda"))]
+fn gpu(number: usize) -> Result<Device> {
+    Err(BaseError::Device {
+        message: format!(
+            "expected a program built with the feature cuda for cuda:{number}, got one without it"
+        ),
+    })
+}
+
+impl Device {
+    /// As [`DeviceChoice`] names it: `cpu`, `cuda:0`.
+    pub fn name(&self) -> String {
+        match self {
+            Self::Cpu => "cpu".to_string(),
+            #[cfg(feature = "cuda")]
+            Self::Cuda(gpu) => format!("cuda:{}", gpu.device.ordinal()),
+        }
+    }
+
+    /// The name and what it is: `cuda:0 (NVIDIA H200, compute capability 9.0)`.
+    pub fn describe(&self) -> String {
+        match self {
+            Self::Cpu => self.name(),
+            #[cfg(feature = "cuda")]
+            Self::Cuda(gpu) => {
+                let (name, capability) = (gpu.device.name(), gpu.device.capability());
+                format!("{} ({name}, compute capability {capability})", self.name())
+            }
+        }
+    }
+
+    /// Is it the processor?
+    pub fn is_cpu(&self) -> bool {
+        matches!(self, Self::Cpu)
+    }
+}
+
+impl fmt::Debug for Device {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.describe())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_are_read_as_they_are_written() {
+        for name in ["auto", "cpu", "cuda:0", "cuda:11"] {
+            let choice: DeviceChoice = name.parse().expect("a device");
+            assert_eq!(choice.to_string(), name);
+        }
+        assert_eq!("cuda".parse::<DeviceChoice>().expect("a device"), DeviceChoice::Cuda(0));
+        for name in ["", "gpu", "cuda:", "cuda:+1", "cuda:-1", "cuda:x", "CPU", "cuda:99999999999999999999"] {
+            let error = name.parse::<DeviceChoice>().expect_err("no device").to_string();
+            assert_eq!(error, format!("device: expected auto, cpu, cuda or cuda:N, got {name:?}"));
+        }
+    }
+
+    #[test]
+    fn the_processor_is_always_there() {
+        let opened = DeviceChoice::Cpu.open().expect("the processor");
+        assert!(opened.device.is_cpu() && opened.note.is_none());
+    }
+
+    #[cfg(not(feature = "cuda"))]
+    #[test]
+    fn without_the_feature_a_gpu_is_refused_and_auto_is_the_processor() {
+        let error = DeviceChoice::Cuda(1).open().err().expect("no GPU").to_string();
+        assert_eq!(
+            error,
+            "device: expected a program built with the feature cuda for cuda:1, got one without it"
+        );
+        assert!(DeviceChoice::Auto.open().expect("the processor").device.is_cpu());
+    }
+}
