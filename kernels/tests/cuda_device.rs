@@ -20,5 +20,7 @@ mod ops;
 mod probing;
 #[path = "cuda_device/rejects.rs"]
 mod rejects;
+#[path = "cuda_device/rows.rs"]
+mod rows;
 #[path = "cuda_device/support.rs"]
 mod support;
