@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use std::{env, fs};
 
 const VARIABLE: &str = "MEGACONTEXT_CUDA_FATBINS";
-const MODULES: [&str; 10] = [
+const MODULES: [&str; 11] = [
     "attention_bounds",
     "attention_forward",
     "attention_backward",
@@ -20,6 +20,7 @@ const MODULES: [&str; 10] = [
     "rows",
     "mlp",
     "embedding",
+    "dora",
 ];
 const HEADERS: [&str; 3] = ["device.cuh", "products.cuh", "attention.cuh"];
 

@@ -1,6 +1,8 @@
-// Small work on rows: values into another storage type, sums of streams, biases, sums over rows, heads that lie together.
+// Small work on rows: values into another storage type, sums of streams, biases, sums over rows, heads that lie together,
+// dropout.
 //
-// Sources: none but their definitions. Queries, keys and values of each head may lie side by side, [N, H, 3, D] (GPT-NeoX):
+// Sources: none but their definitions; the mask of dropout is a hash of a value's place (SplitMix64's, Steele et al. 2014), the
+// same as on the CPU. Queries, keys and values of each head may lie side by side, [N, H, 3, D] (GPT-NeoX):
 // `split` takes them apart into three [N, H, D], `join` is its transpose.
 //
 // Shapes: x and y of one length, or x [O] beside y [n, O], in their storage types; sums over rows of g [n, O] are f32, made in
@@ -107,6 +109,46 @@ __device__ void heads(const HeadsArgs& a) {
         store(part, load<V>(fused));
 }
 
+struct DropoutArgs {
+    const void* x;
+    void* y;
+    long long count;
+    // The place of the first value in its tensor.
+    unsigned long long first, seed;
+    // A value is zero where 32 bits of its place's hash are below this.
+    unsigned long long threshold;
+};
+
+// y (+)= x where the mask keeps it, without a factor: that is the product's. Grid: enough threads for count / V; the last vector
+// may be short.
+template <class T, int V, bool ADD>
+__device__ __forceinline__ void keep(const DropoutArgs& a, long long at) {
+    const Vector<T, V> x = load<V>(static_cast<const T*>(a.x) + at);
+    T* const y = static_cast<T*>(a.y) + at;
+    Vector<T, V> out;
+    if constexpr (ADD) out = load<V>(y);
+#pragma unroll
+    for (int e = 0; e < V; ++e) {
+        unsigned long long z = a.seed + (a.first + (unsigned long long)(at + e)) * 0x9E3779B97F4A7C15ull;
+        z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9ull;
+        z = (z ^ (z >> 27)) * 0x94D049BB133111EBull;
+        const bool kept = z >> 32 >= a.threshold;
+        if constexpr (ADD)
+            out.values[e] = put<T>(get(out.values[e]) + (kept ? get(x.values[e]) : 0.0f));
+        else
+            out.values[e] = kept ? x.values[e] : put<T>(0.0f);
+    }
+    store(y, out);
+}
+template <class T, int V, bool ADD>
+__device__ void dropout(const DropoutArgs& a) {
+    const long long at = ((long long)blockIdx.x * blockDim.x + threadIdx.x) * V;
+    if (at + V <= a.count)
+        keep<T, V, ADD>(a, at);
+    else
+        for (long long i = at; i < a.count; ++i) keep<T, 1, ADD>(a, i);
+}
+
 // The ones with `vectors` where sizes and addresses are multiples of V.
 #define ROWS_WORK(work, WORK, REPEATS, X, Y, name, V)                                                     \
     extern "C" __global__ void __launch_bounds__(256) rows_##work##_##name(const RowsArgs a) {            \
@@ -120,6 +162,13 @@ __device__ void heads(const HeadsArgs& a) {
     ROWS_WORK(add, Add, false, X, Y, name, V)             \
     ROWS_WORK(fill, Convert, true, X, Y, name, V)         \
     ROWS_WORK(add_bias, Add, true, X, Y, name, V)
+#define ROWS_DROPOUT(work, T, name, V, ADD)                                                               \
+    extern "C" __global__ void __launch_bounds__(256) rows_##work##_##name(const DropoutArgs a) {         \
+        dropout<T, 1, ADD>(a);                                                                            \
+    }                                                                                                     \
+    extern "C" __global__ void __launch_bounds__(256) rows_##work##_vectors_##name(const DropoutArgs a) { \
+        dropout<T, V, ADD>(a);                                                                            \
+    }
 #define ROWS_KIND(T, name, V)                                                                             \
     ROWS_PAIR(T, T, name, V)                                                                              \
     ROWS_WORK(scale, Scale, false, T, T, name, V)                                                         \
@@ -140,7 +189,8 @@ __device__ void heads(const HeadsArgs& a) {
     }                                                                                                     \
     extern "C" __global__ void __launch_bounds__(256) rows_join_vectors_##name(const HeadsArgs a) {       \
         heads<T, V, true>(a);                                                                             \
-    }
+    }                                                                                                     \
+    ROWS_DROPOUT(dropout, T, name, V, false)
 
 ROWS_KIND(float, f32, 4)
 ROWS_KIND(Bf16, bf16, 8)
@@ -149,3 +199,4 @@ ROWS_PAIR(float, Bf16, f32_to_bf16, 4)
 ROWS_PAIR(float, F16, f32_to_f16, 4)
 ROWS_PAIR(Bf16, float, bf16_to_f32, 4)
 ROWS_PAIR(F16, float, f16_to_f32, 4)
+ROWS_DROPOUT(dropout_add, float, f32, 4, true)

@@ -12,6 +12,8 @@ mod compiler;
 mod images;
 #[path = "cuda_device/inside.rs"]
 mod inside;
+#[path = "cuda_device/layers.rs"]
+mod layers;
 #[path = "cuda_device/linear.rs"]
 mod linear;
 #[path = "cuda_device/ops.rs"]

@@ -30,6 +30,9 @@ namespace feeding {
 namespace tables {
 #include "../embedding.cu"
 }
+namespace magnitudes {
+#include "../dora.cu"
+}
 
 namespace emulated_driver {
 
@@ -74,6 +77,7 @@ inline std::map<std::string, Kernel>& kernels() {
     using namespace streams;
     using namespace feeding;
     using namespace tables;
+    using namespace magnitudes;
     static std::map<std::string, Kernel> table{
         KERNEL("attention_bounds", attention_bounds, 1024)
         WIDTHS("attention_forward", attention_forward)
@@ -90,9 +94,13 @@ inline std::map<std::string, Kernel>& kernels() {
         BOTH(PAIRS, "rows", rows_fill) BOTH(PAIRS, "rows", rows_add_bias)
         BOTH(KINDS_256, "rows", rows_scale) BOTH(KINDS_256, "rows", rows_sum_piece) KERNEL("rows", rows_sum, 256)
         BOTH(KINDS_256, "rows", rows_split) BOTH(KINDS_256, "rows", rows_join)
+        BOTH(KINDS_256, "rows", rows_dropout)
+        KERNEL("rows", rows_dropout_add_f32, 256) KERNEL("rows", rows_dropout_add_vectors_f32, 256)
         BOTH(KINDS_256, "mlp", mlp_forward) BOTH(KINDS_256, "mlp", mlp_backward)
         BOTH(PAIRS, "embedding", embedding_gather)
         KERNEL("embedding", embedding_scatter, 256) KERNEL("embedding", embedding_scatter_vectors, 256)
+        BOTH(PAIRS, "dora", dora_columns) BOTH(KINDS_256, "dora", dora_products)
+        KERNEL("dora", dora_magnitude, 256) KERNEL("dora", dora_lengths, 256)
     };
     return table;
 }

@@ -18,6 +18,7 @@ namespace feeding {
 #include "../mlp.cu"
 }
 #include "../embedding.cu"
+#include "../dora.cu"
 
 #define STRUCT(name, type) std::printf("\n%s %zu", name, sizeof(type))
 #define FIELD(type, field) std::printf(" %s %zu", #field, offsetof(type, field))
@@ -72,5 +73,15 @@ int main() {
     using C = ScatterArgs;
     STRUCT("ScatterArgs", C);
     FIELD(C, rows), FIELD(C, table), FIELD(C, ids), FIELD(C, starts), FIELD(C, places), FIELD(C, width);
+    using P = streams::DropoutArgs;
+    STRUCT("DropoutArgs", P);
+    FIELD(P, x), FIELD(P, y), FIELD(P, count), FIELD(P, first), FIELD(P, seed), FIELD(P, threshold);
+    using K = ColumnsArgs;
+    STRUCT("ColumnsArgs", K);
+    FIELD(K, x), FIELD(K, c), FIELD(K, y), FIELD(K, count), FIELD(K, width), FIELD(K, add);
+    using G = MagnitudeArgs;
+    STRUCT("MagnitudeArgs", G);
+    FIELD(G, g), FIELD(G, z), FIELD(G, norms), FIELD(G, partials), FIELD(G, sum), FIELD(G, rows), FIELD(G, width);
+    FIELD(G, rows_per_piece), FIELD(G, pieces);
     std::printf("\n");
 }

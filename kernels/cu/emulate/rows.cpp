@@ -1,4 +1,4 @@
-// Rows, activations and embeddings against plain loops in f64.
+// Rows, activations, embeddings, dropout and DoRA's kernels against plain loops in f64.
 //
 // Each kernel file is in a namespace of its own, as in ops.cpp.
 #include "check.h"
@@ -11,6 +11,9 @@ namespace feeding {
 }
 namespace tables {
 #include "../embedding.cu"
+}
+namespace magnitudes {
+#include "../dora.cu"
 }
 
 using namespace check;
@@ -196,8 +199,95 @@ void check_scatter(int width) {
     close<float>("scatter", text, got, std::vector<double>(expected.begin(), expected.end()), 0);
 }
 
+// A tensor in two pieces: the mask goes by places of the whole.
+template <class T, int V>
+void check_dropout(int count, int first) {
+    const Run run{runs++};
+    char text[80];
+    std::snprintf(text, sizeof text, "%d values from place %d on, V %d", count, first, V);
+    const uint64_t seed = 0xfedcba9876543210u, threshold = uint64_t(0.3 * 4294967296.0);
+    const auto x = random<T>(count, 1), y = random<T>(count, 2);
+    std::vector<double> dropped, added;
+    int kept = 0;
+    for (int i = 0; i < count; ++i) {
+        uint64_t z = seed + uint64_t(first + i) * 0x9E3779B97F4A7C15u;
+        z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9u;
+        z = (z ^ z >> 27) * 0x94D049BB133111EBu;
+        const bool keep = z >> 32 >= threshold;
+        kept += keep;
+        dropped.push_back(keep ? get(x[i]) : 0);
+        added.push_back(get(y[i]) + dropped.back());
+    }
+    if (count > 400 && std::fabs(double(kept) / count - 0.7) > 0.1) {
+        ++failures();
+        std::printf("FAILED dropout: %d of %d kept, expected 0.7\n", kept, count);
+    }
+    Guarded<T> device_x(x, false), got(count, false), sum(y, false);
+    streams::DropoutArgs args{device_x.data(), got.data(), count, uint64_t(first), seed, threshold};
+    over(run, (count + V - 1) / V, [&] { streams::dropout<T, V, false>(args); });
+    close<T>("dropout", text, got, dropped, 0);
+    args.y = sum.data();
+    over(run, (count + V - 1) / V, [&] { streams::dropout<T, V, true>(args); });
+    close<T>("dropout, added", text, sum, added);
+}
+
+template <class X, class Y, int V>
+void check_columns(int rows, int width) {
+    const Run run{runs++};
+    const bool at_end = run.at_end();
+    char text[80];
+    std::snprintf(text, sizeof text, "[%d, %d], V %d", rows, width, V);
+    const auto x = random<X>(size_t(rows) * width, 1);
+    const auto y = random<Y>(x.size(), 2);
+    const auto c = random<float>(width, 3, 4.0f);
+    for (int add : {0, 1}) {
+        std::vector<double> expected;
+        for (size_t i = 0; i < x.size(); ++i) expected.push_back((add ? get(y[i]) : 0) + double(c[i % width]) * get(x[i]));
+        Guarded<X> device_x(x, at_end);
+        Guarded<float> device_c(c, at_end);
+        Guarded<Y> set(x.size(), at_end), sum(y, at_end);
+        Guarded<Y>& got = add ? sum : set;
+        const magnitudes::ColumnsArgs args{device_x.data(), device_c.data(), got.data(), (long long)x.size(), width, add};
+        over(run, (long long)x.size() / V, [&] { magnitudes::columns<X, Y, V>(args); });
+        close<Y>(std::string("columns of ") + name<X>(), text, got, expected);
+    }
+}
+
+template <class G, int V>
+void check_magnitudes(int rows, int width, int rows_per_piece) {
+    const Run run{runs++};
+    const bool at_end = run.at_end();
+    char text[80];
+    std::snprintf(text, sizeof text, "[%d, %d], %d rows a piece, V %d", rows, width, rows_per_piece, V);
+    const auto g = random<G>(size_t(rows) * width, 1);
+    const auto z = random<float>(g.size(), 2);
+    auto norms = random<float>(width, 3);
+    const auto start = random<float>(width, 4);
+    for (float& norm : norms) norm = 1.5f + norm;
+    std::vector<double> sums(start.begin(), start.end()), lengths(rows);
+    for (size_t i = 0; i < g.size(); ++i) {
+        sums[i % width] += double(get(g[i])) * z[i] / norms[i % width];
+        lengths[i / width] += double(z[i]) * z[i];
+    }
+    for (double& length : lengths) length = std::sqrt(length);
+    const int pieces = (rows + rows_per_piece - 1) / rows_per_piece;
+    Guarded<G> device_g(g, at_end);
+    Guarded<float> device_z(z, at_end), device_norms(norms, at_end), partials(size_t(pieces) * width, at_end);
+    Guarded<float> got(start, at_end), got_lengths(rows, at_end);
+    const magnitudes::MagnitudeArgs args{device_g.data(), device_z.data(), device_norms.data(), partials.data(), got.data(),
+                                         rows,            width,           rows_per_piece,      pieces};
+    over(run, width / V, [&] { magnitudes::products<G, V>(args); }, unsigned(pieces));
+    over(run, width, [&] { magnitudes::dora_magnitude(args); });
+    close<float>(std::string("gradient of magnitudes of ") + name<G>(), text, got, sums);
+    emulated::launch(dim3(rows), dim3(64), 64 * sizeof(double),
+                     [&] { magnitudes::dora_lengths(device_z.data(), width, got_lengths.data()); }, run.order());
+    close<float>("lengths of rows", text, got_lengths, lengths, 1e-6);
+}
+
 template <class X, class Y, int V>
 void check_pair() {
+    check_columns<X, Y, 1>(3, 37);
+    check_columns<X, Y, V>(5, 48);
     check_streams<X, Y, 1>(3, 37);
     check_streams<X, Y, V>(5, 48);
     check_streams<X, Y, V>(1, 37);
@@ -214,9 +304,13 @@ void check_stored() {
     check_scale_and_sums<T, V>(1, 8, 1);
     check_heads<T, 1>(3, 2, 5);
     check_heads<T, V>(2, 3, 16);
+    check_magnitudes<T, 1>(7, 37, 3);
+    check_magnitudes<T, V>(12, 144, 4);
     for (int count : {1, 7, 64, 515}) {
         check_mlp<T, 1>(count);
         check_mlp<T, V>(count);
+        check_dropout<T, 1>(count, 0);
+        check_dropout<T, V>(count, 1001);
     }
 }
 

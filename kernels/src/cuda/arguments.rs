@@ -202,6 +202,42 @@ pub(super) struct ScatterArgs {
     pub width: i64,
 }
 
+#[derive(Clone, Copy, Debug, Default)]
+#[repr(C)]
+pub(super) struct DropoutArgs {
+    pub x: CUdeviceptr,
+    pub y: CUdeviceptr,
+    pub count: i64,
+    pub first: u64,
+    pub seed: u64,
+    pub threshold: u64,
+}
+
+#[derive(Clone, Copy, Debug, Default)]
+#[repr(C)]
+pub(super) struct ColumnsArgs {
+    pub x: CUdeviceptr,
+    pub c: CUdeviceptr,
+    pub y: CUdeviceptr,
+    pub count: i64,
+    pub width: i64,
+    pub add: i32,
+}
+
+#[derive(Clone, Copy, Debug, Default)]
+#[repr(C)]
+pub(super) struct MagnitudeArgs {
+    pub g: CUdeviceptr,
+    pub z: CUdeviceptr,
+    pub norms: CUdeviceptr,
+    pub partials: CUdeviceptr,
+    pub sum: CUdeviceptr,
+    pub rows: i64,
+    pub width: i64,
+    pub rows_per_piece: i64,
+    pub pieces: i32,
+}
+
 // SAFETY: these are plain C structs of numbers and device addresses, as the kernels declare them.
 unsafe impl DeviceRepr for AttentionArgs {}
 // SAFETY: as above.
@@ -228,3 +264,9 @@ unsafe impl DeviceRepr for MlpArgs {}
 unsafe impl DeviceRepr for GatherArgs {}
 // SAFETY: as above.
 unsafe impl DeviceRepr for ScatterArgs {}
+// SAFETY: as above.
+unsafe impl DeviceRepr for DropoutArgs {}
+// SAFETY: as above.
+unsafe impl DeviceRepr for ColumnsArgs {}
+// SAFETY: as above.
+unsafe impl DeviceRepr for MagnitudeArgs {}

@@ -46,6 +46,8 @@ pub enum Module {
     Mlp,
     /// embedding.cu
     Embedding,
+    /// dora.cu
+    Dora,
 }
 
 macro_rules! text {
@@ -66,7 +68,7 @@ const BUILT_FOR: [i32; 2] = [8, 9];
 
 impl Module {
     /// All of them.
-    pub const ALL: [Self; 10] = [
+    pub const ALL: [Self; 11] = [
         Self::Bounds,
         Self::Forward,
         Self::Backward,
@@ -77,6 +79,7 @@ impl Module {
         Self::Rows,
         Self::Mlp,
         Self::Embedding,
+        Self::Dora,
     ];
 
     /// The file's name without its ending.
@@ -92,6 +95,7 @@ impl Module {
             Self::Rows => "rows",
             Self::Mlp => "mlp",
             Self::Embedding => "embedding",
+            Self::Dora => "dora",
         }
     }
 
@@ -107,6 +111,7 @@ impl Module {
             Self::Rows => text!("rows.cu"),
             Self::Mlp => text!("mlp.cu"),
             Self::Embedding => text!("embedding.cu"),
+            Self::Dora => text!("dora.cu"),
         }
     }
 

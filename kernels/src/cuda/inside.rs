@@ -3,8 +3,8 @@
 use std::mem::offset_of;
 
 use super::arguments::{
-    AdamWArgs, AttentionArgs, BoundsArgs, DampingArgs, GatherArgs, HeadsArgs, LossArgs, MlpArgs, NormArgs,
-    Operand, RopeArgs, RowsArgs, ScatterArgs, SumArgs,
+    AdamWArgs, AttentionArgs, BoundsArgs, ColumnsArgs, DampingArgs, DropoutArgs, GatherArgs, HeadsArgs,
+    LossArgs, MagnitudeArgs, MlpArgs, NormArgs, Operand, RopeArgs, RowsArgs, ScatterArgs, SumArgs,
 };
 use super::attention::sizes::{Sizes, WIDTHS};
 
@@ -34,6 +34,9 @@ pub fn layouts() -> Vec<String> {
         layout!(MlpArgs: gate up out gradient count activation),
         layout!(GatherArgs: table ids out count width),
         layout!(ScatterArgs: rows table ids starts places width),
+        layout!(DropoutArgs: x y count first seed threshold),
+        layout!(ColumnsArgs: x c y count width add),
+        layout!(MagnitudeArgs: g z norms partials sum rows width rows_per_piece pieces),
     ]
 }
 

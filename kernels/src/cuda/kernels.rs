@@ -50,6 +50,16 @@ pub(super) struct RowsKernels {
     pub sum: CudaFunction,
     pub split: [Forms; 3],
     pub join: [Forms; 3],
+    pub dropout: [Forms; 3],
+    pub dropout_add: Forms,
+}
+
+/// Those of dora.cu.
+pub(super) struct DoraKernels {
+    pub columns: Pairs,
+    pub products: [Forms; 3],
+    pub magnitude: CudaFunction,
+    pub lengths: CudaFunction,
 }
 
 /// All of them.
@@ -74,6 +84,7 @@ pub(super) struct Kernels {
     pub mlp_backward: [Forms; 3],
     pub gather: Pairs,
     pub scatter: Forms,
+    pub dora: DoraKernels,
 }
 
 fn array<T, const N: usize>(make: impl FnMut(usize) -> Result<T, CudaError>) -> Result<[T; N], CudaError> {
@@ -96,8 +107,8 @@ impl Kernels {
             [module(Module::Bounds)?, module(Module::Forward)?, module(Module::Backward)?];
         let [rope, norm, loss, adamw] =
             [module(Module::Rope)?, module(Module::Norm)?, module(Module::Loss)?, module(Module::AdamW)?];
-        let [rows, mlp, embedding] =
-            [module(Module::Rows)?, module(Module::Mlp)?, module(Module::Embedding)?];
+        let [rows, mlp, embedding, dora] =
+            [module(Module::Rows)?, module(Module::Mlp)?, module(Module::Embedding)?, module(Module::Dora)?];
         let get = |module: &Arc<CudaModule>, name: &str| {
             module.load_function(name).map_err(CudaError::call(format!("kernel {name}")))
         };
@@ -165,11 +176,19 @@ impl Kernels {
                 sum: get(&rows, "rows_sum")?,
                 split: by_kind(&rows, "rows_split")?,
                 join: by_kind(&rows, "rows_join")?,
+                dropout: by_kind(&rows, "rows_dropout")?,
+                dropout_add: forms(&rows, "rows_dropout_add", "f32")?,
             },
             mlp_forward: by_kind(&mlp, "mlp_forward")?,
             mlp_backward: by_kind(&mlp, "mlp_backward")?,
             gather: by_pair(&embedding, "embedding_gather")?,
             scatter: [get(&embedding, "embedding_scatter")?, get(&embedding, "embedding_scatter_vectors")?],
+            dora: DoraKernels {
+                columns: by_pair(&dora, "dora_columns")?,
+                products: by_kind(&dora, "dora_products")?,
+                magnitude: get(&dora, "dora_magnitude")?,
+                lengths: get(&dora, "dora_lengths")?,
+            },
         })
     }
 }
