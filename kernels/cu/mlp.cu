@@ -103,6 +103,7 @@ __device__ __forceinline__ void through(const MlpArgs& a) {
             forward_some<F, T, V>(a, at);
         return;
     }
+#pragma unroll 1
     for (long long i = at; i < a.count; ++i)
         if constexpr (BACKWARD)
             backward_some<F, T, 1>(a, i);

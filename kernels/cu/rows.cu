@@ -46,6 +46,7 @@ __device__ void each(const RowsArgs& a) {
     if (at + V <= a.count)
         some<WORK, X, Y, V>(x + (REPEATS ? at % a.width : at), y + at, a.factor);
     else
+#pragma unroll 1
         for (long long i = at; i < a.count; ++i) some<WORK, X, Y, 1>(x + (REPEATS ? i % a.width : i), y + i, a.factor);
 }
 
@@ -146,6 +147,7 @@ __device__ void dropout(const DropoutArgs& a) {
     if (at + V <= a.count)
         keep<T, V, ADD>(a, at);
     else
+#pragma unroll 1
         for (long long i = at; i < a.count; ++i) keep<T, 1, ADD>(a, i);
 }
 

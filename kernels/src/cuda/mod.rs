@@ -6,7 +6,7 @@
 //! | [`crate::attention::slices`], [`crate::attention::prefix`] | [`attention`] | `attention_bounds.cu`, `attention_forward.cu`, `attention_backward.cu` |
 //! | [`crate::rope`] | [`rope`] | `rope.cu` |
 //! | [`crate::norm`] | [`norm`] | `norm.cu` |
-//! | [`crate::linear`] | [`linear`] | cuBLASLt's |
+//! | [`crate::linear`] | [`linear`] | cuBLASLt's, `rows.cu`, `dora.cu` |
 //! | [`crate::loss`], from logits on | [`loss`] | `loss.cu` |
 //! | [`crate::adamw`] | [`adamw`] | `adamw.cu` |
 //! | [`crate::rows`] | [`rows`] | `rows.cu` |
