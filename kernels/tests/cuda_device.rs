@@ -12,6 +12,8 @@ mod compiler;
 mod images;
 #[path = "cuda_device/inside.rs"]
 mod inside;
+#[path = "cuda_device/layers.rs"]
+mod layers;
 #[path = "cuda_device/linear.rs"]
 mod linear;
 #[path = "cuda_device/ops.rs"]
@@ -20,5 +22,7 @@ mod ops;
 mod probing;
 #[path = "cuda_device/rejects.rs"]
 mod rejects;
+#[path = "cuda_device/rows.rs"]
+mod rows;
 #[path = "cuda_device/support.rs"]
 mod support;

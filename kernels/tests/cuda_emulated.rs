@@ -39,3 +39,8 @@ fn attention_equals_the_reference() -> Result<()> {
 fn ropes_norms_losses_and_steps_equal_the_reference() -> Result<()> {
     passes("ops")
 }
+
+#[test]
+fn rows_activations_and_embeddings_equal_the_reference() -> Result<()> {
+    passes("rows")
+}

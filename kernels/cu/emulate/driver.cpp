@@ -20,26 +20,14 @@
 #include <map>
 #include <mutex>
 #include <string>
-#include <tuple>
 #include <utility>
 
-#include "../attention_bounds.cu"
-#include "../attention_forward.cu"
-#include "../attention_backward.cu"
-namespace rotary {
-#include "../rope.cu"
-}
-namespace norms {
-#include "../norm.cu"
-}
-namespace losses {
-#include "../loss.cu"
-}
-namespace optimiser {
-#include "../adamw.cu"
-}
+#include "kernels.h"
 
 namespace {
+
+using emulated_driver::Kernel;
+using emulated_driver::kernels;
 
 // Results, as cuda.h numbers them.
 enum Result : int {
@@ -56,59 +44,6 @@ enum Result : int {
     NOT_READY = 600,
     LAUNCH_OUT_OF_RESOURCES = 701,
 };
-
-// Calls a kernel with the arguments that `params` points to.
-template <class... Args, size_t... I>
-void call(void (*kernel)(Args...), void** params, std::index_sequence<I...>) {
-    kernel(*static_cast<std::remove_cv_t<Args>*>(params[I])...);
-}
-template <auto KERNEL, class... Args>
-void through(void (*)(Args...), void** params) {
-    call(KERNEL, params, std::make_index_sequence<sizeof...(Args)>());
-}
-
-struct Kernel {
-    const char* module;
-    unsigned threads;
-    void (*run)(void** params);
-    size_t shared = 48 << 10;
-};
-
-std::map<std::string, Kernel>& kernels() {
-#define KERNEL(module, name, threads) \
-    {#name, Kernel{module, threads, [](void** params) { through<&name>(&name, params); }}},
-#define KINDS(module, name, threads) \
-    KERNEL(module, name##_f32, threads) KERNEL(module, name##_bf16, threads) KERNEL(module, name##_f16, threads)
-#define WIDTHS(module, name)                                                                                   \
-    KINDS_OF(module, name, 32) KINDS_OF(module, name, 64) KINDS_OF(module, name, 96) KINDS_OF(module, name, 128) \
-    KINDS_OF(module, name, 256)
-#define KINDS_OF(module, name, D) \
-    KERNEL(module, name##_f32_##D, 128) KERNEL(module, name##_bf16_##D, 128) KERNEL(module, name##_f16_##D, 128)
-#define NORM_PAIRS(name)                                                                               \
-    KINDS("norm", name, 256)                                                                           \
-    KERNEL("norm", name##_f32_to_bf16, 256) KERNEL("norm", name##_f32_to_f16, 256)                     \
-    KERNEL("norm", name##_bf16_to_f32, 256) KERNEL("norm", name##_f16_to_f32, 256)
-    using namespace rotary;
-    using namespace norms;
-    using namespace losses;
-    using namespace optimiser;
-    static std::map<std::string, Kernel> table{
-        KERNEL("attention_bounds", attention_bounds, 1024)
-        WIDTHS("attention_forward", attention_forward)
-        KINDS("attention_backward", attention_delta, 256)
-        WIDTHS("attention_backward", attention_queries)
-        WIDTHS("attention_backward", attention_keys)
-        KINDS("rope", rope, 256) KINDS("rope", rope_vectors, 256) KINDS("rope", rope_damping, 128)
-        NORM_PAIRS(rms_forward) NORM_PAIRS(rms_forward_vectors)
-        NORM_PAIRS(layer_forward) NORM_PAIRS(layer_forward_vectors)
-        KINDS("norm", rms_backward, 256) KINDS("norm", rms_backward_vectors, 256)
-        KINDS("norm", layer_backward, 256) KINDS("norm", layer_backward_vectors, 256)
-        KERNEL("norm", norm_sums, 1024)
-        KERNEL("loss", loss_nll, 256) KINDS("loss", loss_kl, 256)
-        KERNEL("adamw", adamw, 256) KERNEL("adamw", adamw_rows, 256) KERNEL("adamw", sum_of_squares, 256)
-    };
-    return table;
-}
 
 struct Allocation {
     emulated::Guarded<unsigned char> bytes;
