@@ -6,8 +6,7 @@
 
 #[path = "cuda_device/attention.rs"]
 mod attention;
-#[path = "cuda_device/compiler.rs"]
-mod compiler;
+mod emulated;
 #[path = "cuda_device/images.rs"]
 mod images;
 #[path = "cuda_device/inside.rs"]

@@ -10,7 +10,7 @@ use std::process::Command;
 
 use anyhow::{Context, Result, ensure};
 
-#[path = "cuda_device/compiler.rs"]
+#[path = "emulated/compiler.rs"]
 mod compiler;
 
 /// Compiles one program of `cu/emulate` and runs it; its own comparisons decide.

@@ -272,7 +272,12 @@ impl<'p, 'a, M: Machine, S: Activation> Block<'p, 'a, M, S> {
     }
 
     /// Queries, keys and values of `x` [N, E], normed and rotated, into `saved`.
-    pub(crate) fn qkv(&self, x: &M::Buffer<S>, saved: &mut Saved<M, S>, ws: &mut Workspace<M, S>) -> Result<()> {
+    pub(crate) fn qkv(
+        &self,
+        x: &M::Buffer<S>,
+        saved: &mut Saved<M, S>,
+        ws: &mut Workspace<M, S>,
+    ) -> Result<()> {
         let (machine, c) = (self.pass.machine, self.pass.config);
         let Workspace { normed, gated, linear, .. } = ws;
         machine.norm_forward(&self.attention_in, x, normed)?;

@@ -334,7 +334,7 @@ impl Decoder {
     }
 
     /// What token embeddings are multiplied by. In class bf16 it is rounded as transformers rounds it there.
-    fn embedding_scale(&self) -> Option<f32> {
+    pub(crate) fn embedding_scale(&self) -> Option<f32> {
         let scale = self.config.architecture.embedding_scale? as f32;
         Some(if self.precision.stores_bf16() { bf16::put(scale).get() } else { scale })
     }

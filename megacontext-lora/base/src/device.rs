@@ -121,12 +121,9 @@ impl DeviceChoice {
 #[cfg(feature = "cuda")]
 fn gpu(number: usize) -> Result<Device> {
     use megacontext_kernels::cuda::Device as Opened;
-    use megacontext_kernels::cuda::linear::Products;
     use megacontext_kernels::error::KernelError;
 
-    let device = Opened::open(number).map_err(KernelError::from)?;
-    let products = Products::open(&device)?;
-    Ok(Device::Cuda(Arc::new(Gpu { device, products })))
+    Device::with_kernels(Opened::open(number).map_err(KernelError::from)?)
 }
 
 #[cfg(not(feature = "cuda"))]
@@ -139,6 +136,16 @@ fn gpu(number: usize) -> Result<Device> {
 }
 
 impl Device {
+    /// A GPU whose kernels have been loaded.
+    ///
+    /// # Errors
+    /// When there is no cuBLASLt that it can use.
+    #[cfg(feature = "cuda")]
+    pub fn with_kernels(device: megacontext_kernels::cuda::Device) -> Result<Self> {
+        let products = megacontext_kernels::cuda::linear::Products::open(&device)?;
+        Ok(Self::Cuda(Arc::new(Gpu { device, products })))
+    }
+
     /// As [`DeviceChoice`] names it: `cpu`, `cuda:0`.
     pub fn name(&self) -> String {
         match self {

@@ -377,12 +377,14 @@ macro_rules! on_machine {
             ($crate::decoder::Place::Gpu($machine), false) => {
                 type $M = $crate::machine::gpu::Gpu;
                 type $S = f32;
+                let $machine: &$M = $machine;
                 $body
             }
             #[cfg(feature = "cuda")]
             ($crate::decoder::Place::Gpu($machine), true) => {
                 type $M = $crate::machine::gpu::Gpu;
                 type $S = megacontext_kernels::store::bf16;
+                let $machine: &$M = $machine;
                 $body
             }
         }
