@@ -15,6 +15,7 @@
 //
 // The environment sets what is there: EMULATED_DEVICES (1), EMULATED_CAPABILITY (80), EMULATED_VERSION (12000),
 // EMULATED_SHARED (166912).
+#include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <map>
@@ -56,6 +57,8 @@ struct State {
     // By address.
     std::map<uint64_t, Allocation> memory;
     size_t made = 0, launches = 0, contexts = 0;
+    // Bytes that live, and the most that did since somebody asked.
+    size_t bytes = 0, most = 0;
 };
 
 State& state() {
@@ -97,6 +100,8 @@ Result allocate(uint64_t* address, size_t size) {
     Allocation allocation{emulated::Guarded<unsigned char>((size + 15) / 16 * 16, at_end), size};
     *address = uint64_t(allocation.bytes.data());
     state().memory.emplace(*address, std::move(allocation));
+    state().bytes += size;
+    state().most = std::max(state().most, state().bytes);
     return SUCCESS;
 }
 
@@ -108,6 +113,7 @@ Result release(uint64_t address) {
     // What lies behind the last byte was filled with ones.
     for (size_t i = found->second.size; i % 16; ++i)
         if (found->second.bytes[i] != 0xff) emulated::fail("bytes behind an allocation were written");
+    state().bytes -= found->second.size;
     state().memory.erase(found);
     return SUCCESS;
 }
@@ -136,6 +142,17 @@ API size_t emulated_allocations() {
 API size_t emulated_contexts() {
     std::lock_guard<std::mutex> guard(state().lock);
     return state().contexts;
+}
+// Bytes that live, or the most that did since this was asked for last.
+API size_t emulated_bytes() {
+    std::lock_guard<std::mutex> guard(state().lock);
+    return state().bytes;
+}
+API size_t emulated_most_bytes() {
+    std::lock_guard<std::mutex> guard(state().lock);
+    const size_t most = state().most;
+    state().most = state().bytes;
+    return most;
 }
 API size_t emulated_launches() {
     std::lock_guard<std::mutex> guard(state().lock);

@@ -7,6 +7,8 @@
 //! Shapes: N = B·T entries; E model width, Q = H·D, KV = G·D, F feed-forward width, H heads, r rank, V vocabulary.
 //! S is the storage of activations: f32, or bf16 in the precision class of that name. Gradients are f32.
 
+pub mod gpu;
+
 use std::marker::PhantomData;
 use std::ops::{Deref, DerefMut};
 

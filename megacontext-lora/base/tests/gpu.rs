@@ -14,6 +14,8 @@ mod adapters;
 mod documents;
 #[path = "../../../kernels/tests/emulated/mod.rs"]
 mod emulated;
+#[path = "gpu/memory.rs"]
+mod memory;
 #[path = "gpu/steps.rs"]
 mod steps;
 #[path = "gpu/support.rs"]

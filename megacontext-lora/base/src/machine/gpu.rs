@@ -73,11 +73,6 @@ impl Gpu {
         Device::Cuda(self.opened.clone())
     }
 
-    /// Bytes of parameters on it.
-    pub fn parameter_bytes(&self) -> u64 {
-        self.parameters.bytes()
-    }
-
     fn kernels(&self) -> &Kernels {
         &self.opened.device
     }

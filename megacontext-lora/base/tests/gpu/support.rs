@@ -39,13 +39,42 @@ pub const FOLDERS: [&str; 11] = [
 /// A device for one test at a time.
 pub struct Lease {
     pub device: Device,
+    driver: Option<&'static Library>,
     _alone: MutexGuard<'static, ()>,
+}
+
+/// The emulated device's account of its memory.
+pub struct Memory(&'static Library);
+
+impl Memory {
+    fn ask(&self, function: &[u8]) -> Result<u64> {
+        // SAFETY: the library is `cu/emulate/driver.cpp`, and this is the functions' type.
+        let asked = unsafe { self.0.get::<extern "C" fn() -> usize>(function) }?;
+        Ok(asked() as u64)
+    }
+
+    /// Bytes that live.
+    pub fn now(&self) -> Result<u64> {
+        self.ask(b"emulated_bytes")
+    }
+
+    /// The most that did since this was asked for last.
+    pub fn most(&self) -> Result<u64> {
+        self.ask(b"emulated_most_bytes")
+    }
+}
+
+impl Lease {
+    /// None on a GPU.
+    pub fn memory(&self) -> Option<Memory> {
+        self.driver.map(Memory)
+    }
 }
 
 struct Found {
     device: Device,
-    /// What the emulated device is made of.
-    _libraries: Vec<Library>,
+    /// What the emulated device is made of: driver, cuBLASLt.
+    libraries: Vec<Library>,
 }
 
 fn find() -> Result<Option<Found>> {
@@ -54,7 +83,7 @@ fn find() -> Result<Option<Found>> {
             println!("on {}", devices[0].name);
             return Ok(Some(Found {
                 device: Device::with_kernels(cuda::Device::open(0)?)?,
-                _libraries: Vec::new(),
+                libraries: Vec::new(),
             }));
         }
         Err(cuda::CudaError::NoDriver { .. }) => {}
@@ -65,7 +94,7 @@ fn find() -> Result<Option<Found>> {
     };
     let libraries = vec![preload(&driver)?, preload(&blas)?];
     let opened = cuda::Device::open_with(0, |module, _, _| Ok(emulated_image(module)))?;
-    Ok(Some(Found { device: Device::with_kernels(opened)?, _libraries: libraries }))
+    Ok(Some(Found { device: Device::with_kernels(opened)?, libraries }))
 }
 
 /// The device, alone; none where there is neither one nor a compiler.
@@ -76,7 +105,9 @@ pub fn device() -> Result<Option<Lease>> {
     match FOUND.get_or_init(|| find().map_err(|error| format!("{error:#}"))) {
         Err(error) => bail!("{error}"),
         Ok(None) => Ok(None),
-        Ok(Some(found)) => Ok(Some(Lease { device: found.device.clone(), _alone })),
+        Ok(Some(found)) => {
+            Ok(Some(Lease { device: found.device.clone(), driver: found.libraries.first(), _alone }))
+        }
     }
 }
 

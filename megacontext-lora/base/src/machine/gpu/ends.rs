@@ -1,6 +1,6 @@
 //! The decoder's two ends on a GPU: the embedding, and the losses over the output head.
 //!
-//! Logits are made [`LOGIT_BYTES`] at a time, of scored entries only, as [`megacontext_kernels::loss`] does; they become their own
+//! Logits are made a chunk at a time ([`chunk_rows`]), of scored entries only, as [`megacontext_kernels::loss`] does; they become their own
 //! gradient in place. A head or an embedding that an adapter changes (LoRA, rows of its own), and a divergence under a cap
 //! of the logits, are the host's: hidden states go there and their gradient comes back.
 
@@ -19,19 +19,12 @@ use super::buffer::{GpuBuffer, stored_as};
 use super::parameters::Copied;
 use super::{Gpu, GpuGradients};
 use crate::buffers::Activation;
+use crate::buffers::gpu::chunk_rows;
 use crate::decoder::Decoder;
 use crate::error::{BaseError, Result};
 use crate::lora::LoraModules;
 use crate::machine::{Loss, Machine, Scored, Teacher};
 use crate::params::Group;
-
-/// Logits alive at one time, in bytes of f32.
-pub(crate) const LOGIT_BYTES: usize = 256 << 20;
-
-/// Entries whose logits are alive at one time.
-pub(crate) fn chunk_rows(vocab: usize) -> usize {
-    (LOGIT_BYTES / (4 * vocab.max(1))).clamp(1, 1 << 16)
-}
 
 /// What wants a divergence's gradient: scale, weights of all entries, and where it is added.
 pub(crate) type Wanted<'a> = Option<(f32, Option<&'a [f32]>, &'a mut GpuBuffer<f32>)>;

@@ -116,15 +116,6 @@ impl Parameters {
         copies.insert(key, Copy { version, values: values.clone() });
         Ok(values)
     }
-
-    /// Bytes held.
-    pub fn bytes(&self) -> u64 {
-        fn of<P: Copied>(all: &Parameters) -> u64 {
-            let copies = P::copies(all).lock().unwrap_or_else(PoisonError::into_inner);
-            copies.values().map(|copy| (copy.values.len() * size_of::<P>()) as u64).sum()
-        }
-        of::<f32>(self) + of::<bf16>(self)
-    }
 }
 
 /// `values` on the device, stored as P, in the memory of `before` where that fits.
