@@ -43,7 +43,7 @@ use lending::Lending;
 #[unsafe(export_name = "megacontext_lora_abi_line")]
 pub static ABI_LINE: [u8; VERSION_BYTES.len()] = VERSION_BYTES;
 
-/// What the plugin can do besides its jobs.
+/// What the plugin can do besides its jobs, the devices that it has apart.
 const CAPABILITIES: &[&str] = &[
     "session:embed",
     "session:rope_tables",
@@ -77,7 +77,6 @@ const CAPABILITIES: &[&str] = &[
     "attention:dense",
     "attention:s2",
     "adapter:peft",
-    "device:cpu",
 ];
 
 #[export_root_module]
@@ -121,7 +120,10 @@ fn detected_features() -> Vec<&'static str> {
 
 extern "C" fn capabilities() -> RVec<RString> {
     let jobs = jobs::KINDS.iter().map(|kind| RString::from(format!("job:{kind}")));
-    jobs.chain(CAPABILITIES.iter().map(|name| RString::from(*name))).collect()
+    let devices = || jobs::device::capabilities().into_iter().map(RString::from).collect::<Vec<_>>();
+    // No panic crosses, whatever a driver does.
+    let devices = catch_unwind(devices).unwrap_or_else(|_| vec!["device:cpu".into()]);
+    jobs.chain(CAPABILITIES.iter().map(|name| RString::from(*name))).chain(devices).collect()
 }
 
 extern "C" fn open_session(config_json: RStr<'_>, host: HostBox) -> RResult<SessionBox, AbiError> {

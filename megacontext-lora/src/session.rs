@@ -21,6 +21,7 @@ use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use candle_core::{Device, Tensor};
 use megacontext_base::decoder::{Decoder, Forward, stored_narrow};
+use megacontext_base::device::DeviceChoice;
 use megacontext_base::gradients::{Gradients, Optimizer};
 use megacontext_base::params::{Group, Shared};
 use megacontext_base::rope::{
@@ -36,6 +37,7 @@ use serde_json::{Value, json};
 
 use crate::error::{PluginError, Result};
 use crate::host::HostApi;
+use crate::jobs::device::OnDevice;
 use crate::jobs::{self, ModelDir, model_error, parse};
 use crate::learned;
 use crate::run::folder::config_hash;
@@ -57,6 +59,8 @@ pub struct SessionConfig {
     pub adapter: Option<PathBuf>,
     /// Precision class.
     pub dtype: Precision,
+    /// What passes run on: `cpu`, `cuda:N`, or `auto`.
+    pub device: DeviceChoice,
     /// What is not as in a plain model's positions, instead of what the base's `config.json` says.
     pub positions: Option<PositionOptions>,
 }
@@ -199,6 +203,12 @@ impl Session {
             if config.adapter.is_some() {
                 return Err(PluginError::usage("session: an adapter needs a base, got none"));
             }
+            if config.device != DeviceChoice::Auto {
+                return Err(PluginError::usage(format!(
+                    "session: a device needs a base, got {} without one; jobs name their own",
+                    config.device
+                )));
+            }
             return Ok(Self::over(host, None));
         };
         let mut model = ModelDir::open(&dir)?;
@@ -206,7 +216,9 @@ impl Session {
             positions.check(model.config.architecture.rotary_width / 2).map_err(PluginError::usage)?;
             model.config.positions = positions;
         }
-        let (decoder, scaling, adapter) = model.decoder_with(config.adapter.as_deref(), config.dtype)?;
+        let on = OnDevice::open(config.device, &*host)?;
+        let (mut decoder, scaling, adapter) = model.decoder_with(config.adapter.as_deref(), config.dtype)?;
+        on.take(&mut decoder, &*host)?;
         let own = adapter.as_ref().and_then(|a| a.config.megacontext.as_ref());
         let context_length = own.map_or(model.config.context(), |own| own.context_length);
         let changed = adapter
@@ -290,11 +302,14 @@ impl Session {
         jobs::run(kind, params, &*self.host)
     }
 
-    /// Sizes and state.
+    /// Sizes and state; without a base the jobs and the devices that there are.
     pub fn describe(&self) -> Result<Value> {
         let jobs = jobs::KINDS;
         if self.loaded.is_none() {
-            return Ok(json!({ "base": null, "jobs": jobs }));
+            let mut answer = jobs::device::listed();
+            answer["base"] = Value::Null;
+            answer["jobs"] = json!(jobs);
+            return Ok(answer);
         }
         let l = self.read()?;
         let c = l.decoder.config();
@@ -319,6 +334,7 @@ impl Session {
             "adapters": l.adapters_json()["adapters"],
             "fingerprint": l.model.weights.fingerprint(),
             "dtype": l.decoder.precision(),
+            "device": l.decoder.device().describe(),
             "phase": l.phase.as_ref().map(|p| p.groups.clone()),
             "steps": l.steps,
         }))

@@ -10,7 +10,7 @@
 use std::fmt;
 use std::str::FromStr;
 #[cfg(feature = "cuda")]
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use serde::{Deserialize, Serialize};
 
@@ -135,6 +135,57 @@ fn gpu(number: usize) -> Result<Device> {
     })
 }
 
+/// A GPU of this machine, whether or not it can be used.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct FoundGpu {
+    /// As [`DeviceChoice`] names it: `cuda:0`.
+    pub device: String,
+    /// What it is: `NVIDIA H200`.
+    pub name: String,
+    /// `9.0`.
+    pub compute_capability: String,
+    /// Bytes of memory.
+    pub memory_bytes: u64,
+    /// Why the kernels do not run on it; none where they do.
+    pub unusable: Option<String>,
+}
+
+/// The GPUs of this machine, looked for when this is first asked, and kept.
+///
+/// # Errors
+/// Why there is none, in a sentence.
+#[cfg(feature = "cuda")]
+pub fn gpus() -> std::result::Result<&'static [FoundGpu], &'static str> {
+    use megacontext_kernels::cuda::{Capability, probe};
+
+    /// What the kernels are made for.
+    const LEAST: Capability = Capability { major: 8, minor: 0 };
+
+    static FOUND: OnceLock<std::result::Result<Vec<FoundGpu>, String>> = OnceLock::new();
+    let found = FOUND.get_or_init(|| {
+        let found = probe().map_err(|error| error.to_string())?;
+        let gpu = |info: megacontext_kernels::cuda::DeviceInfo| FoundGpu {
+            device: DeviceChoice::Cuda(info.ordinal).to_string(),
+            name: info.name,
+            compute_capability: info.capability.to_string(),
+            memory_bytes: info.memory_total as u64,
+            unusable: (info.capability < LEAST)
+                .then(|| format!("expected compute capability {LEAST} or newer, got {}", info.capability)),
+        };
+        Ok(found.into_iter().map(gpu).collect())
+    });
+    found.as_deref().map_err(String::as_str)
+}
+
+/// See the other form: this program has no CUDA.
+///
+/// # Errors
+/// Always.
+#[cfg(not(feature = "cuda"))]
+pub fn gpus() -> std::result::Result<&'static [FoundGpu], &'static str> {
+    Err("built without the feature cuda")
+}
+
 impl Device {
     /// A GPU whose kernels have been loaded.
     ///
@@ -200,6 +251,15 @@ mod tests {
     fn the_processor_is_always_there() {
         let opened = DeviceChoice::Cpu.open().expect("the processor");
         assert!(opened.device.is_cpu() && opened.note.is_none());
+    }
+
+    #[test]
+    fn looking_for_gpus_gives_the_same_each_time() {
+        assert_eq!(gpus(), gpus());
+        match gpus() {
+            Ok(found) => assert!(found.iter().all(|gpu| gpu.device.starts_with("cuda:"))),
+            Err(why) => assert!(!why.is_empty()),
+        }
     }
 
     #[cfg(not(feature = "cuda"))]

@@ -15,6 +15,7 @@ use gistnet_adapter::trainer::Setting;
 use gistnet_adapter::validate::Validator;
 use gistnet_adapter::{Expected, GistNet};
 use megacontext_base::buffers::Buffers;
+use megacontext_base::device::DeviceChoice;
 use megacontext_kernels::attention::Pattern;
 use megacontext_kernels::precision::Precision;
 use serde::{Deserialize, Serialize};
@@ -23,6 +24,7 @@ use serde_json::{Value, json};
 use crate::data::documents::tokenize;
 use crate::error::{IoResultExt, PluginError, Result};
 use crate::host::HostApi;
+use crate::jobs::device::OnDevice;
 use crate::jobs::evaluation::hash_of;
 use crate::jobs::extend::load_data;
 use crate::jobs::gist_text::read_text;
@@ -38,7 +40,7 @@ use crate::train::plan::check_forward;
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct EvalGist {
-    /// The folder of a finished run: its network on its test text, with its settings; only `threads` may stand beside it.
+    /// The folder of a finished run: its network on its test text, with its settings; only `threads` and `device` may stand beside it.
     pub run: Option<PathBuf>,
     /// The base model's folder.
     pub base: PathBuf,
@@ -70,6 +72,8 @@ pub struct EvalGist {
     pub dtype: Precision,
     /// Threads; none means all.
     pub threads: Option<usize>,
+    /// What passes run on: `cpu`, `cuda:N`, or `auto`.
+    pub device: DeviceChoice,
 }
 
 impl Default for EvalGist {
@@ -91,6 +95,7 @@ impl Default for EvalGist {
             seed: 0,
             dtype: Precision::F32,
             threads: None,
+            device: DeviceChoice::Auto,
         }
     }
 }
@@ -101,19 +106,24 @@ pub fn run(params: Value, host: &dyn HostApi) -> Result<Value> {
     with_threads(job.threads, || match &job.run {
         None => evaluate(&job, &mut |model, context, least| drawn(&job, model, context, least, host), host),
         Some(run) => {
-            let alone = EvalGist { run: job.run.clone(), threads: job.threads, ..EvalGist::default() };
+            let alone = EvalGist {
+                run: job.run.clone(),
+                threads: job.threads,
+                device: job.device,
+                ..EvalGist::default()
+            };
             if job != alone {
                 return Err(PluginError::usage(
-                    "run: expected nothing but threads beside it, since a run has its own settings, got others",
+                    "run: expected nothing but threads and device beside it, since a run has its own settings, got others",
                 ));
             }
-            of_run(run, job.threads, host)
+            of_run(run, job.threads, job.device, host)
         }
     })?
 }
 
 /// The network of a run on its test text.
-fn of_run(run: &Path, threads: Option<usize>, host: &dyn HostApi) -> Result<Value> {
+fn of_run(run: &Path, threads: Option<usize>, device: DeviceChoice, host: &dyn HostApi) -> Result<Value> {
     let (config, summary) = (run.join(CONFIG), run.join(SUMMARY));
     let text = std::fs::read_to_string(&config).at(&config)?;
     let config: GistRunConfig =
@@ -150,6 +160,7 @@ fn of_run(run: &Path, threads: Option<usize>, host: &dyn HostApi) -> Result<Valu
         seed: config.seed,
         dtype: config.dtype,
         threads,
+        device,
     };
     let test = |model: &ModelDir| {
         let test = read_text(&config, model, host)?.test;
@@ -210,7 +221,9 @@ fn evaluate(job: &EvalGist, text: Text, host: &dyn HostApi) -> Result<Value> {
         ));
     }
     let places = job.places.or(trained_with).unwrap_or_default();
-    let (decoder, scaling, adapter) = model.decoder_with(job.adapter.as_deref(), job.dtype)?;
+    let on = OnDevice::open(job.device, host)?;
+    let (mut decoder, scaling, adapter) = model.decoder_with(job.adapter.as_deref(), job.dtype)?;
+    on.take(&mut decoder, host)?;
     let on_base = model.adapter_fingerprint(&decoder, &scaling, adapter.as_ref())?;
     if !job.other_adapter {
         loaded.identity.check_adapter(&on_base, "GistNet", &job.network).map_err(|error| {
@@ -271,6 +284,7 @@ fn evaluate(job: &EvalGist, text: Text, host: &dyn HostApi) -> Result<Value> {
         "attention": "dense",
         "rope": scaling.to_string(),
         "dtype": job.dtype,
+        "device": decoder.device().describe(),
         "seed": job.seed,
     }))
 }

@@ -7,11 +7,13 @@ use std::time::Instant;
 
 use megacontext_base::buffers::PassShape;
 use megacontext_base::decoder::Decoder;
+use megacontext_base::device::Device;
 use megacontext_base::generate::{Generation, KvCache, Sampling, generation_bytes, pass_entries, room};
 use megacontext_base::rope::RopeScaling;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
+use super::device::on_processor;
 use super::evaluation::{dense_name, identity};
 use super::generate::end_tokens;
 use super::parameters::{Kept, Model, Parameters};
@@ -137,6 +139,7 @@ struct Run<'a> {
 fn evaluate(job: &EvalPasskey, host: &dyn HostApi) -> Result<Value> {
     let EvalPasskey { model: used, asked, kept } = job;
     asked.check()?;
+    on_processor(used.device, "answers are generated")?;
     let model = ModelDir::open(&used.base)?;
     let passkeys = Passkeys::new(&model.tokenizer)?;
     let least = passkeys.least()?;
@@ -149,7 +152,7 @@ fn evaluate(job: &EvalPasskey, host: &dyn HostApi) -> Result<Value> {
     let scaling = used.asked_scaling(&model.config, longest)?;
     check_memory(job, &model)?;
     let end = end_tokens(&model, &used.base);
-    let identity = identity("eval_passkey", job, &model, used.adapter.as_deref(), None)?;
+    let identity = identity("eval_passkey", job, &model, used.adapter.as_deref(), &Device::Cpu, None)?;
     // An adapter that does not fit is refused before a folder is made.
     let (decoder, own, _) = model.decoder_with(used.adapter.as_deref(), used.dtype)?;
     let scaling = scaling.unwrap_or(own);
@@ -187,6 +190,7 @@ fn evaluate(job: &EvalPasskey, host: &dyn HostApi) -> Result<Value> {
         "base": used.base,
         "adapter": used.adapter,
         "dtype": used.dtype,
+        "device": decoder.device().describe(),
         "rope": scaling.to_string(),
         "attention": dense_name(&model.config),
         "scoring": SCORING,

@@ -6,7 +6,8 @@
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
-use super::evaluation::{hash_of, identity};
+use super::device::OnDevice;
+use super::evaluation::{another_device, hash_of, identity};
 use super::parameters::{Kept, Model, Parameters, Scored};
 use crate::data::documents::tokenize;
 use crate::error::Result;
@@ -116,13 +117,20 @@ impl Measurement<'_> {
         let model = ModelDir::open(&self.model.base)?;
         let entries = contexts.iter().map(|context| batch_rows(*context) * context).max().unwrap_or(0);
         check_forward("the evaluation", &model.config, dtype, entries, 0)?;
+        let on = OnDevice::open(self.model.device, host)?;
         let documents = super::extend::load_data(&self.text.data, host)?;
-        let (decoder, own, _) = model.decoder_with(adapter, dtype)?;
+        let (mut decoder, own, _) = model.decoder_with(adapter, dtype)?;
+        on.take(&mut decoder, host)?;
         let scaling = self.model.asked_scaling(&model.config, longest)?.unwrap_or(own);
         let tokens = select(&tokenize(&documents, &model.encoder())?, longest, *max_tokens, *seed);
-        let identity = identity(self.job, &self.settings, &model, adapter, Some(hash_of(&tokens)))?;
+        let data = Some(hash_of(&tokens));
+        let identity = identity(self.job, &self.settings, &model, adapter, decoder.device(), data)?;
         let mut cells: Cells<Perplexity> =
             Cells::open(self.kept.out.as_deref(), self.kept.resume, &identity)?;
+        let now = decoder.device().describe();
+        if let Some(warning) = cells.began_on().and_then(|began| another_device(began, &now)) {
+            host.event("log", &json!({ "message": warning }));
+        }
         for (context, pattern) in patterns.into_iter().skip(cells.done().len()) {
             let protocol = Protocol { context, stride: *stride, pattern, scaling: scaling.clone() };
             let result = perplexity(&decoder, &tokens, &protocol, host)?;
@@ -133,6 +141,7 @@ impl Measurement<'_> {
             "base": self.model.base,
             "adapter": adapter,
             "dtype": dtype,
+            "device": now,
             "rope": scaling.to_string(),
             "scoring": SCORING,
             "seed": seed,

@@ -3,6 +3,7 @@
 use std::path::Path;
 
 use megacontext_base::config::DecoderConfig;
+use megacontext_base::device::Device;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
@@ -11,15 +12,16 @@ use crate::error::{IoResultExt, PluginError, Result};
 use crate::jobs::{ModelDir, to_value};
 
 /// Settings of an evaluation that its results do not depend on.
-const BESIDE: [&str; 3] = ["out", "resume", "threads"];
+const BESIDE: [&str; 4] = ["out", "resume", "threads", "device"];
 
-/// What the results of an evaluation depend on: its settings and the bytes it reads. `data` is a hash of the text, where
-/// there is text.
+/// What the results of an evaluation depend on: its settings and the bytes it reads; and the device that it begins on. `data` is
+/// a hash of the text, where there is text.
 pub(crate) fn identity(
     job: &str,
     settings: &impl Serialize,
     model: &ModelDir,
     adapter: Option<&Path>,
+    device: &Device,
     data: Option<String>,
 ) -> Result<Value> {
     let mut settings = to_value(settings)?;
@@ -40,6 +42,7 @@ pub(crate) fn identity(
         "base_fingerprint": model.weights.fingerprint(),
         "adapter_sha256": adapter,
         "data_sha256": data,
+        "device": device.describe(),
     }))
 }
 
@@ -76,20 +79,32 @@ pub(crate) struct Inputs {
     /// SHA-256 of the tokens to train and to evaluate on.
     text: String,
     threads: usize,
+    /// What it ran on; checkpoints of older versions do not say, they are of the processor.
+    #[serde(default = "processor")]
+    device: String,
+}
+
+fn processor() -> String {
+    Device::Cpu.describe()
 }
 
 impl Inputs {
-    /// Of a model and the documents of a run, in their order.
-    pub(crate) fn of<'a>(model: &ModelDir, documents: impl IntoIterator<Item = &'a Vec<u32>>) -> Self {
+    /// Of a model on a device and the documents of a run, in their order.
+    pub(crate) fn of<'a>(
+        model: &ModelDir,
+        device: &Device,
+        documents: impl IntoIterator<Item = &'a Vec<u32>>,
+    ) -> Self {
         Self {
             base: model.weights.fingerprint(),
             text: hash_of(documents),
             threads: rayon::current_num_threads(),
+            device: device.describe(),
         }
     }
 
-    /// Refuses other weights and other text; returns a warning for another number of threads.
-    pub(crate) fn check(&self, now: &Self) -> Result<Option<String>> {
+    /// Refuses other weights and other text; returns warnings for another number of threads and another device.
+    pub(crate) fn check(&self, now: &Self) -> Result<Vec<String>> {
         let differs = |what: &str, began: &str, now: &str| {
             let (began, now) = (&began[..12.min(began.len())], &now[..12.min(now.len())]);
             Err(PluginError::usage(format!(
@@ -103,10 +118,60 @@ impl Inputs {
         if self.text != now.text {
             return differs("the text of --data", &self.text, &now.text);
         }
-        let warning = format!(
-            "the run began with {} threads and goes on with {}: the last bits of the result may differ",
-            self.threads, now.threads
+        let mut warnings = Vec::new();
+        if self.threads != now.threads {
+            warnings.push(format!(
+                "the run began with {} threads and goes on with {}: the last bits of the result may differ",
+                self.threads, now.threads
+            ));
+        }
+        warnings.extend(another_device(&self.device, &now.device));
+        Ok(warnings)
+    }
+}
+
+/// A warning where what began on one device goes on on another.
+pub(crate) fn another_device(began: &str, now: &str) -> Option<String> {
+    (began != now).then(|| format!("begun on {began}, goes on on {now}: the result may differ a little"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn inputs() -> Inputs {
+        Inputs { base: "b".into(), text: "t".into(), threads: 2, device: processor() }
+    }
+
+    #[test]
+    fn another_device_or_number_of_threads_is_a_warning_each() {
+        let began = inputs();
+        assert!(began.check(&inputs()).unwrap().is_empty());
+        let now =
+            Inputs { threads: 3, device: "cuda:0 (NVIDIA H200, compute capability 9.0)".into(), ..inputs() };
+        assert_eq!(
+            began.check(&now).unwrap(),
+            [
+                "the run began with 2 threads and goes on with 3: the last bits of the result may differ",
+                "begun on cpu, goes on on cuda:0 (NVIDIA H200, compute capability 9.0): the result may differ a little",
+            ]
         );
-        Ok((self.threads != now.threads).then_some(warning))
+    }
+
+    #[test]
+    fn a_checkpoint_of_before_devices_is_of_the_processor() {
+        let old: Inputs = serde_json::from_value(json!({ "base": "b", "text": "t", "threads": 2 })).unwrap();
+        assert_eq!(old, inputs());
+    }
+
+    #[test]
+    fn other_weights_and_other_text_are_refused() {
+        for (now, what) in [
+            (Inputs { base: "c".into(), ..inputs() }, "the base model"),
+            (Inputs { text: "u".into(), ..inputs() }, "the text of --data"),
+        ] {
+            let error = inputs().check(&now).unwrap_err().to_string();
+            assert!(error.contains(&format!("resume: {what} is not what the run began with")), "{error}");
+        }
     }
 }

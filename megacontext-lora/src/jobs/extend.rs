@@ -23,6 +23,7 @@ use crate::data::packing::{TokenStream, split_holdout};
 use crate::error::{PluginError, Result};
 use crate::host::{Answer, HostApi};
 use crate::jobs::begin::{Begun, Resumable, begin};
+use crate::jobs::device::OnDevice;
 use crate::jobs::evaluation::Inputs;
 use crate::jobs::{ModelDir, model_error, parse, save_adapter, to_value, with_threads};
 use crate::report::{self, RunReport};
@@ -243,6 +244,7 @@ impl<'h> Run<'h> {
         let started = Instant::now();
         let model = ModelDir::open(&config.base)?;
         let config = config.resolve(&model.config)?;
+        let on = OnDevice::open(config.device, host)?;
         let text = read_text(&config, &model, host)?;
         let tokens = text.stream.len() + text.held_out.iter().map(Vec::len).sum::<usize>();
         let program = plan::resident_bytes().unwrap_or(0).saturating_sub(4 * tokens as u64);
@@ -252,7 +254,9 @@ impl<'h> Run<'h> {
         let groups = config.groups();
         let mut decoder = model.decoder(config.dtype, &groups)?;
         decoder.attach_lora(config.lora.clone(), config.seed).map_err(model_error)?;
-        let inputs = Inputs::of(&model, std::iter::once(&text.stream).chain(&text.held_out));
+        on.take(&mut decoder, host)?;
+        let inputs =
+            Inputs::of(&model, decoder.device(), std::iter::once(&text.stream).chain(&text.held_out));
         let mut trainer = Trainer::new(
             decoder,
             &groups,
@@ -553,6 +557,7 @@ impl<'h> Run<'h> {
             planned_bytes: planned.map(|(k, v)| (k.to_string(), v)).into(),
             seed: self.config.seed,
             threads: rayon::current_num_threads(),
+            device: self.trainer.decoder.device().describe(),
             steps: self.trainer.steps() as u64,
             context: self.config.context,
             command: format!(

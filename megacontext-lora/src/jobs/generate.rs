@@ -14,6 +14,7 @@ use megacontext_base::generate::{Generation, KvCache, Sampling, generation_bytes
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
+use super::device::on_processor;
 use super::evaluation::dense_name;
 use super::parameters::{Model, Parameters};
 use crate::error::{IoResultExt, PluginError, Result};
@@ -118,6 +119,7 @@ pub(crate) fn end_tokens(model: &ModelDir, dir: &Path) -> Vec<u32> {
 fn generate(job: &GenerateJob, host: &dyn HostApi) -> Result<Value> {
     let GenerateJob { model: used, asked } = job;
     let sampling = sampling(asked)?;
+    on_processor(used.device, "text is generated")?;
     if !(1..=MOST_NEW).contains(&asked.max_new_tokens) {
         return Err(PluginError::usage(format!(
             "max_new_tokens: expected 1 to {MOST_NEW}, got {}",
@@ -187,6 +189,7 @@ fn generate(job: &GenerateJob, host: &dyn HostApi) -> Result<Value> {
         "base": used.base,
         "adapter": used.adapter,
         "dtype": used.dtype,
+        "device": decoder.device().describe(),
         "rope": scaling.to_string(),
         "attention": dense_name(&model.config),
         "stated_context": model.config.max_position_embeddings,

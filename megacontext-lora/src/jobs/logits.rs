@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use candle_core::{Device, Tensor};
 use megacontext_base::atomic::write_file;
 use megacontext_base::decoder::Forward;
+use megacontext_base::device::DeviceChoice;
 use megacontext_kernels::attention::{Pattern, Rows};
 use megacontext_kernels::precision::Precision;
 use serde::{Deserialize, Serialize};
@@ -15,6 +16,7 @@ use serde_json::{Value, json};
 
 use crate::error::{IoResultExt, PluginError, Result};
 use crate::host::HostApi;
+use crate::jobs::device::OnDevice;
 use crate::jobs::{ModelDir, model_error, parse, to_value};
 use crate::train::plan::check_forward;
 
@@ -32,6 +34,8 @@ pub struct LogitsJob {
     pub out: PathBuf,
     /// Precision class.
     pub dtype: Precision,
+    /// What passes run on: `cpu`, `cuda:N`, or `auto`.
+    pub device: DeviceChoice,
 }
 
 /// The rows of the tokens' file; an error says what was expected and what came instead.
@@ -65,7 +69,7 @@ fn write(out: &Path, bytes: &[u8]) -> Result<()> {
 }
 
 /// Runs the job.
-pub fn run(params: Value, _: &dyn HostApi) -> Result<Value> {
+pub fn run(params: Value, host: &dyn HostApi) -> Result<Value> {
     let job: LogitsJob = parse(params)?;
     let text = std::fs::read_to_string(&job.tokens).at(&job.tokens)?;
     let bad = |message: String| PluginError::data(format!("{}: {message}", job.tokens.display()));
@@ -83,7 +87,9 @@ pub fn run(params: Value, _: &dyn HostApi) -> Result<Value> {
     // The logits whole, twice: as they are and as the file's bytes.
     let held = 2 * 4 * (flat.len() * vocab) as u64;
     check_forward("the job", &model.config, job.dtype, flat.len(), held)?;
-    let (decoder, scaling, _) = model.decoder_with(job.adapter.as_deref(), job.dtype)?;
+    let on = OnDevice::open(job.device, host)?;
+    let (mut decoder, scaling, _) = model.decoder_with(job.adapter.as_deref(), job.dtype)?;
+    on.take(&mut decoder, host)?;
     let c = decoder.config();
     let rope = c.rope(&scaling).sequence(length)?;
     let all = Rows::default();
@@ -100,6 +106,6 @@ pub fn run(params: Value, _: &dyn HostApi) -> Result<Value> {
     write(&job.out, &bytes)?;
     to_value(json!({
         "out": job.out, "shape": [rows.len(), length, vocab], "rope": scaling.to_string(), "attention": "dense",
-        "dtype": job.dtype,
+        "dtype": job.dtype, "device": decoder.device().describe(),
     }))
 }

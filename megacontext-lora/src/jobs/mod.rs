@@ -42,6 +42,7 @@ use crate::host::HostApi;
 
 mod begin;
 pub mod bench;
+pub(crate) mod device;
 pub mod eval_gap;
 pub mod eval_gist;
 pub mod eval_passkey;
@@ -114,7 +115,11 @@ pub fn run(kind: &str, params: Value, host: &dyn HostApi) -> Result<Value> {
 pub(crate) fn parse<T: DeserializeOwned>(params: Value) -> Result<T> {
     serde_path_to_error::deserialize(params).map_err(|e| match e.path().to_string().as_str() {
         "." => PluginError::usage(format!("parameters: {}", e.inner())),
-        key => PluginError::usage(format!("{key}: {}", e.inner())),
+        key => {
+            // An error that begins with the key's name says it once.
+            let (inner, begin) = (e.inner().to_string(), format!("{key}: "));
+            PluginError::usage(format!("{begin}{}", inner.strip_prefix(&begin).unwrap_or(&inner)))
+        }
     })
 }
 
@@ -133,7 +138,8 @@ pub fn model_error(error: BaseError) -> PluginError {
         BaseError::Lora { .. }
         | BaseError::Tree { .. }
         | BaseError::WorkingContext { .. }
-        | BaseError::Network { .. } => Kind::Usage,
+        | BaseError::Network { .. }
+        | BaseError::Device { .. } => Kind::Usage,
         BaseError::TreeFile { .. } => Kind::Model,
         // A loss that is not a number comes from the model and its settings, not from a defect here.
         BaseError::NonFinite { .. } => Kind::Model,

@@ -9,6 +9,7 @@
 use std::path::PathBuf;
 
 use megacontext_base::config::DecoderConfig;
+use megacontext_base::device::DeviceChoice;
 use megacontext_base::rope::{RopeScaling, ScalingChoice};
 use megacontext_kernels::precision::Precision;
 use serde::de::DeserializeOwned;
@@ -36,6 +37,8 @@ pub struct Model {
     pub dtype: Precision,
     /// Threads; none means all.
     pub threads: Option<usize>,
+    /// What passes run on: `cpu`, `cuda:N`, or `auto`.
+    pub device: DeviceChoice,
 }
 
 impl Model {

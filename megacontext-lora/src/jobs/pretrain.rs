@@ -21,6 +21,7 @@ use std::time::Instant;
 
 use megacontext_base::config::DecoderConfig;
 use megacontext_base::decoder::Decoder;
+use megacontext_base::device::DeviceChoice;
 use megacontext_base::hf_export::write_model_dir;
 use megacontext_base::params::Group;
 use megacontext_base::rope::RopeScaling;
@@ -37,6 +38,7 @@ use crate::data::documents::tokenize;
 use crate::data::packing::TokenStream;
 use crate::error::{IoResultExt, PluginError, Result};
 use crate::host::HostApi;
+use crate::jobs::device::OnDevice;
 use crate::jobs::{model_error, parse, to_value};
 use crate::ngram::{MAX_VOCABULARY, Ngram};
 use crate::train::config::{BatchConfig, LONGEST_CONTEXT, OptimizerConfig, Schedule, StageConfig};
@@ -90,6 +92,8 @@ pub struct PretrainConfig {
     pub dtype: Precision,
     /// Threads; none means all.
     pub threads: Option<usize>,
+    /// What passes run on: `cpu`, `cuda:N`, or `auto`.
+    pub device: DeviceChoice,
 }
 
 impl Default for PretrainConfig {
@@ -112,6 +116,7 @@ impl Default for PretrainConfig {
             seed: 0,
             dtype: Precision::F32,
             threads: None,
+            device: DeviceChoice::Auto,
         }
     }
 }
@@ -216,6 +221,7 @@ fn pretrain(c: &PretrainConfig, roots: &Roots, host: &dyn HostApi) -> Result<Val
     c.validate()?;
     let model = model_config(c)?;
     check_out(&c.out)?;
+    let on = OnDevice::open(c.device, host)?;
     let training = corpus::discover(Split::Pretrain, roots);
     let held_out = corpus::discover(Split::HeldOut, roots);
     let (training_text, held_out_text) = (training.provenance.to_string(), held_out.provenance.to_string());
@@ -264,7 +270,8 @@ fn pretrain(c: &PretrainConfig, roots: &Roots, host: &dyn HostApi) -> Result<Val
         data_tokens: 0,
         program: resident_bytes().unwrap_or(0),
     })?;
-    let decoder = Decoder::random(model.clone(), c.seed, c.dtype, &groups).map_err(model_error)?;
+    let mut decoder = Decoder::random(model.clone(), c.seed, c.dtype, &groups).map_err(model_error)?;
+    on.take(&mut decoder, host)?;
     let stage = StageConfig {
         context: c.context,
         attention: crate::train::config::Attention::Dense,
@@ -332,6 +339,7 @@ fn pretrain(c: &PretrainConfig, roots: &Roots, host: &dyn HostApi) -> Result<Val
         "tokens_seen": seen,
         "tokens_available": stream.len(),
         "seconds": seconds,
+        "device": decoder.device().describe(),
         "training_text": training_text,
         "held_out_text": held_out_text,
         "held_out": {

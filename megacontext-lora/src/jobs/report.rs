@@ -177,6 +177,9 @@ fn compare(all: &[RunFiles]) -> Result<Comparison> {
         Some(format!("{undone} of {}", own.count()))
     };
     row("phases rolled back".to_string(), all.iter().map(undone).collect());
+    let device =
+        |run: &RunFiles| run.summary["device"].as_str().filter(|name| !name.is_empty()).map(str::to_string);
+    row("device".to_string(), all.iter().map(device).collect());
 
     let flat: Vec<Vec<(String, String)>> = all.iter().map(|run| flattened(&run.settings)).collect();
     let keys: BTreeSet<&String> =

@@ -23,6 +23,7 @@ use serde_json::{Map, Value, json};
 
 use crate::error::{IoResultExt, PluginError, Result};
 use crate::host::{Answer, HostApi};
+use crate::jobs::device::OnDevice;
 use crate::jobs::{ModelDir, extend, parse, to_value, with_threads};
 use crate::report::sweep::render;
 use crate::run::folder::{CONFIG, RunFolder, config_hash, config_toml, expect_run};
@@ -93,6 +94,9 @@ pub struct SweepSummary {
     pub seed: u64,
     /// Worker threads.
     pub threads: usize,
+    /// What passes of the first rank's run ran on.
+    #[serde(default)]
+    pub device: String,
     /// Seconds of all ranks, evaluation included.
     pub seconds: f64,
     /// The base model's folder.
@@ -160,6 +164,8 @@ impl<'h> Sweep<'h> {
         // The text is the same for all ranks, and so is what an evaluation at the context to reach scores.
         config.eval.contexts = vec![config.context];
         let model = ModelDir::open(&config.base)?;
+        // Before there is a folder; each run opens it for itself.
+        OnDevice::open(config.device, host)?;
         let taken_up = resume && config.out.join(CONFIG).is_file();
         if !taken_up {
             config.steps = settings.steps(&config, &model)?;
@@ -211,7 +217,8 @@ impl<'h> Sweep<'h> {
             if let Value::Object(map) = &mut value {
                 // What may differ from one machine to the next; each run checks what these name.
                 map.retain(|key, _| {
-                    !["base", "data", "out", "threads", "memory_budget_bytes"].contains(&key.as_str())
+                    !["base", "data", "out", "threads", "device", "memory_budget_bytes"]
+                        .contains(&key.as_str())
                 });
             }
             config_hash(&value)
@@ -304,6 +311,7 @@ impl<'h> Sweep<'h> {
             tokens: tokens(first).iter().sum(),
             seed: self.config.seed,
             threads: first.threads,
+            device: first.device.clone(),
             seconds: finished.iter().map(|(_, s)| s.seconds).sum(),
             base: self.config.base.display().to_string(),
             data: self.config.data.clone(),

@@ -43,6 +43,7 @@ use serde_json::{Map, Value, json};
 use crate::error::{PluginError, Result};
 use crate::host::{Answer, HostApi};
 use crate::jobs::begin::{Begun, Resumable, begin};
+use crate::jobs::device::OnDevice;
 use crate::jobs::evaluation::Inputs;
 use crate::jobs::{ModelDir, model_error, parse, to_value, with_threads};
 use crate::run::Telemetry;
@@ -149,6 +150,9 @@ pub struct CycleSummary {
     pub seed: u64,
     /// Worker threads.
     pub threads: usize,
+    /// What the model's passes ran on, at last; empty in summaries of older versions.
+    #[serde(default)]
+    pub device: String,
     /// Seconds, of all parts of an interrupted run.
     pub seconds: f64,
     /// Bytes as planned, and at the peak.
@@ -331,6 +335,8 @@ fn prepare(
         Some(lora) => lora,
         None => config.lora.clone().unwrap_or_default().resolve(&model.config).map_err(model_error)?,
     };
+    // A plan needs none.
+    let on = if plan_only { None } else { Some(OnDevice::open(config.device, host)?) };
     let text = Text::read(&config, &model, host)?;
     let count = config.validation.histories + config.validation.test_histories;
     let plan = CyclePlan::new(&config, &model.config, &lora, count)?;
@@ -354,6 +360,9 @@ fn prepare(
     if config.jt3.groups.contains(&Group::Sigma) && decoder.sigma_scales().is_none() {
         decoder.attach_sigma(SIGMA_LEVELS).map_err(model_error)?;
     }
+    if let Some(on) = on {
+        on.take(&mut decoder, host)?;
+    }
     // What will learn is stored as what learns is, from the start.
     decoder.params_mut().set_learning(config.jt3.groups.iter().copied()).map_err(model_error)?;
     decoder.params_mut().freeze();
@@ -375,7 +384,7 @@ fn prepare(
     let state = State {
         config_hash: config.identity()?,
         seed: config.seed,
-        inputs: Inputs::of(&model, text.documents()),
+        inputs: Inputs::of(&model, modules.decoder.device(), text.documents()),
         began_with,
         gist_version: modules.gistnet.gist_version(),
         lens_ready,

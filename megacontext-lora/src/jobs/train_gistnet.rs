@@ -38,6 +38,7 @@ use serde_json::{Map, Value, json};
 use crate::error::{PluginError, Result};
 use crate::host::HostApi;
 use crate::jobs::begin::{Begun, Resumable, begin};
+use crate::jobs::device::OnDevice;
 use crate::jobs::evaluation::Inputs;
 use crate::jobs::gist_text::{GistText, read_text};
 use crate::jobs::{ModelDir, model_error, parse, to_value, with_threads};
@@ -119,6 +120,9 @@ pub struct GistSummary {
     pub seed: u64,
     /// Worker threads.
     pub threads: usize,
+    /// What the base model's passes ran on, at last; empty in summaries of older versions.
+    #[serde(default)]
+    pub device: String,
     /// Seconds, of all parts of an interrupted run.
     pub seconds: f64,
     /// Bytes as planned, and at the peak.
@@ -231,6 +235,7 @@ fn prepare(config: GistRunConfig, resume: bool, host: &dyn HostApi) -> Result<Va
     let model = ModelDir::open(&config.base)?;
     let adapted = model.adapted(config.adapter.as_deref(), config.dtype)?;
     let config = config.resolve(&adapted.config, adapted.context)?;
+    let on = OnDevice::open(config.device, host)?;
     let GistText { train: text, validation: held_out, test } = read_text(&config, &model, host)?;
     let scarce = config.check_level2(&text)?;
     let plan = GistPlan::new(&config, &adapted, &text, &held_out, &test)?;
@@ -239,7 +244,8 @@ fn prepare(config: GistRunConfig, resume: bool, host: &dyn HostApi) -> Result<Va
     told["text"] = json!(plan.text(config.steps(), parameters));
     host.event("plan", &told);
 
-    let (decoder, scaling, adapter) = model.decoder_with(config.adapter.as_deref(), config.dtype)?;
+    let (mut decoder, scaling, adapter) = model.decoder_with(config.adapter.as_deref(), config.dtype)?;
+    on.take(&mut decoder, host)?;
     let identity = Identity {
         adapter_fingerprint: Some(model.adapter_fingerprint(&decoder, &scaling, adapter.as_ref())?),
         place_rule: Some(config.rule()),
@@ -262,7 +268,7 @@ fn prepare(config: GistRunConfig, resume: bool, host: &dyn HostApi) -> Result<Va
     let state = State {
         config_hash: config.identity()?,
         seed: config.seed,
-        inputs: Inputs::of(&model, text.tokens.iter().chain(&held_out).chain(&test)),
+        inputs: Inputs::of(&model, decoder.device(), text.tokens.iter().chain(&held_out).chain(&test)),
         frozen: frozen.clone(),
         ..State::default()
     };

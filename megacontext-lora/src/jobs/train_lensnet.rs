@@ -39,6 +39,7 @@ use crate::error::{PluginError, Result};
 use crate::host::HostApi;
 use crate::host_allocator::HostAllocator;
 use crate::jobs::begin::{Begun, Resumable, begin};
+use crate::jobs::device::OnDevice;
 use crate::jobs::evaluation::Inputs;
 use crate::jobs::{ModelDir, model_error, parse, to_value, with_threads};
 use crate::run::Telemetry;
@@ -100,6 +101,9 @@ pub struct LensSummary {
     pub seed: u64,
     /// Worker threads.
     pub threads: usize,
+    /// What the base model's passes ran on, at last; empty in summaries of older versions.
+    #[serde(default)]
+    pub device: String,
     /// Seconds, of all parts of an interrupted run.
     pub seconds: f64,
     /// Bytes as planned, and at the peak.
@@ -193,6 +197,7 @@ fn prepare(config: LensRunConfig, resume: bool, host: &dyn HostApi) -> Result<Va
     let trained = model.trained_context(config.adapter.as_deref())?;
     let config = config.resolve(&model.config, block, trained)?;
     let limits = config.limits()?;
+    let on = OnDevice::open(config.device, host)?;
     let [text, held_out, test] = histories::read(&config, &model, block, host)?;
     let count = text.len() + held_out.len() + test.len();
     let gist_values = gistnet.config().parameters();
@@ -203,7 +208,8 @@ fn prepare(config: LensRunConfig, resume: bool, host: &dyn HostApi) -> Result<Va
     told["text"] = json!(plan.text(&config, parameters));
     host.event("plan", &told);
 
-    let (decoder, scaling, adapter) = model.decoder_with(config.adapter.as_deref(), config.dtype)?;
+    let (mut decoder, scaling, adapter) = model.decoder_with(config.adapter.as_deref(), config.dtype)?;
+    on.take(&mut decoder, host)?;
     let on_base = model.adapter_fingerprint(&decoder, &scaling, adapter.as_ref())?;
     drop(adapter);
     let objective =
@@ -232,7 +238,7 @@ fn prepare(config: LensRunConfig, resume: bool, host: &dyn HostApi) -> Result<Va
     let state = State {
         config_hash: config.identity()?,
         seed: config.seed,
-        inputs: Inputs::of(&model, tokens),
+        inputs: Inputs::of(&model, decoder.device(), tokens),
         frozen: frozen.clone(),
         ..State::default()
     };
@@ -251,6 +257,7 @@ fn prepare(config: LensRunConfig, resume: bool, host: &dyn HostApi) -> Result<Va
         before: state.seconds,
         config: &config,
         focus: &focus,
+        device: decoder.device().describe(),
         identity,
         trainer,
         folder,
@@ -322,6 +329,8 @@ struct Run<'a> {
     host: &'a dyn HostApi,
     config: &'a LensRunConfig,
     focus: &'a Focus<'a>,
+    /// What the base model's passes run on.
+    device: String,
     /// What the network belongs to.
     identity: Identity,
     trainer: LensTrainer,

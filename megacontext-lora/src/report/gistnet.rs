@@ -227,6 +227,7 @@ fn how(report: &GistReport) -> String {
         ("base fingerprint", s.base_fingerprint.clone()),
         ("gist version", s.gist_version.to_string()),
         ("threads", s.threads.to_string()),
+        ("device", s.device.clone()),
     ];
     how_section(&pairs, report.config)
 }

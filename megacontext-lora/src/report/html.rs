@@ -404,6 +404,9 @@ fn reproduce_section(report: &RunReport) -> String {
     out += "<dl class=\"pairs\">\n";
     let mut pairs: Vec<(String, String)> =
         vec![("seed".into(), s.seed.to_string()), ("threads".into(), s.threads.to_string())];
+    if !s.device.is_empty() {
+        pairs.push(("device".into(), s.device.clone()));
+    }
     if s.base.parameters > 0 {
         let shape = format!(
             "{} parameters, {} layers of width {}, {} tokens of vocabulary, trained to {} tokens",

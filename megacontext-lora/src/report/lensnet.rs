@@ -264,6 +264,7 @@ fn how(report: &LensReport) -> String {
         ("base fingerprint", s.base_fingerprint.clone()),
         ("gist version", s.gist_version.to_string()),
         ("threads", s.threads.to_string()),
+        ("device", s.device.clone()),
     ];
     how_section(&pairs, report.config)
 }

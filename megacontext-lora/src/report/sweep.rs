@@ -285,6 +285,7 @@ mod tests {
             tokens: 5000,
             seed: 0,
             threads: 2,
+            device: "cpu".into(),
             seconds: 300.0,
             base: "<script>m</script>".into(),
             data: vec!["a&b".into()],

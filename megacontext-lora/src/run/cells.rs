@@ -1,6 +1,7 @@
 //! `results.jsonl`: what an evaluation has measured so far, one JSON object a line, so that it can be interrupted.
 //!
-//! The first line says what the results depend on: settings, weights, adapter, text. Every further line is a cell: one
+//! The first line says what the results depend on: settings, weights, adapter, text; and the device, which may be another when
+//! the evaluation is taken up. Every further line is a cell: one
 //! result, measured whole. A cell is on disk before the next one begins. Taken up again, an evaluation goes on after the
 //! last whole line (a line torn by a kill is cut off) and ends with the files of one that was never interrupted; nothing
 //! that depends on the clock is written. Without a folder, cells are kept in memory.
@@ -24,11 +25,14 @@ use crate::report::REPORT;
 pub const RESULTS: &str = "results.jsonl";
 /// The whole result of a finished evaluation.
 pub const RESULT: &str = "result.json";
+/// Key of the first line that may be another when an evaluation is taken up.
+const DEVICE: &str = "device";
 
 /// Cells that were measured, in a folder or in memory.
 #[derive(Debug)]
 pub struct Cells<T> {
     done: Vec<T>,
+    began_on: Option<String>,
     on_disk: Option<OnDisk>,
 }
 
@@ -47,11 +51,11 @@ impl<T: Serialize + DeserializeOwned> Cells<T> {
             if resume {
                 return Err(PluginError::usage("resume: expected the evaluation's folder in out, got none"));
             }
-            return Ok(Self { done: Vec::new(), on_disk: None });
+            return Ok(Self { done: Vec::new(), began_on: None, on_disk: None });
         };
         let folder = RunFolder::open(out, resume)?;
         let path = folder.path().join(RESULTS);
-        let mut done = Vec::new();
+        let (mut done, mut began_on) = (Vec::new(), None);
         let text = match std::fs::read_to_string(&path) {
             Ok(text) => text,
             Err(e) if e.kind() == std::io::ErrorKind::NotFound => String::new(),
@@ -61,7 +65,12 @@ impl<T: Serialize + DeserializeOwned> Cells<T> {
         for (number, line) in (1..).zip(text[..whole].lines()) {
             let bad = |e| PluginError::data(format!("{}: line {number}: {e}", path.display()));
             if number == 1 {
-                same(&serde_json::from_str(line).map_err(bad)?, identity, &path)?;
+                let mut was: Value = serde_json::from_str(line).map_err(bad)?;
+                // The results are the device's only in their last bits; folders of older versions do not say it.
+                let device =
+                    was.as_object_mut().and_then(|was| was.insert(DEVICE.into(), identity[DEVICE].clone()));
+                began_on = device.and_then(|device| device.as_str().map(str::to_string));
+                same(&was, identity, &path)?;
             } else {
                 done.push(serde_json::from_str(line).map_err(bad)?);
             }
@@ -73,12 +82,17 @@ impl<T: Serialize + DeserializeOwned> Cells<T> {
         if whole == 0 {
             on_disk.line(identity)?;
         }
-        Ok(Self { done, on_disk: Some(on_disk) })
+        Ok(Self { done, began_on, on_disk: Some(on_disk) })
     }
 
     /// What was measured so far.
     pub fn done(&self) -> &[T] {
         &self.done
+    }
+
+    /// The device that the evaluation began on, where it is taken up and that is known.
+    pub fn began_on(&self) -> Option<&str> {
+        self.began_on.as_deref()
     }
 
     /// Keeps one more cell.

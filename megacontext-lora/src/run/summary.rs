@@ -45,6 +45,9 @@ pub struct Summary {
     pub seed: u64,
     /// Worker threads.
     pub threads: usize,
+    /// What passes ran on, at last: `cpu`, `cuda:0 (…)`; empty in summaries of older versions.
+    #[serde(default)]
+    pub device: String,
     /// Optimiser steps.
     pub steps: u64,
     /// Target context length, tokens.

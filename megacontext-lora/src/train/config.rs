@@ -10,6 +10,7 @@
 use std::path::PathBuf;
 
 use megacontext_base::config::DecoderConfig;
+use megacontext_base::device::DeviceChoice;
 use megacontext_base::gradients::AdamWConfig;
 use megacontext_base::lora::{LoraConfig, LoraKind, Names, TokenIndices};
 use megacontext_base::params::Group;
@@ -82,6 +83,8 @@ pub struct ExtendConfig {
     pub memory_budget_bytes: Option<u64>,
     /// Threads; none means all cores.
     pub threads: Option<usize>,
+    /// What passes run on: `cpu`, `cuda:N`, or `auto`.
+    pub device: DeviceChoice,
 }
 
 impl Default for ExtendConfig {
@@ -110,6 +113,7 @@ impl Default for ExtendConfig {
             activation_checkpointing: Recompute::Auto,
             memory_budget_bytes: None,
             threads: None,
+            device: DeviceChoice::Auto,
         }
     }
 }
@@ -677,7 +681,7 @@ impl ExtendConfig {
     }
 
     /// A hash over the settings that decide the result; a checkpoint of another configuration is not resumed. What the
-    /// settings name (base, text, threads) is compared by the job itself.
+    /// settings name (base, text, threads, device) is compared by the job itself.
     pub fn identity(&self) -> Result<String> {
         let mut decisive = self.clone();
         decisive.base = PathBuf::new();
@@ -686,7 +690,11 @@ impl ExtendConfig {
         decisive.checkpoint = CheckpointConfig::default();
         decisive.memory_budget_bytes = None;
         decisive.threads = None;
-        config_hash(&decisive)
+        let mut value = crate::jobs::to_value(&decisive)?;
+        if let serde_json::Value::Object(map) = &mut value {
+            map.shift_remove("device");
+        }
+        config_hash(&value)
     }
 }
 

@@ -16,6 +16,7 @@ use lensnet_adapter::counterfactual::CounterfactualConfig;
 use lensnet_adapter::preference::PreferenceConfig;
 use megacontext_base::config::DecoderConfig;
 use megacontext_base::context::Limits;
+use megacontext_base::device::DeviceChoice;
 use megacontext_base::lora::LoraConfig;
 use megacontext_base::params::Group;
 use megacontext_base::rope::{RopeScaling, ScalingChoice};
@@ -197,6 +198,8 @@ pub struct CycleConfig {
     pub memory_budget_bytes: Option<u64>,
     /// Threads; none means all cores.
     pub threads: Option<usize>,
+    /// What passes run on: `cpu`, `cuda:N`, or `auto`.
+    pub device: DeviceChoice,
 }
 
 fn optimizer(lr: f64, warmup_steps: usize) -> OptimizerConfig {
@@ -300,6 +303,7 @@ impl Default for CycleConfig {
             dtype: Precision::F32,
             memory_budget_bytes: None,
             threads: None,
+            device: DeviceChoice::Auto,
         }
     }
 }
@@ -670,8 +674,17 @@ impl CycleConfig {
     pub fn identity(&self) -> Result<String> {
         let mut value = crate::jobs::to_value(self)?;
         if let Value::Object(map) = &mut value {
-            let beside =
-                ["base", "adapter", "gistnet", "lensnet", "data", "out", "threads", "memory_budget_bytes"];
+            let beside = [
+                "base",
+                "adapter",
+                "gistnet",
+                "lensnet",
+                "data",
+                "out",
+                "threads",
+                "device",
+                "memory_budget_bytes",
+            ];
             map.retain(|key, _| !beside.contains(&key.as_str()));
         }
         config_hash(&value)

@@ -13,6 +13,7 @@ use gistnet_adapter::delta_nll::check_group;
 use gistnet_adapter::{GistNetConfig, Head, Mode, Pooling};
 use megacontext_base::config::DecoderConfig;
 use megacontext_base::decoder::DocumentShape;
+use megacontext_base::device::DeviceChoice;
 use megacontext_base::random::Random;
 use megacontext_base::rope::{SigmaPreset, SigmaRule};
 use megacontext_kernels::attention::Pattern;
@@ -240,6 +241,8 @@ pub struct GistRunConfig {
     pub memory_budget_bytes: Option<u64>,
     /// Threads; none means all cores.
     pub threads: Option<usize>,
+    /// What passes run on: `cpu`, `cuda:N`, or `auto`.
+    pub device: DeviceChoice,
 }
 
 impl Default for GistRunConfig {
@@ -273,6 +276,7 @@ impl Default for GistRunConfig {
             dtype: Precision::F32,
             memory_budget_bytes: None,
             threads: None,
+            device: DeviceChoice::Auto,
         }
     }
 }
@@ -462,8 +466,16 @@ impl GistRunConfig {
     pub fn identity(&self) -> Result<String> {
         let mut value = crate::jobs::to_value(self)?;
         if let serde_json::Value::Object(map) = &mut value {
-            let beside =
-                ["base", "adapter", "data", "out", "threads", "memory_budget_bytes", "passage_bytes"];
+            let beside = [
+                "base",
+                "adapter",
+                "data",
+                "out",
+                "threads",
+                "device",
+                "memory_budget_bytes",
+                "passage_bytes",
+            ];
             map.retain(|key, _| !beside.contains(&key.as_str()));
         }
         config_hash(&value)

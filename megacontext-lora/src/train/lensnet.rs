@@ -15,6 +15,7 @@ use lensnet_adapter::{Features, Head, Kind, LensNetConfig};
 use megacontext_base::buffers::{PassShape, evaluation_bytes, keys_values_bytes};
 use megacontext_base::config::DecoderConfig;
 use megacontext_base::context::Limits;
+use megacontext_base::device::DeviceChoice;
 use megacontext_base::lora::LoraModules;
 use megacontext_base::rope::SigmaRule;
 use megacontext_kernels::precision::Precision;
@@ -228,6 +229,8 @@ pub struct LensRunConfig {
     pub memory_budget_bytes: Option<u64>,
     /// Threads; none means all cores.
     pub threads: Option<usize>,
+    /// What passes run on: `cpu`, `cuda:N`, or `auto`.
+    pub device: DeviceChoice,
 }
 
 impl Default for LensRunConfig {
@@ -266,6 +269,7 @@ impl Default for LensRunConfig {
             dtype: Precision::F32,
             memory_budget_bytes: None,
             threads: None,
+            device: DeviceChoice::Auto,
         }
     }
 }
@@ -356,7 +360,8 @@ impl LensRunConfig {
     pub fn identity(&self) -> Result<String> {
         let mut value = crate::jobs::to_value(self)?;
         if let serde_json::Value::Object(map) = &mut value {
-            let beside = ["base", "adapter", "gistnet", "data", "out", "threads", "memory_budget_bytes"];
+            let beside =
+                ["base", "adapter", "gistnet", "data", "out", "threads", "device", "memory_budget_bytes"];
             map.retain(|key, _| !beside.contains(&key.as_str()));
         }
         config_hash(&value)

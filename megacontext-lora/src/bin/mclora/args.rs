@@ -48,6 +48,10 @@ pub struct Global {
     /// Worker threads of quickstart, extend, sweep, pretrain, eval, generate and bench. Default: all cores
     #[arg(long, global = true, value_name = "N")]
     pub threads: Option<u64>,
+    /// What the model's passes run on: cpu, cuda:N (a GPU; a build with CUDA) or auto (the first GPU that can be used, else the
+    /// processor); generate and eval passkey run on the processor [default: auto]
+    #[arg(long, global = true, value_name = "NAME")]
+    pub device: Option<String>,
 }
 
 #[derive(Debug, Subcommand)]
@@ -83,6 +87,24 @@ pub enum Command {
     /// Look at a plugin
     #[command(subcommand)]
     Plugin(PluginCommand),
+}
+
+impl Command {
+    /// Does it run passes of a model, so that `--device` has a meaning?
+    pub fn has_passes(&self) -> bool {
+        match self {
+            Self::Quickstart(_)
+            | Self::Extend(_)
+            | Self::Sweep(_)
+            | Self::Train(_)
+            | Self::Eval(_)
+            | Self::Generate(_)
+            | Self::Logits(_)
+            | Self::Pretrain(_) => true,
+            Self::Bench(command) => command.has_passes(),
+            Self::Merge(_) | Self::Export(_) | Self::Rope(_) | Self::Report(_) | Self::Plugin(_) => false,
+        }
+    }
 }
 
 #[derive(Debug, Subcommand)]

@@ -223,6 +223,13 @@ pub struct LensArgs {
     common: Common,
 }
 
+impl BenchCommand {
+    /// Does it run passes of a decoder? The others measure operations and networks on the processor.
+    pub fn has_passes(&self) -> bool {
+        matches!(self, Self::Step(_) | Self::Gist(_))
+    }
+}
+
 /// Runs the command: prints the measurements, or returns them where `--json` is given.
 pub fn run(command: &BenchCommand, global: &Global) -> Result<Value> {
     match command {
@@ -263,6 +270,7 @@ fn step(what: &str, args: &StepArgs, global: &Global) -> Result<Params> {
     params.set_some("checkpointing", args.no_checkpointing.then_some(false));
     params.set_some("batch", args.batch);
     params.set_some("steps", args.steps);
+    params.set_some("device", global.device.as_deref());
     Ok(params)
 }
 
@@ -287,6 +295,7 @@ fn gist(args: &GistArgs, global: &Global) -> Result<Params> {
     let mut params = start("gist", global);
     params.set_some("horizon", args.horizon);
     params.set_some("blocks", args.blocks);
+    params.set_some("device", global.device.as_deref());
     params.set_some("block", args.block);
     params.set_list("shape", &args.shape);
     params.set_some("attn", args.attn.as_deref());

@@ -214,7 +214,7 @@ pub fn export(args: &Export, global: &Global) -> Result<Value> {
 }
 
 pub fn logits(args: &Logits, global: &Global) -> Result<Value> {
-    let result = job("logits", &params::logits(args)?, global)?;
+    let result = job("logits", &params::logits(args, global)?, global)?;
     show(global, || format!("logits {} written to {}\n", result["shape"], args.out.display()));
     Ok(result)
 }
@@ -263,10 +263,11 @@ pub fn plugin_check(args: &PluginCheck, global: &Global) -> Result<Value> {
         Failure::from(error)
     })?;
     let build = plugin.build_info();
+    let told = plugin.open_session(&json!({}), ())?.describe()?;
     show(global, || {
         format!(
             "plugin        {}\nversion       {}\nABI revision  {}\nbuilt         {} for {}, profile {}\n\
-             CPU features  {}\ncan           {}\n",
+             CPU features  {}\ncan           {}\n{}",
             path.display(),
             plugin.version_line(),
             plugin.abi_revision(),
@@ -274,7 +275,8 @@ pub fn plugin_check(args: &PluginCheck, global: &Global) -> Result<Value> {
             build.target,
             build.profile,
             build.cpu_features.join(", "),
-            plugin.capabilities().join(", ")
+            plugin.capabilities().join(", "),
+            gpus(&told)
         )
     });
     Ok(json!({
@@ -286,12 +288,55 @@ pub fn plugin_check(args: &PluginCheck, global: &Global) -> Result<Value> {
             "profile": build.profile, "cpu_features": build.cpu_features,
         },
         "capabilities": plugin.capabilities(),
+        "devices": told["devices"],
+        "no_gpu": told["no_gpu"],
     }))
+}
+
+/// Lines about the GPUs that the plugin sees, or about why it sees none.
+fn gpus(told: &Value) -> String {
+    let text = |value: &Value| value.as_str().unwrap_or("?").to_owned();
+    if let Some(why) = told["no_gpu"].as_str() {
+        return format!("GPU           none: {why}\n");
+    }
+    let gpus = told["devices"].as_array().into_iter().flatten().filter(|device| device["name"].is_string());
+    gpus.map(|gpu| {
+        format!(
+            "GPU           {}: {}, compute capability {}, {:.1} GB{}\n",
+            text(&gpu["device"]),
+            text(&gpu["name"]),
+            text(&gpu["compute_capability"]),
+            gpu["memory_bytes"].as_f64().unwrap_or(0.0) / 1e9,
+            gpu["unusable"].as_str().map_or(String::new(), |why| format!("; not usable: {why}"))
+        )
+    })
+    .collect()
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn gpus_are_listed_or_missed_with_a_reason() {
+        let none = json!({ "devices": [{ "device": "cpu" }], "no_gpu": "built without the feature cuda" });
+        assert_eq!(gpus(&none), "GPU           none: built without the feature cuda\n");
+        let two = json!({ "no_gpu": null, "devices": [
+            { "device": "cpu" },
+            { "device": "cuda:0", "name": "NVIDIA H200", "compute_capability": "9.0", "memory_bytes": 150_754_820_096u64,
+              "unusable": null },
+            { "device": "cuda:1", "name": "Old", "compute_capability": "7.5", "memory_bytes": 8_000_000_000u64,
+              "unusable": "expected compute capability 8.0 or newer, got 7.5" },
+        ] });
+        assert_eq!(
+            gpus(&two),
+            "GPU           cuda:0: NVIDIA H200, compute capability 9.0, 150.8 GB\n\
+             GPU           cuda:1: Old, compute capability 7.5, 8.0 GB; not usable: expected compute capability 8.0 or newer, \
+             got 7.5\n"
+        );
+        // A plugin of before says nothing of devices.
+        assert_eq!(gpus(&json!({})), "");
+    }
 
     #[test]
     fn paths_are_quoted_when_they_need_it() {

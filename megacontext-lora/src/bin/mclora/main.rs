@@ -27,7 +27,7 @@ mod train_lens;
 use args::{Cli, Command, EvalCommand, PluginCommand};
 use args_gist::TrainCommand;
 use clap::Parser;
-use failure::Result;
+use failure::{Failure, Result};
 use serde_json::{Value, json};
 use std::process::ExitCode;
 
@@ -53,7 +53,13 @@ fn main() -> ExitCode {
 
 fn run(cli: Cli) -> Result<Value> {
     let global = cli.global;
-    match cli.command.unwrap_or_else(|| Command::Quickstart(args::Quickstart::default())) {
+    let command = cli.command.unwrap_or_else(|| Command::Quickstart(args::Quickstart::default()));
+    if let Some(device) = global.device.as_deref().filter(|_| !command.has_passes()) {
+        return Err(Failure::usage(format!(
+            "--device: expected none for a command that runs no passes of a model, got {device}"
+        )));
+    }
+    match command {
         Command::Quickstart(args) => quickstart::run(&args, &global),
         Command::Extend(args) => commands::extend(&args, &global),
         Command::Sweep(args) => sweep::run(&args, &global),

@@ -177,6 +177,7 @@ pub fn extend(args: &Extend, global: &Global) -> Result<(Value, PathBuf)> {
     params.set_some("checkpoint.every", args.checkpoint_every);
     params.set_some("checkpoint.keep", args.checkpoint_keep);
     params.set_some("threads", global.threads);
+    params.set_some("device", global.device.as_deref());
     params.set_some("resume", args.resume.then_some(true));
     let out = PathBuf::from(params.text("out").unwrap_or(DEFAULT_OUT));
     Ok((params.into_value(), out))
@@ -207,6 +208,7 @@ fn used(of: &Used, global: &Global, params: &mut Params) -> Result<()> {
     params.set_some("factor", of.factor);
     params.set_some("dtype", of.dtype.as_deref());
     params.set_some("threads", global.threads);
+    params.set_some("device", global.device.as_deref());
     Ok(())
 }
 
@@ -283,13 +285,14 @@ pub fn export(args: &Export) -> Result<Value> {
 }
 
 /// The parameters of `logits`.
-pub fn logits(args: &Logits) -> Result<Value> {
+pub fn logits(args: &Logits, global: &Global) -> Result<Value> {
     let mut params = Params::default();
     params.set_path("base", Some(&args.base))?;
     params.set_path("adapter", args.adapter.as_ref())?;
     params.set_path("tokens", Some(&args.tokens))?;
     params.set_path("out", Some(&args.out))?;
     params.set_some("dtype", args.dtype.as_deref());
+    params.set_some("device", global.device.as_deref());
     Ok(params.into_value())
 }
 
@@ -326,6 +329,7 @@ pub fn pretrain(args: &Pretrain, global: &Global) -> Result<Value> {
     params.set_some("seed", args.seed);
     params.set_some("dtype", args.dtype.as_deref());
     params.set_some("threads", global.threads);
+    params.set_some("device", global.device.as_deref());
     Ok(params.into_value())
 }
 

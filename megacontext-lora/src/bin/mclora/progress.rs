@@ -40,6 +40,8 @@ enum Style {
 /// What mclora is to the plugin.
 pub struct Reporter {
     style: Style,
+    /// What was said of the device; a sweep's runs would say the same again.
+    device: Mutex<String>,
 }
 
 impl Reporter {
@@ -54,13 +56,21 @@ impl Reporter {
         } else {
             Style::Lines(Mutex::new(None))
         };
-        Self { style }
+        Self { style, device: Mutex::default() }
     }
 
     fn say(&self, text: &str) {
         match &self.style {
             Style::Bar(bar) => bar.suspend(|| eprintln!("{text}")),
             Style::Lines(_) | Style::Json => eprintln!("{text}"),
+        }
+    }
+
+    fn device(&self, text: &str) {
+        let mut said = self.device.lock().unwrap_or_else(PoisonError::into_inner);
+        if !text.is_empty() && *said != text {
+            self.say(text);
+            text.clone_into(&mut said);
         }
     }
 
@@ -157,6 +167,7 @@ impl Host for Reporter {
                 Some(text) => self.say(text),
                 None => self.say(&evaluation(&event)),
             },
+            "device" => self.device(event["text"].as_str().unwrap_or_default()),
             "log" => self.say(event["message"].as_str().unwrap_or_default()),
             "plan" | "cell" | "validation" | "phase" => self.say(event["text"].as_str().unwrap_or_default()),
             // Checkpoints show in the run folder; what a later plugin may tell besides is not for this host.

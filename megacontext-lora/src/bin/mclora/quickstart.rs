@@ -125,6 +125,7 @@ fn extended(args: &Quickstart, base: &Path, run: &Path, global: &Global) -> Resu
     let mut params = if resume { Params::from_toml(&written)? } else { parameters(base, run, args.smoke)? };
     params.set("resume", resume);
     params.set_some("threads", global.threads);
+    params.set_some("device", global.device.as_deref());
     params.set_some("dtype", args.dtype.as_deref());
     if !resume {
         params.set_some("scaling", args.scaling.as_deref());
@@ -145,6 +146,7 @@ fn cycled(args: &Quickstart, base: &Path, run: &Path, cycle: &Path, global: &Glo
     }
     params.set("resume", resume);
     params.set_some("threads", global.threads);
+    params.set_some("device", global.device.as_deref());
     job("train", &params.into_value(), global)
 }
 

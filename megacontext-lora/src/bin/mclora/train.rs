@@ -41,6 +41,7 @@ pub fn eval_gist(args: &EvalGist, global: &Global) -> Result<Value> {
     params.set_some("seed", args.seed);
     params.set_some("dtype", args.dtype.as_deref());
     params.set_some("threads", global.threads);
+    params.set_some("device", global.device.as_deref());
     let result = job("eval_gist", &params.into_value(), global)?;
     if !global.json {
         print!("{}", stand_ins(&result, "blocks"));
@@ -64,6 +65,7 @@ pub fn begun(what: &What, default_out: &str, global: &Global) -> Result<Params> 
     params.set_some("seed", what.seed);
     params.set_some("holdout", what.holdout);
     params.set_some("threads", global.threads);
+    params.set_some("device", global.device.as_deref());
     params.set_some("resume", what.resume.then_some(true));
     Ok(params)
 }

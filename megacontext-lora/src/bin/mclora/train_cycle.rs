@@ -57,6 +57,7 @@ fn parameters(args: &TrainCycle, global: &Global) -> Result<(Value, PathBuf)> {
     params.set_some("dtype", args.dtype.as_deref());
     params.set_some("memory_budget_bytes", args.memory.as_deref().map(bytes).transpose()?);
     params.set_some("threads", global.threads);
+    params.set_some("device", global.device.as_deref());
     let out = PathBuf::from(params.text("out").unwrap_or(DEFAULT_OUT));
     Ok((params.into_value(), out))
 }

@@ -11,6 +11,7 @@
 
 use megacontext_base::buffers::Buffers;
 use megacontext_base::decoder::{Decoder, Forward};
+use megacontext_base::device::DeviceChoice;
 use megacontext_base::gradients::Gradients;
 use megacontext_base::random::Random;
 use megacontext_base::rope::{Entries, RopeScaling, RopeTables, SigmaRule};
@@ -29,6 +30,7 @@ use super::step::llama;
 use super::{add, begin, check_common, group, kind, normals, within};
 use crate::error::{PluginError, Result};
 use crate::host::HostApi;
+use crate::jobs::device::OnDevice;
 use crate::jobs::{model_error, with_threads};
 use crate::train::config::{self, Attention, GroupSize};
 
@@ -59,6 +61,8 @@ pub struct GistBench {
     pub reps: usize,
     /// Threads; none means all.
     pub threads: Option<usize>,
+    /// What passes run on: `cpu`, `cuda:N`, or `auto`.
+    pub device: DeviceChoice,
 }
 
 impl Default for GistBench {
@@ -74,6 +78,7 @@ impl Default for GistBench {
             dtype: Precision::F32,
             reps: 3,
             threads: None,
+            device: DeviceChoice::Auto,
         }
     }
 }
@@ -88,7 +93,9 @@ pub fn run(bench: &GistBench, host: &dyn HostApi) -> Result<Value> {
     let model = llama(&bench.shape, bench.n)?;
     let pattern = config::pattern(bench.attn, bench.group, bench.n)?;
     let rule = SigmaRule { block: bench.block, ..SigmaRule::default() };
-    let decoder = Decoder::random(model, 0, bench.dtype, &[]).map_err(model_error)?;
+    let on = OnDevice::open(bench.device, host)?;
+    let mut decoder = Decoder::random(model, 0, bench.dtype, &[]).map_err(model_error)?;
+    on.take(&mut decoder, host)?;
     let delta = DeltaNll::new(&decoder, &RopeScaling::None, rule, pattern, bench.horizon)
         .map_err(|e| PluginError::usage(e.to_string()))?;
     let spans: Vec<Span> = (0..bench.blocks).map(|at| found[at * found.len() / bench.blocks]).collect();
@@ -141,7 +148,7 @@ fn measured(
     add(
         &mut result,
         json!({
-            "shape": shape.join(","), "attn": kind(bench.attn), "B": spans.len(), "n": bench.n,
+            "device": decoder.device().describe(), "shape": shape.join(","), "attn": kind(bench.attn), "B": spans.len(), "n": bench.n,
             "G": group(pattern, bench.n), "horizon": bench.horizon, "K": bench.block,
             "fb_ms": rounded(shared.median() * 1e3, 3), "best_ms": rounded(shared.best() * 1e3, 3),
             "block_ms": rounded(shared.median() * 1e3 / spans.len() as f64, 3),

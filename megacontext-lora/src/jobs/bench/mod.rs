@@ -6,6 +6,7 @@
 //! | field | |
 //! |---|---|
 //! | `lib`, `what`, `dtype`, `threads` | what was measured |
+//! | `device` | of `step` and `gist`: what passes ran on |
 //! | `B`, `H`, `Hkv`, `d`, `n`, `G` | rows, query heads, kv heads, head width, entries, group (n for dense) |
 //! | `fb_ms`, `fwd_ms`, `best_ms` | median forward and backward, forward alone, best forward and backward |
 //! | `step_s`, `best_s`, `tok_s` | a whole step, tokens per second |

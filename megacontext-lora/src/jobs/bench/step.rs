@@ -10,6 +10,7 @@ use std::path::Path;
 
 use megacontext_base::config::DecoderConfig;
 use megacontext_base::decoder::Decoder;
+use megacontext_base::device::DeviceChoice;
 use megacontext_base::lora::{LoraConfig, LoraModules};
 use megacontext_base::params::Group;
 use megacontext_base::random::Random;
@@ -21,6 +22,7 @@ use super::measure::{Memory, Times, megabytes, rounded};
 use super::{add, begin, check_common, group, kind, within};
 use crate::error::{PluginError, Result};
 use crate::host::HostApi;
+use crate::jobs::device::OnDevice;
 use crate::jobs::{model_error, to_value, with_threads};
 use crate::train::config::{
     self, Attention, BatchConfig, ExtendConfig, GroupSize, OptimizerConfig, Recompute, StageConfig,
@@ -52,6 +54,8 @@ pub struct StepBench {
     pub batch: usize,
     /// Threads; none means all.
     pub threads: Option<usize>,
+    /// What a step's passes run on: `cpu`, `cuda:N`, or `auto`. A plan is of the host's memory whatever it says.
+    pub device: DeviceChoice,
 }
 
 impl Default for StepBench {
@@ -67,6 +71,7 @@ impl Default for StepBench {
             steps: 2,
             batch: 1,
             threads: None,
+            device: DeviceChoice::Auto,
         }
     }
 }
@@ -160,8 +165,10 @@ fn measured(
     let mut random = Random::new(5);
     let stream = (0..bench.n * bench.batch + 1).map(|_| random.below(model.vocab_size) as u32).collect();
     let learning = [Group::Lora, Group::Embeddings, Group::Norms];
+    let on = OnDevice::open(bench.device, host)?;
     let mut decoder = Decoder::random(model, 0, bench.dtype, &learning).map_err(model_error)?;
     decoder.attach_lora(lora, 0).map_err(model_error)?;
+    on.take(&mut decoder, host)?;
     let mut trainer = Trainer::new(
         decoder,
         &learning,
@@ -188,7 +195,7 @@ fn measured(
     add(
         &mut result,
         json!({
-            "step_s": rounded(times.median(), 4), "best_s": rounded(times.best(), 4),
+            "device": trainer.decoder.device().describe(), "step_s": rounded(times.median(), 4), "best_s": rounded(times.best(), 4),
             "tok_s": rounded(tokens / times.median(), 1),
             "peak_rss_MB": megabytes(memory.peak()), "idle_rss_MB": megabytes(memory.idle()),
             "tflop": tera(work.total()), "tflop_parts": parts,

@@ -133,6 +133,7 @@ impl Run<'_> {
             gist_version,
             seed: c.seed,
             threads: rayon::current_num_threads(),
+            device: modules.decoder.device().describe(),
             seconds: self.before + since(self.started),
             planned_bytes: self.plan.total,
             peak_bytes: peak_bytes().unwrap_or(0),

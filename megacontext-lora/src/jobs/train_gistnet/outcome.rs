@@ -53,6 +53,7 @@ impl Run<'_> {
             gist_version: self.trainer.network.gist_version(),
             seed: self.config.seed,
             threads: rayon::current_num_threads(),
+            device: self.decoder.device().describe(),
             seconds: self.before + since(self.started),
             planned_bytes: plan.total,
             peak_bytes: peak_bytes().unwrap_or(0),

@@ -80,6 +80,7 @@ impl Run<'_> {
             gist_version: data.gist_version,
             seed: self.config.seed,
             threads: rayon::current_num_threads(),
+            device: self.device.clone(),
             seconds: self.before + since(self.started),
             planned_bytes: plan.total,
             peak_bytes: peak_bytes().unwrap_or(0),

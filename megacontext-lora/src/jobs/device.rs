@@ -1,0 +1,167 @@
+//! What a job's model runs on: opened once before anything is changed, told to the host, and given to the decoder.
+//!
+//! Names are [`DeviceChoice`]'s. `auto` is the processor where the program was built without CUDA, and nothing is said then. With
+//! CUDA it is the first GPU, or the processor with a note why: because there is no GPU that can be used, or because that GPU
+//! cannot run this model. A device that was named and cannot be had is an error.
+//!
+//! Parameters, optimiser and files stay on the host, so a run may go on on another device; its settings' hash does not know the
+//! device. Networks (GistNet, LensNet) and generation run on the processor.
+//!
+//! The event `device` says `device` (`cpu`, `cuda:0`), `description`, `asked`, `note` and `text`, a line for people.
+//!
+//! Errors: `Usage`, with what was expected and what came. Left out: several GPUs at once.
+
+use megacontext_base::decoder::Decoder;
+use megacontext_base::device::{Device, DeviceChoice, gpus};
+use serde_json::{Value, json};
+
+use crate::error::{PluginError, Result};
+use crate::host::HostApi;
+use crate::jobs::model_error;
+
+/// What a job's model runs on.
+pub(crate) struct OnDevice {
+    asked: DeviceChoice,
+    device: Device,
+}
+
+impl OnDevice {
+    /// Opens the device and tells the host.
+    ///
+    /// # Errors
+    /// When a GPU was named that this program or this machine does not have.
+    pub fn open(asked: DeviceChoice, host: &dyn HostApi) -> Result<Self> {
+        let opened = asked.open().map_err(model_error)?;
+        let note = opened.note.map(|note| format!("no GPU: {}", note.trim_start_matches("device: ")));
+        tell(asked, &opened.device, note, host);
+        Ok(Self { asked, device: opened.device })
+    }
+
+    /// The decoder's passes run on the device from here on. Call it when the decoder is complete, LoRA included.
+    ///
+    /// # Errors
+    /// When a device that was named cannot run this model. Under `auto` it stays on the processor, and the host is told why.
+    pub fn take(&self, decoder: &mut Decoder, host: &dyn HostApi) -> Result<()> {
+        match decoder.set_device(&self.device) {
+            Err(error) if self.asked == DeviceChoice::Auto => {
+                decoder.set_device(&Device::Cpu).map_err(model_error)?;
+                let note = format!("not on {}: {error}", self.device.describe());
+                tell(self.asked, &Device::Cpu, Some(note), host);
+                Ok(())
+            }
+            taken => taken.map_err(model_error),
+        }
+    }
+}
+
+fn tell(asked: DeviceChoice, device: &Device, note: Option<String>, host: &dyn HostApi) {
+    let description = device.describe();
+    let text = match &note {
+        Some(note) => format!("device: {description} ({note})"),
+        // Nobody asked, and there is nothing to choose from.
+        None if asked == DeviceChoice::Auto && device.is_cpu() => return,
+        None => format!("device: {description}"),
+    };
+    host.event(
+        "device",
+        &json!({ "device": device.name(), "description": description, "asked": asked, "note": note, "text": text }),
+    );
+}
+
+/// The devices that there are, for hosts: each by name, GPUs with what they are, and why there is no GPU.
+pub(crate) fn listed() -> Value {
+    let cpu = json!({ "device": Device::Cpu.name() });
+    let (gpus, none) = match gpus() {
+        Ok(gpus) => (gpus, None),
+        Err(why) => (&[][..], Some(why)),
+    };
+    let devices: Vec<Value> = [cpu].into_iter().chain(gpus.iter().map(|gpu| json!(gpu))).collect();
+    json!({ "devices": devices, "no_gpu": none })
+}
+
+/// Names of what a session or a job can be told to run on, and of CUDA where it was built in.
+pub(crate) fn capabilities() -> Vec<String> {
+    let built = cfg!(feature = "cuda").then(|| "built:cuda".to_string());
+    let usable = gpus().unwrap_or_default().iter().filter(|gpu| gpu.unusable.is_none());
+    let names = [Device::Cpu.name()].into_iter().chain(usable.map(|gpu| gpu.device.clone()));
+    names.map(|name| format!("device:{name}")).chain(built).collect()
+}
+
+/// Refuses a GPU for a job that runs on the processor whatever there is; `why` says what in it does.
+///
+/// # Errors
+/// When a GPU was named.
+pub(crate) fn on_processor(asked: DeviceChoice, why: &str) -> Result<()> {
+    match asked {
+        DeviceChoice::Auto | DeviceChoice::Cpu => Ok(()),
+        DeviceChoice::Cuda(_) => Err(PluginError::usage(format!(
+            "device: expected cpu or auto, since {why} on the processor, got {asked}"
+        ))),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Mutex;
+
+    use super::*;
+
+    #[derive(Default)]
+    struct Hearing(Mutex<Vec<Value>>);
+
+    impl HostApi for Hearing {
+        fn event(&self, kind: &str, json: &Value) {
+            assert_eq!(kind, "device");
+            self.0.lock().unwrap().push(json.clone());
+        }
+
+        fn cancelled(&self) -> bool {
+            false
+        }
+    }
+
+    fn heard(asked: DeviceChoice) -> (Result<OnDevice>, Vec<Value>) {
+        let host = Hearing::default();
+        let opened = OnDevice::open(asked, &host);
+        (opened, host.0.into_inner().unwrap())
+    }
+
+    #[test]
+    fn the_processor_is_said_where_it_was_asked_for() {
+        let (opened, events) = heard(DeviceChoice::Cpu);
+        assert!(opened.unwrap().device.is_cpu());
+        let expected = json!({
+            "device": "cpu", "description": "cpu", "asked": "cpu", "note": null, "text": "device: cpu"
+        });
+        assert_eq!(events, [expected]);
+    }
+
+    #[cfg(not(feature = "cuda"))]
+    #[test]
+    fn without_cuda_auto_is_the_processor_and_silent() {
+        let (opened, events) = heard(DeviceChoice::Auto);
+        assert!(opened.unwrap().device.is_cpu());
+        assert!(events.is_empty(), "{events:?}");
+    }
+
+    #[cfg(not(feature = "cuda"))]
+    #[test]
+    fn without_cuda_a_gpu_is_refused_and_nothing_is_told() {
+        let (opened, events) = heard(DeviceChoice::Cuda(0));
+        let error = opened.err().unwrap();
+        assert_eq!(error.kind, crate::error::Kind::Usage);
+        assert!(error.message.contains("built with the feature cuda for cuda:0"), "{error}");
+        assert!(events.is_empty());
+    }
+
+    #[test]
+    fn a_gpu_is_refused_where_the_processor_does_it() {
+        on_processor(DeviceChoice::Auto, "text is generated").unwrap();
+        on_processor(DeviceChoice::Cpu, "text is generated").unwrap();
+        let error = on_processor(DeviceChoice::Cuda(1), "text is generated").unwrap_err();
+        assert_eq!(
+            error.to_string(),
+            "device: expected cpu or auto, since text is generated on the processor, got cuda:1"
+        );
+    }
+}
