@@ -79,6 +79,7 @@ pub struct Decoder {
     lora: Option<Attached>,
     precision: Precision,
     merged: Option<Merged>,
+    device: Device,
     place: Place,
 }
 
@@ -139,7 +140,15 @@ impl Decoder {
             let levels = scales.len();
             params.insert_values(SIGMA, Group::Sigma, scales, &[levels])?;
         }
-        Ok(Self { config, params, lora: None, precision, merged: None, place: Place::Host })
+        Ok(Self {
+            config,
+            params,
+            lora: None,
+            precision,
+            merged: None,
+            device: Device::Cpu,
+            place: Place::Host,
+        })
     }
 
     /// Reads one parameter of the model anew from its folder, as [`Decoder::from_weights`] did.
@@ -191,7 +200,15 @@ impl Decoder {
                 params.insert_values(name, group, values::<f32>(len, next), &shape)?;
             }
         }
-        Ok(Self { config, params, lora: None, precision, merged: None, place: Place::Host })
+        Ok(Self {
+            config,
+            params,
+            lora: None,
+            precision,
+            merged: None,
+            device: Device::Cpu,
+            place: Place::Host,
+        })
     }
 
     /// Gives a tied model an output head of its own, a copy of the embedding.
@@ -277,12 +294,8 @@ impl Decoder {
     }
 
     /// What passes run on.
-    pub fn device(&self) -> Device {
-        match &self.place {
-            Place::Host => Device::Cpu,
-            #[cfg(feature = "cuda")]
-            Place::Gpu(gpu) => gpu.device(),
-        }
+    pub fn device(&self) -> &Device {
+        &self.device
     }
 
     pub(crate) fn place(&self) -> &Place {
@@ -300,6 +313,7 @@ impl Decoder {
             #[cfg(feature = "cuda")]
             Device::Cuda(gpu) => Place::Gpu(Box::new(crate::machine::gpu::Gpu::new(gpu, &self.config)?)),
         };
+        self.device = device.clone();
         Ok(())
     }
 

@@ -38,7 +38,7 @@ use crate::block::Tables;
 use crate::buffers::{Activation, Buffers, KeysValues, Scratch};
 use crate::config::DecoderConfig;
 use crate::decoder::{Decoder, Document, Ran};
-use crate::device::{Device, Gpu as Opened};
+use crate::device::Gpu as Opened;
 use crate::error::{BaseError, Result};
 use crate::gradients::Gradients;
 use crate::params::ParamStore;
@@ -66,11 +66,6 @@ impl Gpu {
             return Err(BaseError::Device { message });
         }
         Ok(Self { opened: opened.clone(), parameters: Parameters::default() })
-    }
-
-    /// The device.
-    pub fn device(&self) -> Device {
-        Device::Cuda(self.opened.clone())
     }
 
     fn kernels(&self) -> &Kernels {
