@@ -272,6 +272,34 @@ impl Device {
         }
     }
 
+    /// The most bytes of a GPU's memory that were in use at one time since [`Device::forget_peak`]; none for the processor.
+    ///
+    /// # Errors
+    /// What the driver says.
+    pub fn peak_bytes(&self) -> Result<Option<u64>> {
+        match self {
+            Self::Cpu => Ok(None),
+            #[cfg(feature = "cuda")]
+            Self::Cuda(gpu) => {
+                Ok(gpu.device.most_bytes().map_err(megacontext_kernels::error::KernelError::from)?)
+            }
+        }
+    }
+
+    /// Counts a GPU's memory from what is in use now.
+    ///
+    /// # Errors
+    /// What the driver says.
+    pub fn forget_peak(&self) -> Result<()> {
+        match self {
+            Self::Cpu => Ok(()),
+            #[cfg(feature = "cuda")]
+            Self::Cuda(gpu) => {
+                Ok(gpu.device.forget_most_bytes().map_err(megacontext_kernels::error::KernelError::from)?)
+            }
+        }
+    }
+
     /// Floating-point operations per second of matrix products on this device now, for planning.
     ///
     /// # Errors

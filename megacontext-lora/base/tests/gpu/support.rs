@@ -47,20 +47,11 @@ pub struct Lease {
 pub struct Memory(&'static Library);
 
 impl Memory {
-    fn ask(&self, function: &[u8]) -> Result<u64> {
-        // SAFETY: the library is `cu/emulate/driver.cpp`, and this is the functions' type.
-        let asked = unsafe { self.0.get::<extern "C" fn() -> usize>(function) }?;
-        Ok(asked() as u64)
-    }
-
     /// Bytes that live.
     pub fn now(&self) -> Result<u64> {
-        self.ask(b"emulated_bytes")
-    }
-
-    /// The most that did since this was asked for last.
-    pub fn most(&self) -> Result<u64> {
-        self.ask(b"emulated_most_bytes")
+        // SAFETY: the library is `cu/emulate/driver.cpp`, and this is the function's type.
+        let bytes = unsafe { self.0.get::<extern "C" fn() -> usize>(b"emulated_bytes") }?;
+        Ok(bytes() as u64)
     }
 }
 

@@ -54,7 +54,7 @@ pub struct StepBench {
     pub batch: usize,
     /// Threads; none means all.
     pub threads: Option<usize>,
-    /// What a step's passes run on: `cpu`, `cuda:N`, or `auto`. A plan is of the host's memory whatever it says.
+    /// What a step's passes run on: `cpu`, `cuda:N`, or `auto`. A plan is of the processor whatever it says.
     pub device: DeviceChoice,
 }
 

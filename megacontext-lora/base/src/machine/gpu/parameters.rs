@@ -127,7 +127,7 @@ fn upload<A: Product, P: Product>(
     let uploaded = device.upload(values).map_err(KernelError::from)?;
     let mut into = match before.filter(|before| before.len() == values.len()) {
         Some(before) => before,
-        None => device.zeros(values.len()).map_err(KernelError::from)?,
+        None => device.room(values.len()).map_err(KernelError::from)?,
     };
     rows::convert(device, &uploaded, &mut into)?;
     Ok(into)
