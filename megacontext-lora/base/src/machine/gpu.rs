@@ -32,7 +32,7 @@ use self::buffer::{GpuBuffer, LinearRooms};
 use self::linear::{GpuLinear, GpuNorm};
 use self::parameters::Parameters;
 use super::host::no_local_tables;
-use super::{AttentionSpec, Loss, Machine, Scored, Teacher};
+use super::{AttentionSpec, Loss, Machine, Scored, Teacher, Wanted};
 use crate::architecture::{Mlp, NormKind, Rotation};
 use crate::block::Tables;
 use crate::buffers::{Activation, Buffers, KeysValues, Scratch};
@@ -509,7 +509,7 @@ impl Machine for Gpu {
         hidden: &GpuBuffer<S>,
         scored: &[usize],
         teacher: Teacher<'_, Self, S>,
-        wanted: Option<(f32, Option<&[f32]>, &mut GpuBuffer<f32>)>,
+        wanted: Wanted<'_, GpuBuffer<f32>>,
     ) -> Result<Vec<f32>> {
         self.divergence_from(decoder, hidden, scored, teacher, wanted)
     }
