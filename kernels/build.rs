@@ -9,8 +9,19 @@ use std::path::{Path, PathBuf};
 use std::{env, fs};
 
 const VARIABLE: &str = "MEGACONTEXT_CUDA_FATBINS";
-const MODULES: [&str; 7] =
-    ["attention_bounds", "attention_forward", "attention_backward", "rope", "norm", "loss", "adamw"];
+const MODULES: [&str; 11] = [
+    "attention_bounds",
+    "attention_forward",
+    "attention_backward",
+    "rope",
+    "norm",
+    "loss",
+    "adamw",
+    "rows",
+    "mlp",
+    "embedding",
+    "dora",
+];
 const HEADERS: [&str; 3] = ["device.cuh", "products.cuh", "attention.cuh"];
 
 fn read(path: &Path) -> Vec<u8> {

@@ -7,8 +7,8 @@
 //! operation. The loss over the output head ([`loss`]), embeddings ([`embedding`]) and the optimiser ([`adamw`]) exist on
 //! slices only.
 //!
-//! All of it runs on the CPU; with the feature `cuda`, attention, RoPE, norms, linear layers, losses over logits and AdamW also run on
-//! buffers of an NVIDIA GPU (module `cuda`). Tensors are f32; slices are stored in f32 or bf16 ([`store`]) and computed in
+//! All of it runs on the CPU; with the feature `cuda`, attention, RoPE, norms, linear layers, activations, embeddings, losses over logits
+//! and AdamW also run on buffers of an NVIDIA GPU (module `cuda`). Tensors are f32; slices are stored in f32 or bf16 ([`store`]) and computed in
 //! f32, but for products, which [`precision`] may take in bf16. Code is compiled for AVX-512, AVX2 with FMA and any
 //! machine, and chosen when the program runs ([`cpu::level`]). The same inputs and the same number of threads give the
 //! same bytes.

@@ -51,8 +51,13 @@ impl Dropout {
 
     /// As [`Dropout::apply`], for the values from place `first` of a tensor on.
     pub(crate) fn apply_at(&self, first: usize, values: &mut [f32]) {
-        let threshold = (self.p * 4_294_967_296.0) as u64;
-        mask(values, self.seed, first as u64, threshold, (1.0 / (1.0 - self.p)) as f32);
+        let (threshold, factor) = self.threshold_and_factor();
+        mask(values, self.seed, first as u64, threshold, factor);
+    }
+
+    /// What 32 bits of a place's hash are below where a value is zeroed, and what the others are multiplied by.
+    pub(crate) fn threshold_and_factor(&self) -> (u64, f32) {
+        ((self.p * 4_294_967_296.0) as u64, (1.0 / (1.0 - self.p)) as f32)
     }
 }
 

@@ -6,12 +6,13 @@
 
 #[path = "cuda_device/attention.rs"]
 mod attention;
-#[path = "cuda_device/compiler.rs"]
-mod compiler;
+mod emulated;
 #[path = "cuda_device/images.rs"]
 mod images;
 #[path = "cuda_device/inside.rs"]
 mod inside;
+#[path = "cuda_device/layers.rs"]
+mod layers;
 #[path = "cuda_device/linear.rs"]
 mod linear;
 #[path = "cuda_device/ops.rs"]
@@ -20,5 +21,7 @@ mod ops;
 mod probing;
 #[path = "cuda_device/rejects.rs"]
 mod rejects;
+#[path = "cuda_device/rows.rs"]
+mod rows;
 #[path = "cuda_device/support.rs"]
 mod support;

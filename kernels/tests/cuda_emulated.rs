@@ -10,7 +10,7 @@ use std::process::Command;
 
 use anyhow::{Context, Result, ensure};
 
-#[path = "cuda_device/compiler.rs"]
+#[path = "emulated/compiler.rs"]
 mod compiler;
 
 /// Compiles one program of `cu/emulate` and runs it; its own comparisons decide.
@@ -38,4 +38,9 @@ fn attention_equals_the_reference() -> Result<()> {
 #[test]
 fn ropes_norms_losses_and_steps_equal_the_reference() -> Result<()> {
     passes("ops")
+}
+
+#[test]
+fn rows_activations_and_embeddings_equal_the_reference() -> Result<()> {
+    passes("rows")
 }

@@ -15,31 +15,20 @@
 //
 // The environment sets what is there: EMULATED_DEVICES (1), EMULATED_CAPABILITY (80), EMULATED_VERSION (12000),
 // EMULATED_SHARED (166912).
+#include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <map>
 #include <mutex>
 #include <string>
-#include <tuple>
 #include <utility>
 
-#include "../attention_bounds.cu"
-#include "../attention_forward.cu"
-#include "../attention_backward.cu"
-namespace rotary {
-#include "../rope.cu"
-}
-namespace norms {
-#include "../norm.cu"
-}
-namespace losses {
-#include "../loss.cu"
-}
-namespace optimiser {
-#include "../adamw.cu"
-}
+#include "kernels.h"
 
 namespace {
+
+using emulated_driver::Kernel;
+using emulated_driver::kernels;
 
 // Results, as cuda.h numbers them.
 enum Result : int {
@@ -57,59 +46,6 @@ enum Result : int {
     LAUNCH_OUT_OF_RESOURCES = 701,
 };
 
-// Calls a kernel with the arguments that `params` points to.
-template <class... Args, size_t... I>
-void call(void (*kernel)(Args...), void** params, std::index_sequence<I...>) {
-    kernel(*static_cast<std::remove_cv_t<Args>*>(params[I])...);
-}
-template <auto KERNEL, class... Args>
-void through(void (*)(Args...), void** params) {
-    call(KERNEL, params, std::make_index_sequence<sizeof...(Args)>());
-}
-
-struct Kernel {
-    const char* module;
-    unsigned threads;
-    void (*run)(void** params);
-    size_t shared = 48 << 10;
-};
-
-std::map<std::string, Kernel>& kernels() {
-#define KERNEL(module, name, threads) \
-    {#name, Kernel{module, threads, [](void** params) { through<&name>(&name, params); }}},
-#define KINDS(module, name, threads) \
-    KERNEL(module, name##_f32, threads) KERNEL(module, name##_bf16, threads) KERNEL(module, name##_f16, threads)
-#define WIDTHS(module, name)                                                                                   \
-    KINDS_OF(module, name, 32) KINDS_OF(module, name, 64) KINDS_OF(module, name, 96) KINDS_OF(module, name, 128) \
-    KINDS_OF(module, name, 256)
-#define KINDS_OF(module, name, D) \
-    KERNEL(module, name##_f32_##D, 128) KERNEL(module, name##_bf16_##D, 128) KERNEL(module, name##_f16_##D, 128)
-#define NORM_PAIRS(name)                                                                               \
-    KINDS("norm", name, 256)                                                                           \
-    KERNEL("norm", name##_f32_to_bf16, 256) KERNEL("norm", name##_f32_to_f16, 256)                     \
-    KERNEL("norm", name##_bf16_to_f32, 256) KERNEL("norm", name##_f16_to_f32, 256)
-    using namespace rotary;
-    using namespace norms;
-    using namespace losses;
-    using namespace optimiser;
-    static std::map<std::string, Kernel> table{
-        KERNEL("attention_bounds", attention_bounds, 1024)
-        WIDTHS("attention_forward", attention_forward)
-        KINDS("attention_backward", attention_delta, 256)
-        WIDTHS("attention_backward", attention_queries)
-        WIDTHS("attention_backward", attention_keys)
-        KINDS("rope", rope, 256) KINDS("rope", rope_vectors, 256) KINDS("rope", rope_damping, 128)
-        NORM_PAIRS(rms_forward) NORM_PAIRS(rms_forward_vectors)
-        NORM_PAIRS(layer_forward) NORM_PAIRS(layer_forward_vectors)
-        KINDS("norm", rms_backward, 256) KINDS("norm", rms_backward_vectors, 256)
-        KINDS("norm", layer_backward, 256) KINDS("norm", layer_backward_vectors, 256)
-        KERNEL("norm", norm_sums, 1024)
-        KERNEL("loss", loss_nll, 256) KINDS("loss", loss_kl, 256)
-        KERNEL("adamw", adamw, 256) KERNEL("adamw", adamw_rows, 256) KERNEL("adamw", sum_of_squares, 256)
-    };
-    return table;
-}
-
 struct Allocation {
     emulated::Guarded<unsigned char> bytes;
     size_t size;
@@ -121,6 +57,8 @@ struct State {
     // By address.
     std::map<uint64_t, Allocation> memory;
     size_t made = 0, launches = 0, contexts = 0;
+    // Bytes that live, and the most that did since somebody asked.
+    size_t bytes = 0, most = 0;
 };
 
 State& state() {
@@ -162,6 +100,8 @@ Result allocate(uint64_t* address, size_t size) {
     Allocation allocation{emulated::Guarded<unsigned char>((size + 15) / 16 * 16, at_end), size};
     *address = uint64_t(allocation.bytes.data());
     state().memory.emplace(*address, std::move(allocation));
+    state().bytes += size;
+    state().most = std::max(state().most, state().bytes);
     return SUCCESS;
 }
 
@@ -173,6 +113,7 @@ Result release(uint64_t address) {
     // What lies behind the last byte was filled with ones.
     for (size_t i = found->second.size; i % 16; ++i)
         if (found->second.bytes[i] != 0xff) emulated::fail("bytes behind an allocation were written");
+    state().bytes -= found->second.size;
     state().memory.erase(found);
     return SUCCESS;
 }
@@ -201,6 +142,11 @@ API size_t emulated_allocations() {
 API size_t emulated_contexts() {
     std::lock_guard<std::mutex> guard(state().lock);
     return state().contexts;
+}
+// Bytes that live; the most that did is the pool's to say.
+API size_t emulated_bytes() {
+    std::lock_guard<std::mutex> guard(state().lock);
+    return state().bytes;
 }
 API size_t emulated_launches() {
     std::lock_guard<std::mutex> guard(state().lock);
@@ -302,6 +248,35 @@ API Result cuMemGetInfo_v2(size_t* free, size_t* total) {
     *total = size_t(1) << 34;
     *free = *total - used;
     return SUCCESS;
+}
+
+// The one pool: it keeps nothing, and counts.
+API Result cuDeviceGetDefaultMemPool(void** pool, int device) {
+    if (device < 0 || device >= devices()) return INVALID_DEVICE;
+    *pool = context_handles + device;
+    return SUCCESS;
+}
+API Result cuMemPoolGetAttribute(void* pool, int attribute, void* value) {
+    std::lock_guard<std::mutex> guard(state().lock);
+    if (!pool || !value) return INVALID_VALUE;
+    switch (attribute) {
+        case 7: *static_cast<uint64_t*>(value) = state().bytes; return SUCCESS;  // in use
+        case 8: *static_cast<uint64_t*>(value) = state().most; return SUCCESS;   // the most that was
+        default: return INVALID_VALUE;
+    }
+}
+API Result cuMemPoolSetAttribute(void* pool, int attribute, void* value) {
+    std::lock_guard<std::mutex> guard(state().lock);
+    if (!pool || !value) return INVALID_VALUE;
+    switch (attribute) {
+        case 4: return SUCCESS;  // what is kept
+        case 8:
+            // It may be set to 0 alone, which counts from now.
+            if (*static_cast<uint64_t*>(value)) return INVALID_VALUE;
+            state().most = state().bytes;
+            return SUCCESS;
+        default: return INVALID_VALUE;
+    }
 }
 
 API Result cuStreamCreate(void** stream, unsigned) {

@@ -11,6 +11,14 @@ namespace losses {
 #include "../loss.cu"
 }
 #include "../adamw.cu"
+namespace streams {
+#include "../rows.cu"
+}
+namespace feeding {
+#include "../mlp.cu"
+}
+#include "../embedding.cu"
+#include "../dora.cu"
 
 #define STRUCT(name, type) std::printf("\n%s %zu", name, sizeof(type))
 #define FIELD(type, field) std::printf(" %s %zu", #field, offsetof(type, field))
@@ -47,5 +55,33 @@ int main() {
     FIELD(W, p), FIELD(W, g), FIELD(W, m), FIELD(W, v), FIELD(W, count), FIELD(W, decay), FIELD(W, beta1), FIELD(W, beta2);
     FIELD(W, step_size), FIELD(W, root_scale), FIELD(W, eps), FIELD(W, gradient_scale), FIELD(W, ids), FIELD(W, touched);
     FIELD(W, width), FIELD(W, step_untouched);
+    using R = streams::RowsArgs;
+    STRUCT("RowsArgs", R);
+    FIELD(R, x), FIELD(R, y), FIELD(R, count), FIELD(R, width), FIELD(R, factor);
+    using S = streams::SumArgs;
+    STRUCT("SumArgs", S);
+    FIELD(S, g), FIELD(S, partials), FIELD(S, sum), FIELD(S, rows), FIELD(S, width), FIELD(S, rows_per_piece), FIELD(S, pieces);
+    using H = streams::HeadsArgs;
+    STRUCT("HeadsArgs", H);
+    FIELD(H, fused), FIELD(H, q), FIELD(H, k), FIELD(H, v), FIELD(H, heads), FIELD(H, width);
+    using M = feeding::MlpArgs;
+    STRUCT("MlpArgs", M);
+    FIELD(M, gate), FIELD(M, up), FIELD(M, out), FIELD(M, gradient), FIELD(M, count), FIELD(M, activation);
+    STRUCT("GatherArgs", GatherArgs);
+    FIELD(GatherArgs, table), FIELD(GatherArgs, ids), FIELD(GatherArgs, out), FIELD(GatherArgs, count);
+    FIELD(GatherArgs, width);
+    using C = ScatterArgs;
+    STRUCT("ScatterArgs", C);
+    FIELD(C, rows), FIELD(C, table), FIELD(C, ids), FIELD(C, starts), FIELD(C, places), FIELD(C, width);
+    using P = streams::DropoutArgs;
+    STRUCT("DropoutArgs", P);
+    FIELD(P, x), FIELD(P, y), FIELD(P, count), FIELD(P, first), FIELD(P, seed), FIELD(P, threshold);
+    using K = ColumnsArgs;
+    STRUCT("ColumnsArgs", K);
+    FIELD(K, x), FIELD(K, c), FIELD(K, y), FIELD(K, count), FIELD(K, width), FIELD(K, add);
+    using G = MagnitudeArgs;
+    STRUCT("MagnitudeArgs", G);
+    FIELD(G, g), FIELD(G, z), FIELD(G, norms), FIELD(G, partials), FIELD(G, sum), FIELD(G, rows), FIELD(G, width);
+    FIELD(G, rows_per_piece), FIELD(G, pieces);
     std::printf("\n");
 }

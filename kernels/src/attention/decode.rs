@@ -167,15 +167,26 @@ impl CacheAttention {
     /// # Panics
     /// When `q` is shorter than its shape, or a cache ends before a row does.
     pub fn forward_into<S: Store>(&self, q: &[S], cache: Cache<'_, S>, mixed: &mut Mixed<S>) {
+        let Dims { entries, heads, width, .. } = self.dims;
+        mixed.out.resize(entries * heads * width, S::default());
+        mixed.lse.resize(entries * heads, 0.0);
+        self.forward_to(q, cache, &mut mixed.out, &mut mixed.lse);
+    }
+
+    /// As [`CacheAttention::forward_into`], into memory of the caller's: `out` [N, H, D] and `lse` [N, H].
+    ///
+    /// # Panics
+    /// When an operand is shorter than its shape, or a result is of another length.
+    pub fn forward_to<S: Store>(&self, q: &[S], cache: Cache<'_, S>, out: &mut [S], lse: &mut [f32]) {
         let Dims { entries, heads, kv_heads, width, .. } = self.dims;
         let held = self.rows.iter().map(|row| row.first + row.past + row.entries).max().unwrap_or(0);
         assert!(q.len() >= entries * heads * width, "q holds its shape");
         let least = held * kv_heads * width;
         assert!(cache.k.len() >= least && cache.v.len() >= least, "the caches hold every row");
-        mixed.out.resize(entries * heads * width, S::default());
-        mixed.lse.resize(entries * heads, 0.0);
-        let out = Output::new(&mut mixed.out, [1, entries, heads, width]);
-        let lse = Output::new(&mut mixed.lse, [1, entries, heads, 1]);
+        assert_eq!(out.len(), entries * heads * width, "the result holds its shape");
+        assert_eq!(lse.len(), entries * heads, "there is one log-sum-exp per query");
+        let out = Output::new(out, [1, entries, heads, width]);
+        let lse = Output::new(lse, [1, entries, heads, 1]);
         let spec = self.making.spec(width);
         let views = (View::row_major(q, [1, entries, heads, width]), {
             let whole = [1, held, kv_heads, width];

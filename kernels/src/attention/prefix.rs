@@ -233,15 +233,32 @@ impl PrefixAttention {
     /// When an operand is shorter than its shape.
     pub fn forward_into<S: Store>(&self, own: Own<'_, S>, document: Document<'_, S>, mixed: &mut Mixed<S>) {
         let Dims { batch, entries, heads, width, .. } = self.dims;
-        let ([q, k, v], whole) = self.views(own, document);
-        if self.rows.lengths.is_some() {
-            mixed.out.clear();
-            mixed.lse.clear();
-        }
         mixed.out.resize(batch * entries * heads * width, S::default());
         mixed.lse.resize(batch * entries * heads, 0.0);
-        let out = Output::new(&mut mixed.out, [batch, entries, heads, width]);
-        let lse = Output::new(&mut mixed.lse, [batch, entries, heads, 1]);
+        self.forward_to(own, document, &mut mixed.out, &mut mixed.lse);
+    }
+
+    /// As [`PrefixAttention::forward_into`], into memory of the caller's: `out` [n, R, H, D] and `lse` [n, R, H].
+    ///
+    /// # Panics
+    /// When an operand is shorter than its shape, or a result is of another length.
+    pub fn forward_to<S: Store>(
+        &self,
+        own: Own<'_, S>,
+        document: Document<'_, S>,
+        out: &mut [S],
+        lse: &mut [f32],
+    ) {
+        let Dims { batch, entries, heads, width, .. } = self.dims;
+        let ([q, k, v], whole) = self.views(own, document);
+        assert_eq!(out.len(), batch * entries * heads * width, "the result holds its shape");
+        assert_eq!(lse.len(), batch * entries * heads, "there is one log-sum-exp per query");
+        if self.rows.lengths.is_some() {
+            out.fill(S::default());
+            lse.fill(0.0);
+        }
+        let out = Output::new(out, [batch, entries, heads, width]);
+        let lse = Output::new(lse, [batch, entries, heads, 1]);
         let spec = self.making.spec(self.dims.width);
         self.tasks().into_par_iter().with_max_len(1).for_each(|(row, kv_head)| {
             let panels = self.panels(&spec, row, kv_head);
@@ -263,19 +280,40 @@ impl PrefixAttention {
         gradients: &mut Gradients,
     ) {
         let Dims { batch, entries, heads, kv_heads, width } = self.dims;
+        gradients.q.resize(batch * entries * heads * width, 0.0);
+        gradients.k.resize(batch * entries * kv_heads * width, 0.0);
+        gradients.v.resize(batch * entries * kv_heads * width, 0.0);
+        let Gradients { q, k, v } = gradients;
+        self.backward_to(own, document, &mixed.out, &mixed.lse, d_out, [q, k, v]);
+    }
+
+    /// As [`PrefixAttention::backward_into`], for results in memory of the caller's, into the gradients of the rows' q, k and v
+    /// there.
+    ///
+    /// # Panics
+    /// When an operand is shorter than its shape, or a gradient is of another length.
+    pub fn backward_to<S: Store>(
+        &self,
+        own: Own<'_, S>,
+        document: Document<'_, S>,
+        out: &[S],
+        lse: &[f32],
+        d_out: &[f32],
+        into: [&mut [f32]; 3],
+    ) {
+        let Dims { batch, entries, heads, kv_heads, width } = self.dims;
         let ([q, k, v], whole) = self.views(own, document);
-        let delta = delta(&mixed.out, d_out, width);
+        let delta = delta(out, d_out, width);
         let d_out = View::row_major(d_out, [batch, entries, heads, width]);
-        let x = Operands { q, k, v, d_out, lse: &mixed.lse, delta: &delta };
-        for (gradient, heads) in
-            [(&mut gradients.q, heads), (&mut gradients.k, kv_heads), (&mut gradients.v, kv_heads)]
-        {
-            gradient.clear();
-            gradient.resize(batch * entries * heads * width, 0.0);
+        let x = Operands { q, k, v, d_out, lse, delta: &delta };
+        let [dq, dk, dv] = into;
+        for (gradient, heads) in [(&mut *dq, heads), (&mut *dk, kv_heads), (&mut *dv, kv_heads)] {
+            assert_eq!(gradient.len(), batch * entries * heads * width, "a gradient has its operand's shape");
+            gradient.fill(0.0);
         }
-        let dq = Output::new(&mut gradients.q, [batch, entries, heads, width]);
-        let dk = Output::new(&mut gradients.k, [batch, entries, kv_heads, width]);
-        let dv = Output::new(&mut gradients.v, [batch, entries, kv_heads, width]);
+        let dq = Output::new(dq, [batch, entries, heads, width]);
+        let dk = Output::new(dk, [batch, entries, kv_heads, width]);
+        let dv = Output::new(dv, [batch, entries, kv_heads, width]);
         let spec = self.making.spec(self.dims.width);
         let padded = spec.padded();
         self.tasks().into_par_iter().with_max_len(1).for_each(|(row, kv_head)| {

@@ -106,22 +106,30 @@ impl Prepared {
         self.forward_views(self.views(q, k, v), mixed);
     }
 
+    /// As [`Prepared::forward_into`], into memory of the caller's: `out` [B, T, H, D] and `lse` [B, T, H].
+    ///
+    /// # Panics
+    /// When an operand is shorter than its shape, or a result is of another length.
+    pub fn forward_to<S: Store>(&self, q: &[S], k: &[S], v: &[S], out: &mut [S], lse: &mut [f32]) {
+        self.forward_views_to(self.views(q, k, v), out, lse);
+    }
+
     pub(super) fn forward_views<S: Store>(&self, views: [View<'_, S>; 3], mixed: &mut Mixed<S>) {
         let [batch, entries, heads, width] = self.shape();
-        if self.gaps {
-            mixed.out.clear();
-            mixed.lse.clear();
-        }
         mixed.out.resize(batch * entries * heads * width, S::default());
         mixed.lse.resize(batch * entries * heads, 0.0);
-        forward(
-            views,
-            &self.making.spec(self.dims.width),
-            &self.plan,
-            self.dims,
-            &mut mixed.out,
-            &mut mixed.lse,
-        );
+        self.forward_views_to(views, &mut mixed.out, &mut mixed.lse);
+    }
+
+    fn forward_views_to<S: Store>(&self, views: [View<'_, S>; 3], out: &mut [S], lse: &mut [f32]) {
+        let [batch, entries, heads, width] = self.shape();
+        assert_eq!(out.len(), batch * entries * heads * width, "the result holds its shape");
+        assert_eq!(lse.len(), batch * entries * heads, "there is one log-sum-exp per query");
+        if self.gaps {
+            out.fill(S::default());
+            lse.fill(0.0);
+        }
+        forward(views, &self.making.spec(self.dims.width), &self.plan, self.dims, out, lse);
     }
 
     /// The backward pass for the gradient `d_out` of the result, into `gradients`.
@@ -140,21 +148,51 @@ impl Prepared {
         self.backward_views(self.views(q, k, v), mixed, d_out, gradients);
     }
 
+    /// As [`Prepared::backward_into`], for results in memory of the caller's, into the gradients of q, k and v there.
+    ///
+    /// # Panics
+    /// When an operand is shorter than its shape, or a gradient is of another length.
+    pub fn backward_to<S: Store>(
+        &self,
+        [q, k, v]: [&[S]; 3],
+        out: &[S],
+        lse: &[f32],
+        d_out: &[f32],
+        into: [&mut [f32]; 3],
+    ) {
+        self.backward_views_to(self.views(q, k, v), out, lse, d_out, into);
+    }
+
     pub(super) fn backward_views<S: Store>(
         &self,
-        [q, k, v]: [View<'_, S>; 3],
+        views: [View<'_, S>; 3],
         mixed: &Mixed<S>,
         d_out: &[f32],
         gradients: &mut Gradients,
     ) {
         let Dims { batch, entries, heads, kv_heads, width } = self.dims;
-        let delta = delta(&mixed.out, d_out, width);
-        let d_out = View::row_major(d_out, self.shape());
-        let x = Operands { q, k, v, d_out, lse: &mixed.lse, delta: &delta };
         gradients.q.resize(batch * entries * heads * width, 0.0);
         gradients.k.resize(batch * entries * kv_heads * width, 0.0);
         gradients.v.resize(batch * entries * kv_heads * width, 0.0);
         let Gradients { q, k, v } = gradients;
-        backward(x, &self.making.spec(self.dims.width), &self.plan, self.dims, [q, k, v]);
+        self.backward_views_to(views, &mixed.out, &mixed.lse, d_out, [q, k, v]);
+    }
+
+    fn backward_views_to<S: Store>(
+        &self,
+        [q, k, v]: [View<'_, S>; 3],
+        out: &[S],
+        lse: &[f32],
+        d_out: &[f32],
+        into: [&mut [f32]; 3],
+    ) {
+        let Dims { batch, entries, heads, kv_heads, width } = self.dims;
+        for (gradient, heads) in into.iter().zip([heads, kv_heads, kv_heads]) {
+            assert_eq!(gradient.len(), batch * entries * heads * width, "a gradient has its operand's shape");
+        }
+        let delta = delta(out, d_out, width);
+        let d_out = View::row_major(d_out, self.shape());
+        let x = Operands { q, k, v, d_out, lse, delta: &delta };
+        backward(x, &self.making.spec(self.dims.width), &self.plan, self.dims, into);
     }
 }

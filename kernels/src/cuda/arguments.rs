@@ -137,6 +137,107 @@ pub(super) struct AdamWArgs {
     pub step_untouched: i32,
 }
 
+#[derive(Clone, Copy, Debug, Default)]
+#[repr(C)]
+pub(super) struct RowsArgs {
+    pub x: CUdeviceptr,
+    pub y: CUdeviceptr,
+    pub count: i64,
+    pub width: i64,
+    pub factor: f32,
+}
+
+#[derive(Clone, Copy, Debug, Default)]
+#[repr(C)]
+pub(super) struct SumArgs {
+    pub g: CUdeviceptr,
+    pub partials: CUdeviceptr,
+    pub sum: CUdeviceptr,
+    pub rows: i64,
+    pub width: i64,
+    pub rows_per_piece: i64,
+    pub pieces: i32,
+}
+
+#[derive(Clone, Copy, Debug, Default)]
+#[repr(C)]
+pub(super) struct HeadsArgs {
+    pub fused: CUdeviceptr,
+    pub q: CUdeviceptr,
+    pub k: CUdeviceptr,
+    pub v: CUdeviceptr,
+    pub heads: i64,
+    pub width: i64,
+}
+
+#[derive(Clone, Copy, Debug, Default)]
+#[repr(C)]
+pub(super) struct MlpArgs {
+    pub gate: CUdeviceptr,
+    pub up: CUdeviceptr,
+    pub out: CUdeviceptr,
+    pub gradient: CUdeviceptr,
+    pub count: i64,
+    pub activation: i32,
+}
+
+#[derive(Clone, Copy, Debug, Default)]
+#[repr(C)]
+pub(super) struct GatherArgs {
+    pub table: CUdeviceptr,
+    pub ids: CUdeviceptr,
+    pub out: CUdeviceptr,
+    pub count: i64,
+    pub width: i64,
+}
+
+#[derive(Clone, Copy, Debug, Default)]
+#[repr(C)]
+pub(super) struct ScatterArgs {
+    pub rows: CUdeviceptr,
+    pub table: CUdeviceptr,
+    pub ids: CUdeviceptr,
+    pub starts: CUdeviceptr,
+    pub places: CUdeviceptr,
+    pub width: i64,
+}
+
+#[derive(Clone, Copy, Debug, Default)]
+#[repr(C)]
+pub(super) struct DropoutArgs {
+    pub x: CUdeviceptr,
+    pub y: CUdeviceptr,
+    pub count: i64,
+    pub first: u64,
+    pub seed: u64,
+    pub threshold: u64,
+}
+
+#[derive(Clone, Copy, Debug, Default)]
+#[repr(C)]
+pub(super) struct ColumnsArgs {
+    pub x: CUdeviceptr,
+    pub c: CUdeviceptr,
+    pub y: CUdeviceptr,
+    pub count: i64,
+    pub width: i64,
+    pub add: i32,
+}
+
+#[derive(Clone, Copy, Debug, Default)]
+#[repr(C)]
+pub(super) struct MagnitudeArgs {
+    pub g: CUdeviceptr,
+    pub z: CUdeviceptr,
+    pub norms: CUdeviceptr,
+    pub partials: CUdeviceptr,
+    pub sum: CUdeviceptr,
+    pub rows: i64,
+    pub width: i64,
+    pub rows_per_piece: i64,
+    pub pieces: i32,
+}
+
 // SAFETY: these are plain C structs of numbers and device addresses, as the kernels declare them.
 unsafe impl DeviceRepr for AttentionArgs {}
 // SAFETY: as above.
@@ -151,3 +252,21 @@ unsafe impl DeviceRepr for NormArgs {}
 unsafe impl DeviceRepr for LossArgs {}
 // SAFETY: as above.
 unsafe impl DeviceRepr for AdamWArgs {}
+// SAFETY: as above.
+unsafe impl DeviceRepr for RowsArgs {}
+// SAFETY: as above.
+unsafe impl DeviceRepr for SumArgs {}
+// SAFETY: as above.
+unsafe impl DeviceRepr for HeadsArgs {}
+// SAFETY: as above.
+unsafe impl DeviceRepr for MlpArgs {}
+// SAFETY: as above.
+unsafe impl DeviceRepr for GatherArgs {}
+// SAFETY: as above.
+unsafe impl DeviceRepr for ScatterArgs {}
+// SAFETY: as above.
+unsafe impl DeviceRepr for DropoutArgs {}
+// SAFETY: as above.
+unsafe impl DeviceRepr for ColumnsArgs {}
+// SAFETY: as above.
+unsafe impl DeviceRepr for MagnitudeArgs {}

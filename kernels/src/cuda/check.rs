@@ -1,9 +1,11 @@
-//! What every launch refuses: sizes, addresses, devices, grids.
+//! What every launch refuses: sizes, addresses, devices, storage, grids.
 
 use cudarc::driver::DeviceSlice;
 use cudarc::driver::sys::CUdeviceptr;
 
 use super::device::Device;
+use super::kernels::PAIRS;
+use super::stored::Stored;
 use crate::error::{KernelError, Result};
 
 /// Bytes that vector accesses and asynchronous copies are aligned to.
@@ -62,6 +64,20 @@ pub(super) fn aligned(op: &'static str, what: &str, address: CUdeviceptr) -> Res
         return Err(KernelError::shape(op, format!("{what} at a multiple of {ALIGNMENT} bytes"), got));
     }
     Ok(())
+}
+
+/// Whether vectors of `count` values may be read there.
+pub(super) fn fits<T>(address: CUdeviceptr, count: usize) -> bool {
+    address.is_multiple_of((count * size_of::<T>()) as u64)
+}
+
+/// The number of the kernels for values stored as X and results stored as Y, and the values of their vectors.
+pub(super) fn pair<X: Stored, Y: Stored>(op: &'static str, [x, y]: [&str; 2]) -> Result<(usize, usize)> {
+    let found = PAIRS.iter().position(|(from, to, _)| (*from, *to) == (X::KIND, Y::KIND));
+    found.map(|number| (number, PAIRS[number].2)).ok_or_else(|| {
+        let got = format!("{} to {}", X::KIND.name(), Y::KIND.name());
+        KernelError::shape(op, format!("{y} stored as {x} is, or one of the two in f32"), got)
+    })
 }
 
 /// Refuses a size beyond `most`.

@@ -40,6 +40,14 @@ pub enum Module {
     Loss,
     /// adamw.cu
     AdamW,
+    /// rows.cu
+    Rows,
+    /// mlp.cu
+    Mlp,
+    /// embedding.cu
+    Embedding,
+    /// dora.cu
+    Dora,
 }
 
 macro_rules! text {
@@ -60,8 +68,19 @@ const BUILT_FOR: [i32; 2] = [8, 9];
 
 impl Module {
     /// All of them.
-    pub const ALL: [Self; 7] =
-        [Self::Bounds, Self::Forward, Self::Backward, Self::Rope, Self::Norm, Self::Loss, Self::AdamW];
+    pub const ALL: [Self; 11] = [
+        Self::Bounds,
+        Self::Forward,
+        Self::Backward,
+        Self::Rope,
+        Self::Norm,
+        Self::Loss,
+        Self::AdamW,
+        Self::Rows,
+        Self::Mlp,
+        Self::Embedding,
+        Self::Dora,
+    ];
 
     /// The file's name without its ending.
     pub fn name(self) -> &'static str {
@@ -73,6 +92,10 @@ impl Module {
             Self::Norm => "norm",
             Self::Loss => "loss",
             Self::AdamW => "adamw",
+            Self::Rows => "rows",
+            Self::Mlp => "mlp",
+            Self::Embedding => "embedding",
+            Self::Dora => "dora",
         }
     }
 
@@ -85,6 +108,10 @@ impl Module {
             Self::Norm => text!("norm.cu"),
             Self::Loss => text!("loss.cu"),
             Self::AdamW => text!("adamw.cu"),
+            Self::Rows => text!("rows.cu"),
+            Self::Mlp => text!("mlp.cu"),
+            Self::Embedding => text!("embedding.cu"),
+            Self::Dora => text!("dora.cu"),
         }
     }
 

@@ -3,7 +3,8 @@
 use std::mem::offset_of;
 
 use super::arguments::{
-    AdamWArgs, AttentionArgs, BoundsArgs, DampingArgs, LossArgs, NormArgs, Operand, RopeArgs,
+    AdamWArgs, AttentionArgs, BoundsArgs, ColumnsArgs, DampingArgs, DropoutArgs, GatherArgs, HeadsArgs,
+    LossArgs, MagnitudeArgs, MlpArgs, NormArgs, Operand, RopeArgs, RowsArgs, ScatterArgs, SumArgs,
 };
 use super::attention::sizes::{Sizes, WIDTHS};
 
@@ -27,6 +28,15 @@ pub fn layouts() -> Vec<String> {
         layout!(LossArgs: logits targets teacher scales losses vocab cap),
         layout!(AdamWArgs: p g m v count decay beta1 beta2 step_size root_scale eps gradient_scale ids touched width
             step_untouched),
+        layout!(RowsArgs: x y count width factor),
+        layout!(SumArgs: g partials sum rows width rows_per_piece pieces),
+        layout!(HeadsArgs: fused q k v heads width),
+        layout!(MlpArgs: gate up out gradient count activation),
+        layout!(GatherArgs: table ids out count width),
+        layout!(ScatterArgs: rows table ids starts places width),
+        layout!(DropoutArgs: x y count first seed threshold),
+        layout!(ColumnsArgs: x c y count width add),
+        layout!(MagnitudeArgs: g z norms partials sum rows width rows_per_piece pieces),
     ]
 }
 

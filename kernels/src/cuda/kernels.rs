@@ -19,8 +19,8 @@ type Widths = [[CudaFunction; WIDTHS.len()]; 3];
 /// One value at a time, and vectors.
 pub(super) type Forms = [CudaFunction; 2];
 
-/// Storage of x and y for which there is a norm, with the values of a vector.
-pub(super) const NORM_PAIRS: [(Kind, Kind, usize); 7] = [
+/// Storage of operand and result where the two may differ, with the values of a vector.
+pub(super) const PAIRS: [(Kind, Kind, usize); 7] = [
     (Kind::F32, Kind::F32, 4),
     (Kind::Bf16, Kind::Bf16, 8),
     (Kind::F16, Kind::F16, 8),
@@ -30,11 +30,36 @@ pub(super) const NORM_PAIRS: [(Kind, Kind, usize); 7] = [
     (Kind::F16, Kind::F32, 4),
 ];
 
+/// By place in [`PAIRS`].
+pub(super) type Pairs = [Forms; PAIRS.len()];
+
 /// RMSNorm's or LayerNorm's kernels.
 pub(super) struct NormKernels {
-    /// By place in [`NORM_PAIRS`].
-    pub forward: [Forms; NORM_PAIRS.len()],
+    pub forward: Pairs,
     pub backward: [Forms; 3],
+}
+
+/// Those of rows.cu.
+pub(super) struct RowsKernels {
+    pub convert: Pairs,
+    pub add: Pairs,
+    pub fill: Pairs,
+    pub add_bias: Pairs,
+    pub scale: [Forms; 3],
+    pub sum_piece: [Forms; 3],
+    pub sum: CudaFunction,
+    pub split: [Forms; 3],
+    pub join: [Forms; 3],
+    pub dropout: [Forms; 3],
+    pub dropout_add: Forms,
+}
+
+/// Those of dora.cu.
+pub(super) struct DoraKernels {
+    pub columns: Pairs,
+    pub products: [Forms; 3],
+    pub magnitude: CudaFunction,
+    pub lengths: CudaFunction,
 }
 
 /// All of them.
@@ -54,6 +79,12 @@ pub(super) struct Kernels {
     pub adamw: CudaFunction,
     pub adamw_rows: CudaFunction,
     pub sum_of_squares: CudaFunction,
+    pub rows: RowsKernels,
+    pub mlp_forward: [Forms; 3],
+    pub mlp_backward: [Forms; 3],
+    pub gather: Pairs,
+    pub scatter: Forms,
+    pub dora: DoraKernels,
 }
 
 fn array<T, const N: usize>(make: impl FnMut(usize) -> Result<T, CudaError>) -> Result<[T; N], CudaError> {
@@ -76,6 +107,8 @@ impl Kernels {
             [module(Module::Bounds)?, module(Module::Forward)?, module(Module::Backward)?];
         let [rope, norm, loss, adamw] =
             [module(Module::Rope)?, module(Module::Norm)?, module(Module::Loss)?, module(Module::AdamW)?];
+        let [rows, mlp, embedding, dora] =
+            [module(Module::Rows)?, module(Module::Mlp)?, module(Module::Embedding)?, module(Module::Dora)?];
         let get = |module: &Arc<CudaModule>, name: &str| {
             module.load_function(name).map_err(CudaError::call(format!("kernel {name}")))
         };
@@ -95,16 +128,20 @@ impl Kernels {
                 })
             })
         };
-        let forms = |first: &str, last: &str| -> Result<Forms, CudaError> {
-            Ok([get(&norm, &format!("{first}_{last}"))?, get(&norm, &format!("{first}_vectors_{last}"))?])
+        let forms = |module: &Arc<CudaModule>, first: &str, last: &str| -> Result<Forms, CudaError> {
+            Ok([get(module, &format!("{first}_{last}"))?, get(module, &format!("{first}_vectors_{last}"))?])
+        };
+        let by_kind = |module: &Arc<CudaModule>, first: &str| kinds(|kind| forms(module, first, kind.name()));
+        let by_pair = |module: &Arc<CudaModule>, first: &str| -> Result<Pairs, CudaError> {
+            array(|pair| {
+                let (x, y, _) = PAIRS[pair];
+                let last = if x == y { x.name().into() } else { format!("{}_to_{}", x.name(), y.name()) };
+                forms(module, first, &last)
+            })
         };
         let norms = |kind: &str| -> Result<NormKernels, CudaError> {
             Ok(NormKernels {
-                forward: array(|pair| {
-                    let (x, y, _) = NORM_PAIRS[pair];
-                    let last = if x == y { x.name().into() } else { format!("{}_to_{}", x.name(), y.name()) };
-                    forms(&format!("{kind}_forward"), &last)
-                })?,
+                forward: by_pair(&norm, &format!("{kind}_forward"))?,
                 backward: kinds(|x| {
                     let names = ["backward", "backward_vectors"];
                     array(|form| {
@@ -120,10 +157,7 @@ impl Kernels {
             delta: kinds(|kind| get(&backward, &format!("attention_delta_{}", kind.name())))?,
             queries: widths(&backward, "attention_queries", |s| s.queries_bytes(s.backward_warps()))?,
             keys: widths(&backward, "attention_keys", |s| s.keys_bytes(s.backward_warps()))?,
-            rope: kinds(|kind| {
-                let name = kind.name();
-                Ok([get(&rope, &format!("rope_{name}"))?, get(&rope, &format!("rope_vectors_{name}"))?])
-            })?,
+            rope: by_kind(&rope, "rope")?,
             damping: kinds(|kind| get(&rope, &format!("rope_damping_{}", kind.name())))?,
             norms: [norms("rms")?, norms("layer")?],
             norm_sums: get(&norm, "norm_sums")?,
@@ -132,6 +166,29 @@ impl Kernels {
             adamw: get(&adamw, "adamw")?,
             adamw_rows: get(&adamw, "adamw_rows")?,
             sum_of_squares: get(&adamw, "sum_of_squares")?,
+            rows: RowsKernels {
+                convert: by_pair(&rows, "rows_convert")?,
+                add: by_pair(&rows, "rows_add")?,
+                fill: by_pair(&rows, "rows_fill")?,
+                add_bias: by_pair(&rows, "rows_add_bias")?,
+                scale: by_kind(&rows, "rows_scale")?,
+                sum_piece: by_kind(&rows, "rows_sum_piece")?,
+                sum: get(&rows, "rows_sum")?,
+                split: by_kind(&rows, "rows_split")?,
+                join: by_kind(&rows, "rows_join")?,
+                dropout: by_kind(&rows, "rows_dropout")?,
+                dropout_add: forms(&rows, "rows_dropout_add", "f32")?,
+            },
+            mlp_forward: by_kind(&mlp, "mlp_forward")?,
+            mlp_backward: by_kind(&mlp, "mlp_backward")?,
+            gather: by_pair(&embedding, "embedding_gather")?,
+            scatter: [get(&embedding, "embedding_scatter")?, get(&embedding, "embedding_scatter_vectors")?],
+            dora: DoraKernels {
+                columns: by_pair(&dora, "dora_columns")?,
+                products: by_kind(&dora, "dora_products")?,
+                magnitude: get(&dora, "dora_magnitude")?,
+                lengths: get(&dora, "dora_lengths")?,
+            },
         })
     }
 }

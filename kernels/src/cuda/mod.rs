@@ -6,9 +6,12 @@
 //! | [`crate::attention::slices`], [`crate::attention::prefix`] | [`attention`] | `attention_bounds.cu`, `attention_forward.cu`, `attention_backward.cu` |
 //! | [`crate::rope`] | [`rope`] | `rope.cu` |
 //! | [`crate::norm`] | [`norm`] | `norm.cu` |
-//! | [`crate::linear`] | [`linear`] | cuBLASLt's |
+//! | [`crate::linear`] | [`linear`] | cuBLASLt's, `rows.cu`, `dora.cu` |
 //! | [`crate::loss`], from logits on | [`loss`] | `loss.cu` |
 //! | [`crate::adamw`] | [`adamw`] | `adamw.cu` |
+//! | [`crate::rows`] | [`rows`] | `rows.cu` |
+//! | [`crate::mlp`], [`crate::gelu`] | [`mlp`] | `mlp.cu` |
+//! | [`crate::embedding`] | [`embedding`] | `embedding.cu` |
 //!
 //! [`probe`] says which devices there are, or why none; [`Device::open`] gets one ready. The driver is opened when the
 //! program asks for it and nothing is linked: the same library works on machines without a GPU. Where machine code comes
@@ -17,7 +20,7 @@
 //! A launch is queued on the device's stream and returns at once; [`Device::download`] waits. Everything that can be wrong
 //! with it (sizes, alignment, the device that memory belongs to) is refused before it is queued, but for what cuBLASLt itself refuses. What lies in device
 //! memory is not looked at: numbers that index memory are taken from host slices and checked there ([`loss::Targets`],
-//! [`adamw::TouchedRows`], row lengths and segments).
+//! [`adamw::TouchedRows`], token ids, row lengths and segments).
 //!
 //! Shapes and units are those of the CPU's operations. Storage is f32, bf16 or f16 ([`Stored`]), sums are f32. The same
 //! inputs give the same bytes where the kernels are this crate's; of cuBLASLt's products that is not known.
@@ -36,6 +39,7 @@ mod check;
 mod cublaslt;
 mod device;
 mod driver;
+pub mod embedding;
 mod error;
 pub mod image;
 #[doc(hidden)]
@@ -44,9 +48,12 @@ mod kernels;
 mod libraries;
 pub mod linear;
 pub mod loss;
+pub mod mlp;
 pub mod norm;
 mod nvrtc;
+mod pool;
 pub mod rope;
+pub mod rows;
 mod stored;
 
 pub use device::{Capability, Device};

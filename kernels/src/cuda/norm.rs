@@ -8,9 +8,8 @@ use cudarc::driver::sys::CUdeviceptr;
 use cudarc::driver::{CudaView, CudaViewMut, DevicePtr, DevicePtrMut, PushKernelArg};
 
 use super::arguments::NormArgs;
-use super::check::{at_most, blocks, here, int, product, rows, threads, values};
+use super::check::{at_most, blocks, fits, here, int, pair, product, rows, threads, values};
 use super::device::{Device, config, launched};
-use super::kernels::NORM_PAIRS;
 use super::stored::Stored;
 use crate::error::{KernelError, Result};
 
@@ -60,15 +59,10 @@ impl<G: DevicePtr<f32>> Norm<'_, G> {
         let op = self.op();
         let [count, width] = self.rows(device, x)?;
         values(op, "y", x.len(), y, device)?;
-        let pair = NORM_PAIRS.iter().position(|(from, to, _)| (*from, *to) == (X::KIND, Y::KIND));
-        let Some(pair) = pair else {
-            let got = format!("{} to {}", X::KIND.name(), Y::KIND.name());
-            return Err(KernelError::shape(op, "y stored as x is, or one of the two in f32", got));
-        };
+        let (pair, vector) = pair::<X, Y>(op, ["x", "y"])?;
         if count == 0 {
             return Ok(());
         }
-        let vector = NORM_PAIRS[pair].2;
         let (x, _x) = x.device_ptr(device.stream());
         let (y, _y) = y.device_ptr_mut(device.stream());
         let (gain, _gain) = self.gain.device_ptr(device.stream());
@@ -168,11 +162,6 @@ impl<G: DevicePtr<f32>> Norm<'_, G> {
         launched(unsafe { builder.launch(launch) })?;
         Ok(())
     }
-}
-
-/// Whether vectors of `count` values may be read there.
-fn fits<T>(address: CUdeviceptr, count: usize) -> bool {
-    address.is_multiple_of((count * size_of::<T>()) as u64)
 }
 
 /// RMSNorm of rows of `gain.len()` values.

@@ -5,7 +5,7 @@ use std::process::Command;
 use anyhow::{Context, Result, ensure};
 use megacontext_kernels::cuda::inside::{layouts, tiles};
 
-use crate::compiler;
+use crate::emulated::compiler;
 
 /// The lines that a program of `cu/emulate` prints, with single spaces.
 fn printed(name: &str) -> Result<Option<Vec<String>>> {

@@ -3,8 +3,12 @@
 use anyhow::{Context, Result, ensure};
 use half::{bf16, f16};
 use libloading::os::unix::{Library, Symbol};
-use megacontext_kernels::cuda::linear::{FactorGradients, Layer, Lora, Products, Saved};
+use megacontext_kernels::cuda::cudarc::driver::CudaView;
+use megacontext_kernels::cuda::linear::{
+    Dora, FactorGradients, Factors, Layer, LayerGradients, Lora, Products, Saved,
+};
 use megacontext_kernels::cuda::{Device, Stored};
+use megacontext_kernels::linear::Dropout;
 
 use crate::support::{Lease, bound, close_within, compiled, device_alone, preload, stored, values, widened};
 
@@ -14,7 +18,7 @@ pub fn emulated() -> Result<Option<Library>> {
 }
 
 /// The products, and the emulated library where the device is emulated.
-fn products<G>(lease: &Lease<'_, G>) -> Result<Option<(Products, Option<Library>)>> {
+pub fn products<G>(lease: &Lease<'_, G>) -> Result<Option<(Products, Option<Library>)>> {
     let emulated = match lease.emulated {
         None => None,
         Some(_) => match emulated()? {
@@ -46,6 +50,11 @@ fn add(
             c[i * n + j] += factor * sum;
         }
     }
+}
+
+/// LoRA and nothing else.
+pub fn plain<'a, T>(a: &'a CudaView<'a, T>, b: &'a CudaView<'a, T>, rank: usize, scale: f32) -> Lora<'a, T> {
+    Lora { a, b, rank, scale, dropout: None, initial: None, dora: None }
 }
 
 fn narrow(values: &[f64]) -> Vec<f32> {
@@ -84,13 +93,20 @@ fn layer<T: Stored, Y: Stored>(
     let view_x = memory_x.try_slice(before..).context("a view")?;
     let (view_w, view_g) = (memory_w.as_view(), memory_g.as_view());
     let (view_a, view_b) = (memory_a.as_view(), memory_b.as_view());
-    let lora = (r > 0).then_some(Lora { a: &view_a, b: &view_b, rank: r, scale: scale as f32 });
+    let lora = (r > 0).then_some(plain(&view_a, &view_b, r, scale as f32));
     let layer = Layer { weight: &view_w, shape: [out, inp], lora };
     let mut got_h = device.zeros::<T>((n * r).max(1))?;
     // What was there is not read.
     let mut got_y = device.upload(&vec![Y::put(f32::NAN); n * out])?;
     let mut room = got_h.as_view_mut();
-    layer.forward(device, products, &view_x, (r > 0).then_some(&mut room), &mut got_y.as_view_mut())?;
+    layer.forward(
+        device,
+        products,
+        &view_x,
+        (r > 0).then_some(&mut room),
+        &mut got_y.as_view_mut(),
+        false,
+    )?;
     // Gradients, and perhaps y, are f32; what was stored in between was not.
     let bound = bound(T::KIND);
     close_within(&format!("y, {what}"), &device.download(&got_y)?, &narrow(&y), bound)?;
@@ -105,23 +121,32 @@ fn layer<T: Stored, Y: Stored>(
     add(&mut da, [r, inp, n], scale, |i, l| t[l * r + i] as f32, |l, j| wx[l * inp + j]);
     add(&mut db, [out, r, n], scale, |i, l| wg[l * out + i], |l, j| h[l * r + j] as f32);
 
+    let mut dw = wide(&values(out * inp, 9));
+    let mut got_w = device.upload(&narrow(&dw))?;
+    add(&mut dw, [out, inp, n], 1.0, |i, l| wg[l * out + i], |l, j| wx[l * inp + j]);
+
     let mut got_dx = device.upload(&dx0)?;
     let view_h = got_h.as_view();
     let saved = Saved { x: &view_x, reduced: (r > 0).then_some(&view_h), gradient: &view_g };
+    let (mut into_x, mut into_w) = (got_dx.as_view_mut(), got_w.as_view_mut());
     if r == 0 {
-        layer.backward(device, products, saved, Some(&mut got_dx.as_view_mut()), None)?;
+        let into = LayerGradients { weight: Some(&mut into_w), ..LayerGradients::default() };
+        layer.backward(device, products, saved, Some((&mut into_x, true)), into)?;
+        close_within(&format!("dW, {what}"), &device.download(&got_w)?, &narrow(&dw), bound)?;
         return close_within(&format!("dx, {what}"), &device.download(&got_dx)?, &narrow(&dx), bound);
     }
     let (mut got_a, mut got_b) = (device.upload(&a0)?, device.upload(&b0)?);
+    let (mut into_a, mut into_b) = (got_a.as_view_mut(), got_b.as_view_mut());
+    let factors = Some(FactorGradients { a: &mut into_a, b: &mut into_b });
     if alone {
-        layer.backward(device, products, saved, Some(&mut got_dx.as_view_mut()), None)?;
-        let (mut into_a, mut into_b) = (got_a.as_view_mut(), got_b.as_view_mut());
-        let into = FactorGradients { a: &mut into_a, b: &mut into_b };
-        layer.backward(device, products, saved, None, Some(into))?;
+        layer.backward(device, products, saved, Some((&mut into_x, true)), LayerGradients::default())?;
+        // x·Aᵀ is made again.
+        let saved = Saved { reduced: None, ..saved };
+        let into = LayerGradients { factors, ..LayerGradients::default() };
+        layer.backward(device, products, saved, None, into)?;
     } else {
-        let (mut into_a, mut into_b) = (got_a.as_view_mut(), got_b.as_view_mut());
-        let into = FactorGradients { a: &mut into_a, b: &mut into_b };
-        layer.backward(device, products, saved, Some(&mut got_dx.as_view_mut()), Some(into))?;
+        let into = LayerGradients { factors, ..LayerGradients::default() };
+        layer.backward(device, products, saved, Some((&mut into_x, true)), into)?;
     }
     for (name, got, expected) in [("dx", &got_dx, &dx), ("dA", &got_a, &da), ("dB", &got_b, &db)] {
         let got = device.download(got)?;
@@ -163,7 +188,7 @@ pub fn refused_elsewhere(device: &Device, other: &Device) -> Result<String> {
     let (w, x) = (w.as_view(), x.as_view());
     let layer = Layer { weight: &w, shape: [2, 2], lora: None };
     let mut y = device.zeros::<f32>(2)?;
-    let result = layer.forward(device, &products, &x, None, &mut y.as_view_mut());
+    let result = layer.forward(device, &products, &x, None, &mut y.as_view_mut(), false);
     Ok(result.err().context("products of another device")?.to_string())
 }
 
@@ -178,12 +203,20 @@ fn small_factors_beside_a_large_weight_are_not_lost() -> Result<()> {
     let a = device.upload(&[bf16::put(1.0), bf16::put(0.0)])?;
     let b = device.upload(&[bf16::put(2f32.powi(-12))])?;
     let (view_x, view_w, view_a, view_b) = (x.as_view(), w.as_view(), a.as_view(), b.as_view());
-    let lora = Some(Lora { a: &view_a, b: &view_b, rank: 1, scale: 1.0 });
+    let lora = Some(plain(&view_a, &view_b, 1, 1.0));
     let layer = Layer { weight: &view_w, shape: [1, 2], lora };
     let (mut h, mut y) = (device.zeros::<bf16>(1)?, device.zeros::<bf16>(1)?);
-    layer.forward(device, &products, &view_x, Some(&mut h.as_view_mut()), &mut y.as_view_mut())?;
-    let y = device.download(&y)?[0].get();
-    ensure!(y == 1.0 + 2f32.powi(-7), "expected 1.0078125, got {y}");
+    layer.forward(device, &products, &view_x, Some(&mut h.as_view_mut()), &mut y.as_view_mut(), false)?;
+    let got = device.download(&y)?[0].get();
+    ensure!(got == 1.0 + 2f32.powi(-7), "expected 1.0078125, got {got}");
+    // The 1 may also be there before: then neither part may be added to it alone.
+    let w = device.upload(&[bf16::put(0.0), bf16::put(1.0)])?;
+    let view_w = w.as_view();
+    let layer = Layer { weight: &view_w, ..layer };
+    let mut y = device.upload(&[bf16::put(1.0)])?;
+    layer.forward(device, &products, &view_x, None, &mut y.as_view_mut(), true)?;
+    let got = device.download(&y)?[0].get();
+    ensure!(got == 1.0 + 2f32.powi(-7), "added up: expected 1.0078125, got {got}");
     Ok(())
 }
 
@@ -195,14 +228,15 @@ fn what_does_not_fit_is_refused() -> Result<()> {
     let memory = device.zeros::<f32>(64)?;
     let of = |count: usize| memory.try_slice(0..count).context("a view");
     let (w, a, b, x, small) = (of(12)?, of(6)?, of(8)?, of(9)?, of(5)?);
-    let lora = Lora { a: &a, b: &b, rank: 2, scale: 1.0 };
+    let lora = plain(&a, &b, 2, 1.0);
     let layer = Layer { weight: &w, shape: [4, 3], lora: Some(lora) };
     let bare = Layer { lora: None, ..layer };
     let (mut h, mut y) = (device.zeros::<f32>(6)?, device.zeros::<f32>(12)?);
     let mut says = |layer: Layer<'_, f32>, x, rooms: usize, result: usize, expected: &str| -> Result<()> {
         let (mut room, mut y) = (h.slice_mut(0..rooms.max(1)), y.slice_mut(0..result));
         let room = (rooms > 0).then_some(&mut room);
-        let error = layer.forward(device, &products, x, room, &mut y).err().context("must be refused")?;
+        let error =
+            layer.forward(device, &products, x, room, &mut y, false).err().context("must be refused")?;
         ensure!(error.to_string() == expected, "expected {expected:?}, got {error}");
         Ok(())
     };
@@ -215,7 +249,6 @@ fn what_does_not_fit_is_refused() -> Result<()> {
     )?;
     says(layer, &x, 6, 11, "cuda linear: expected y of 12 values, got 11")?;
     says(layer, &x, 5, 12, "cuda linear: expected room for x·Aᵀ of 6 values, got 5")?;
-    says(layer, &x, 0, 12, "cuda linear: expected room for x·Aᵀ beside LoRA, got none")?;
     says(bare, &x, 6, 12, "cuda linear: expected room for x·Aᵀ beside LoRA only, got a layer without LoRA")?;
     says(Layer { weight: &small, ..layer }, &x, 6, 12, "cuda linear: expected W of 12 values, got 5")?;
     says(
@@ -226,33 +259,80 @@ fn what_does_not_fit_is_refused() -> Result<()> {
         "cuda linear: expected A of 9 values, got 6",
     )?;
     let none = of(0)?;
-    let rankless = Lora { a: &none, b: &none, rank: 0, scale: 1.0 };
-    says(
-        Layer { lora: Some(rankless), ..layer },
-        &x,
-        6,
-        12,
-        "cuda linear: expected a rank of at least 1, got 0",
+    let mut beside = |lora, expected: &str| says(Layer { lora: Some(lora), ..layer }, &x, 6, 12, expected);
+    beside(plain(&none, &none, 0, 1.0), "cuda linear: expected a rank of at least 1, got 0")?;
+    for (p, found) in [(1.0, "1"), (-0.5, "-0.5"), (f64::NAN, "NaN")] {
+        let dropout = Some(Dropout { p, seed: 0 });
+        beside(Lora { dropout, ..lora }, &format!("cuda linear: dropout: expected 0 <= p < 1, got {found}"))?;
+    }
+    let initial = Factors { a: &a, b: &b };
+    beside(
+        Lora { initial: Some(Factors { a: &b, ..initial }), ..lora },
+        "cuda linear: expected the initial A of 6 values, got 8",
+    )?;
+    beside(
+        Lora { initial: Some(Factors { b: &a, ..initial }), ..lora },
+        "cuda linear: expected the initial B of 8 values, got 6",
+    )?;
+    let four = of(4)?;
+    let dora = Dora { scale: &four, norms: &four };
+    beside(
+        Lora { dora: Some(Dora { scale: &small, ..dora }), ..lora },
+        "cuda linear: expected DoRA's scales of 4 values, got 5",
+    )?;
+    beside(
+        Lora { dora: Some(Dora { norms: &small, ..dora }), ..lora },
+        "cuda linear: expected DoRA's lengths of 4 values, got 5",
+    )?;
+    beside(
+        Lora { dora: Some(dora), initial: Some(initial), ..lora },
+        "cuda linear: expected DoRA or PiSSA beside one weight, got both",
     )?;
     let mut narrow = device.zeros::<bf16>(12)?;
     let error = bare
-        .forward(device, &products, &x, None, &mut narrow.as_view_mut())
+        .forward(device, &products, &x, None, &mut narrow.as_view_mut(), false)
         .err()
         .context("must be refused")?;
     let expected = "cuda linear: expected y stored in f32, got bf16";
     ensure!(error.to_string() == expected, "expected {expected:?}, got {error}");
     let g = of(12)?;
     let saved = Saved { x: &x, reduced: None, gradient: &g };
-    let (mut into_a, mut into_b) = (device.zeros::<f32>(6)?, device.zeros::<f32>(8)?);
-    for (layer, expected) in [
-        (layer, "cuda linear: expected x·Aᵀ from forward where factors learn, got none"),
-        (bare, "cuda linear: expected gradients of factors beside LoRA only, got a layer without LoRA"),
-    ] {
-        let (mut a, mut b) = (into_a.as_view_mut(), into_b.as_view_mut());
-        let into = FactorGradients { a: &mut a, b: &mut b };
-        let error =
-            layer.backward(device, &products, saved, None, Some(into)).err().context("must be refused")?;
-        ensure!(error.to_string() == expected, "expected {expected:?}, got {error}");
-    }
-    Ok(())
+    let mut memory = [(); 4].map(|()| device.zeros::<f32>(8)).into_iter().collect::<Result<Vec<_>, _>>()?;
+    let [of_w, of_a, of_b, of_m] = &mut memory[..] else { anyhow::bail!("four") };
+    let mut says =
+        |layer: Layer<'_, f32>, saved, wanted: &str, sizes: [usize; 2], expected: &str| -> Result<()> {
+            let (mut w, mut m) = (of_w.slice_mut(..sizes[0]), of_m.slice_mut(..sizes[0]));
+            let (mut a, mut b) = (of_a.slice_mut(..sizes[0]), of_b.slice_mut(..sizes[1]));
+            let into = match wanted {
+                "x" => LayerGradients::default(),
+                "W" => LayerGradients { weight: Some(&mut w), ..LayerGradients::default() },
+                "m" => LayerGradients { magnitude: Some(&mut m), ..LayerGradients::default() },
+                _ => {
+                    let factors = Some(FactorGradients { a: &mut a, b: &mut b });
+                    LayerGradients { factors, ..LayerGradients::default() }
+                }
+            };
+            let mut x = device.zeros::<f32>(sizes[1])?;
+            let mut x = x.as_view_mut();
+            let dx = (wanted == "x").then_some((&mut x, false));
+            let error =
+                layer.backward(device, &products, saved, dx, into).err().context("must be refused")?;
+            ensure!(error.to_string() == expected, "expected {expected:?}, got {error}");
+            Ok(())
+        };
+    let scaled = Layer { lora: Some(Lora { dora: Some(dora), ..lora }), ..layer };
+    let only = "cuda linear: expected gradients of factors beside LoRA only, got a layer without LoRA";
+    says(bare, saved, "A, B", [6, 8], only)?;
+    let only = "cuda linear: expected a gradient of magnitudes beside DoRA only, got a layer without DoRA";
+    says(bare, saved, "m", [4, 8], only)?;
+    says(layer, saved, "m", [4, 8], only)?;
+    says(scaled, saved, "m", [3, 8], "cuda linear: expected the gradient of magnitudes of 4 values, got 3")?;
+    says(bare, saved, "W", [7, 8], "cuda linear: expected the gradient of W of 12 values, got 7")?;
+    says(bare, saved, "x", [6, 8], "cuda linear: expected the gradient of x of 9 values, got 8")?;
+    says(layer, saved, "A, B", [5, 8], "cuda linear: expected the gradient of A of 6 values, got 5")?;
+    says(layer, saved, "A, B", [6, 7], "cuda linear: expected the gradient of B of 8 values, got 7")?;
+    let short = Saved { reduced: Some(&small), ..saved };
+    says(layer, short, "A, B", [6, 8], "cuda linear: expected x·Aᵀ of 6 values, got 5")?;
+    let short = Saved { gradient: &small, ..saved };
+    says(layer, short, "A, B", [6, 8], "cuda linear: expected the gradient of y of 12 values, got 5")
 }

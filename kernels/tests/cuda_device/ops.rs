@@ -12,8 +12,8 @@ use megacontext_kernels::linear::Weight;
 use megacontext_kernels::loss as cpu_loss;
 use megacontext_kernels::{norm as cpu_norm, rope as cpu_rope};
 
-use crate::attention;
 use crate::support::{close, close_within, device, device_alone, stored, values, widened};
+use crate::{attention, rows};
 
 fn rotations<T: Stored>(device: &Device) -> Result<()> {
     // Scalar and vectorised sizes; entries, positions, heads, width, rotated.
@@ -273,6 +273,7 @@ fn every_allocation_is_given_back() -> Result<()> {
     attention::run::<bf16>(lease.device, &case, Pattern::ShiftedSparse { group: 16 })?;
     norms::<f32, f32>(lease.device)?;
     losses::<f32>(lease.device)?;
+    rows::everything(lease.device)?;
     let held = lease.device.upload(&[1f32, 2.0])?;
     ensure!(adamw::sum_of_squares(lease.device, &held)? == 5.0 && count() == 1, "{} allocations", count());
     // Refusals hold nothing either.

@@ -29,6 +29,9 @@ macro_rules! rejects {
     )*};
 }
 
+#[path = "rejects_rows.rs"]
+mod of_rows;
+
 const DIMS: [usize; 5] = [2, 9, 4, 2, 16];
 const OF_Q: usize = 2 * 9 * 4 * 16;
 const OF_KV: usize = 2 * 9 * 2 * 16;

@@ -1,17 +1,13 @@
 //! The device that tests run on, seeded values, comparisons.
 
-use std::collections::BTreeMap;
-use std::fs;
-use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
-use std::sync::{Mutex, OnceLock, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+use std::sync::{OnceLock, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use anyhow::{Context, Result, bail, ensure};
-use libloading::os::unix::{Library, RTLD_LOCAL, RTLD_NOW};
-use megacontext_kernels::cuda::image::{Image, Module};
+use libloading::os::unix::Library;
 use megacontext_kernels::cuda::{Device, Kind, Stored};
 
-use crate::compiler;
+pub use crate::emulated::{compiled, driver, emulated_image, preload};
 
 #[path = "../attention/seeded.rs"]
 mod seeded;
@@ -46,58 +42,6 @@ pub fn probed() -> Result<String> {
     let text = String::from_utf8(output.stdout)?;
     let line = text.lines().find(|line| line.contains("probe: ")).context(text.clone())?;
     Ok(line[line.find("probe: ").unwrap_or(0)..].to_string())
-}
-
-/// A library of `cu/emulate` by its file's name, compiled under its SONAME if it is not newer than its sources; none without a
-/// compiler.
-pub fn compiled(name: &str, soname: &str) -> Result<Option<PathBuf>> {
-    static BUILDING: Mutex<()> = Mutex::new(());
-    static MADE: Mutex<BTreeMap<String, Option<PathBuf>>> = Mutex::new(BTreeMap::new());
-    let _building = BUILDING.lock().unwrap_or_else(PoisonError::into_inner);
-    if let Some(made) = MADE.lock().unwrap_or_else(PoisonError::into_inner).get(name) {
-        return Ok(made.clone());
-    }
-    let made = match compiler::compiler() {
-        None => None,
-        Some(compiler) => {
-            let to = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("emulated_{name}.so"));
-            let folder = compiler::source(name);
-            let folder = folder.parent().context("a folder")?;
-            let changed = |path: &Path| fs::metadata(path).and_then(|m| m.modified()).ok();
-            let sources = [folder, folder.parent().context("a folder")?];
-            let files = sources.iter().map(fs::read_dir).collect::<std::io::Result<Vec<_>>>()?;
-            let newest =
-                files.into_iter().flatten().flatten().filter_map(|entry| changed(&entry.path())).max();
-            if changed(&to).is_none_or(|made| Some(made) < newest) {
-                // Under another name first, since two programs may do this at once.
-                let beside = to.with_extension(format!("{}.so", std::process::id()));
-                let soname = format!("-Wl,-soname,{soname}");
-                compiler::compile(&compiler, name, &["-shared", "-fPIC", &soname], &beside)?;
-                fs::rename(beside, &to)?;
-            }
-            Some(to)
-        }
-    };
-    MADE.lock().unwrap_or_else(PoisonError::into_inner).insert(name.to_string(), made.clone());
-    Ok(made)
-}
-
-/// The emulated driver.
-pub fn driver() -> Result<Option<PathBuf>> {
-    compiled("driver", "libcuda.so.1")
-}
-
-/// Opens an emulated library before anything asks for one: what asks for its SONAME then gets this one. Its
-/// symbols are for no other library.
-pub fn preload(path: &Path) -> Result<Library> {
-    // SAFETY: the library is this crate's own, and its initialisers do nothing.
-    Ok(unsafe { Library::open(Some(path), RTLD_NOW | RTLD_LOCAL) }?)
-}
-
-/// What the emulated driver takes for the machine code of a file.
-pub fn emulated_image(module: Module) -> Image {
-    let text = format!("emulated device: {}\0", module.name());
-    Image { bytes: text.into_bytes().into(), origin: "emulated".into() }
 }
 
 fn find() -> Result<Option<Found>> {

@@ -1,4 +1,4 @@
-//! One decoder block, forward and backward, on plain buffers.
+//! One decoder block, forward and backward, on a machine's buffers.
 //!
 //! Source: the block that [`crate::architecture`] describes, with LoRA (Hu et al. 2021) on its linear layers. In its
 //! sequential form, which is Llama's:
@@ -12,27 +12,22 @@
 //! is reused from block to block and step to step. The tests hold it against the same block written as taped candle
 //! operations, and against transformers' gradients.
 //!
+//! The block does not know what it runs on: buffers and operations are those of a [`Machine`].
+//!
 //! Shapes: N = B·T entries; E model width, Q = H·D, KV = G·D, F feed-forward width, r rank. Row-major. Activations are
-//! stored as S (f32 or bf16); the gradients of the stream, of q, k, v and of parameters are f32, those of gate and up take
-//! the place of gate and up.
+//! stored as S (f32 or bf16); the gradients of the stream and of parameters are f32, those of q, k, v what the machine makes of
+//! them, those of gate and up take the place of gate and up.
 //! Errors: a parameter that is missing; shapes are fixed by the configuration.
 
 use megacontext_kernels::attention::Pattern;
-use megacontext_kernels::attention::prefix::{Own, PrefixAttention};
-use megacontext_kernels::attention::slices::{Gradients as AttentionGradients, Prepared};
-use megacontext_kernels::gelu::{
-    Gelu, geglu_backward_in_place, geglu_into, gelu_backward_in_place, gelu_into,
-};
-use megacontext_kernels::{mlp, rope, rows};
 
-use crate::architecture::{Layer, Mlp, QkNorm, Residual, Rotation};
-use crate::buffers::{Activation, Buffer, KeysValues, Saved, Workspace, sized};
+use crate::architecture::{Layer, QkNorm, Residual, Rotation};
+use crate::buffers::{Activation, HeadGradients, KeysValues, Saved, Workspace};
 use crate::config::{DecoderConfig, LinearPart, NormPart};
 use crate::error::{BaseError, Result};
-use crate::gradients::Gradients;
-use crate::norms::Norm;
+use crate::machine::Machine;
 use crate::params::Group;
-use crate::projection::{Projection, Setting};
+use crate::projection::Setting;
 use crate::rope::Spread;
 
 /// Rotation tables of a pass, cosines and sines.
@@ -44,24 +39,24 @@ pub(crate) struct Tables<'a> {
 }
 
 /// What is the same for all blocks of a pass.
-pub(crate) struct Pass<'a, S> {
+pub(crate) struct Pass<'a, M: Machine, S: Activation> {
+    pub machine: &'a M,
     pub config: &'a DecoderConfig,
     pub setting: Setting<'a>,
-    pub attending: Attending<'a, S>,
-    pub tables: Tables<'a>,
+    pub attending: Attending<'a, M, S>,
+    pub tables: M::Tables<'a>,
     /// What the gradient of sigma needs, where it learns.
     pub spread: Option<&'a Spread>,
 }
 
 /// How the entries of a pass attend.
-#[derive(Clone, Copy)]
-pub(crate) enum Attending<'a, S> {
+pub(crate) enum Attending<'a, M: Machine, S: Activation> {
     /// The caller attends, between [`Block::qkv`] and [`Block::rest`].
     Elsewhere,
     /// Within their rows.
-    Rows(&'a ByWindow<Prepared>),
+    Rows(&'a ByWindow<M::Within>),
     /// Within their rows, which continue a document that has run: its keys and values are here, block by block.
-    Document(&'a ByWindow<PrefixAttention>, &'a [KeysValues<S>]),
+    Document(&'a ByWindow<M::Continuing>, &'a [KeysValues<M, S>]),
 }
 
 /// Attention as it was checked: that of blocks without a window, and of those with each of the model's windows.
@@ -97,38 +92,40 @@ fn no_attention() -> Result<()> {
 }
 
 /// A block's parameters, looked up once per pass.
-pub(crate) struct Block<'a, S> {
-    pass: &'a Pass<'a, S>,
+pub(crate) struct Block<'p, 'a, M: Machine, S: Activation> {
+    pass: &'p Pass<'a, M, S>,
     number: usize,
     layer: Layer,
-    attention_in: Norm<'a>,
-    attention_out: Option<Norm<'a>>,
-    mlp_in: Norm<'a>,
-    mlp_out: Option<Norm<'a>>,
+    attention_in: M::Norm<'p>,
+    attention_out: Option<M::Norm<'p>>,
+    mlp_in: M::Norm<'p>,
+    mlp_out: Option<M::Norm<'p>>,
     /// Of queries and keys.
-    qk_norms: Option<[Norm<'a>; 2]>,
+    qk_norms: Option<[M::Norm<'p>; 2]>,
     /// What makes queries, keys and values: three layers, or one that gives them all, [H, 3, D].
-    heads: Vec<Projection<'a>>,
-    out: Projection<'a>,
-    gate: Option<Projection<'a>>,
-    up: Projection<'a>,
-    down: Projection<'a>,
+    heads: Vec<M::Linear<'p>>,
+    out: M::Linear<'p>,
+    gate: Option<M::Linear<'p>>,
+    up: M::Linear<'p>,
+    down: M::Linear<'p>,
 }
 
-impl<'a, S: Activation> Block<'a, S> {
-    pub(crate) fn new(layer: usize, pass: &'a Pass<'a, S>) -> Result<Self> {
-        let (c, params) = (pass.config, pass.setting.params);
+impl<'p, 'a, M: Machine, S: Activation> Block<'p, 'a, M, S> {
+    pub(crate) fn new(layer: usize, pass: &'p Pass<'a, M, S>) -> Result<Self> {
+        let (machine, c, params) = (pass.machine, pass.config, pass.setting.params);
         let a = &c.architecture;
         let (width, eps) = (c.hidden_size, c.rms_norm_eps);
-        let linear = |part| Projection::new(&c.linear_module(layer, part), pass.setting);
-        let norm = |part, width| Norm::new(a.norm, &c.norm_module(layer, part), width, eps, params);
+        let linear = |part| machine.linear(&c.linear_module(layer, part), pass.setting);
+        let norm = |part, width| machine.norm(a.norm, &c.norm_module(layer, part), width, eps, params);
         let behind = |part| (a.residual == Residual::Sandwich).then(|| norm(part, width)).transpose();
         let qk_norms = match a.qk_norm {
             QkNorm::None => None,
             QkNorm::BeforeRotary => {
                 Some([norm(NormPart::Query, c.head_dim)?, norm(NormPart::Key, c.head_dim)?])
             }
-            QkNorm::AfterRotary => Some([Norm::plain(c.head_dim, eps), Norm::plain(c.head_dim, eps)]),
+            QkNorm::AfterRotary => {
+                Some([machine.plain_norm(c.head_dim, eps)?, machine.plain_norm(c.head_dim, eps)?])
+            }
         };
         let parts: &[LinearPart] = match a.fused_qkv {
             true => &[LinearPart::Qkv],
@@ -153,58 +150,80 @@ impl<'a, S: Activation> Block<'a, S> {
     }
 
     /// What attention mixes, from queries, keys and values.
-    fn attend(&self, saved: &mut Saved<S>) -> Result<()> {
-        let Saved { q, k, v, mixed, .. } = saved;
-        match self.pass.attending {
-            Attending::Elsewhere => return no_attention(),
-            Attending::Rows(attention) => attention.of(self.layer.window).forward_into(q, k, v, mixed),
-            Attending::Document(attention, document) => {
-                let (own, document) = (Own { q, k, v }, document[self.number].document());
-                attention.of(self.layer.window).forward_into(own, document, mixed);
+    fn attend(&self, saved: &mut Saved<M, S>) -> Result<()> {
+        let machine = self.pass.machine;
+        let Saved { q, k, v, mixed, lse, .. } = saved;
+        let qkv = [&*q, &*k, &*v];
+        match &self.pass.attending {
+            Attending::Elsewhere => no_attention(),
+            Attending::Rows(how) => machine.attend(how.of(self.layer.window), qkv, mixed, lse),
+            Attending::Document(how, document) => {
+                machine.attend_on(how.of(self.layer.window), qkv, &document[self.number], mixed, lse)
             }
         }
-        Ok(())
     }
 
     /// Gradients of queries, keys and values for those of what was mixed.
-    fn attend_back(&self, saved: &Saved<S>, d_mixed: &[f32], d: &mut AttentionGradients) -> Result<()> {
-        let Saved { q, k, v, mixed, .. } = saved;
-        match self.pass.attending {
-            Attending::Elsewhere => return no_attention(),
-            Attending::Rows(attention) => {
-                attention.of(self.layer.window).backward_into(q, k, v, mixed, d_mixed, d);
-            }
-            Attending::Document(attention, document) => {
-                let (own, document) = (Own { q, k, v }, document[self.number].document());
-                attention.of(self.layer.window).backward_into(own, document, mixed, d_mixed, d);
+    fn attend_back(
+        &self,
+        saved: &Saved<M, S>,
+        d_mixed: &M::Buffer<f32>,
+        d: &mut HeadGradients<M, S>,
+    ) -> Result<()> {
+        let machine = self.pass.machine;
+        machine.size(&mut d.q, M::len(&saved.q))?;
+        machine.size(&mut d.k, M::len(&saved.k))?;
+        machine.size(&mut d.v, M::len(&saved.v))?;
+        let (qkv, mixed) = ([&saved.q, &saved.k, &saved.v], (&saved.mixed, &saved.lse));
+        let into = [&mut d.q, &mut d.k, &mut d.v];
+        match &self.pass.attending {
+            Attending::Elsewhere => no_attention(),
+            Attending::Rows(how) => machine.attend_back(how.of(self.layer.window), qkv, mixed, d_mixed, into),
+            Attending::Document(how, document) => {
+                let document = &document[self.number];
+                machine.attend_on_back(how.of(self.layer.window), qkv, document, mixed, d_mixed, into)
             }
         }
-        Ok(())
     }
 
     /// Rotates heads by the block's tables; `direction` is 1 forward and −1 back.
-    fn rotate<X: Activation>(&self, x: &mut [X], heads: usize, direction: f32) -> Result<()> {
-        let tables = match self.layer.rotation {
-            Rotation::None => return Ok(()),
-            Rotation::Global => self.pass.tables.global,
-            Rotation::Local => self.pass.tables.local.ok_or_else(|| BaseError::Input {
-                message: "rope tables: expected tables of the blocks with a base of their own, got none"
-                    .to_string(),
-            })?,
-        };
-        let (c, [cos, sin]) = (self.pass.config, tables);
-        let a = &c.architecture;
-        rope::rotate_part(x, heads, [c.head_dim, a.rotary_width], cos, sin, direction * a.rotary_direction);
-        Ok(())
+    fn rotate<X: Activation>(&self, x: &mut M::Buffer<X>, heads: usize, direction: f32) -> Result<()> {
+        if self.layer.rotation == Rotation::None {
+            return Ok(());
+        }
+        let (c, a) = (self.pass.config, &self.pass.config.architecture);
+        let (widths, direction) = ([c.head_dim, a.rotary_width], direction * a.rotary_direction);
+        self.pass.machine.rotate(x, heads, widths, &self.pass.tables, self.layer.rotation, direction)
+    }
+
+    fn forward_of(
+        &self,
+        linear: &M::Linear<'_>,
+        x: &M::Buffer<S>,
+        y: &mut M::Buffer<S>,
+        room: &mut M::Scratch,
+    ) -> Result<()> {
+        self.pass.machine.linear_forward(linear, x, y, false, room)
+    }
+
+    /// Adds to `y`.
+    fn add_to(
+        &self,
+        linear: &M::Linear<'_>,
+        x: &M::Buffer<S>,
+        y: &mut M::Buffer<S>,
+        room: &mut M::Scratch,
+    ) -> Result<()> {
+        self.pass.machine.linear_forward(linear, x, y, true, room)
     }
 
     /// The block's output of `x` [N, E] into `y`; what backward needs into `saved`.
     pub(crate) fn forward(
         &self,
-        x: &[S],
-        y: &mut Buffer<S>,
-        saved: &mut Saved<S>,
-        ws: &mut Workspace<S>,
+        x: &M::Buffer<S>,
+        y: &mut M::Buffer<S>,
+        saved: &mut Saved<M, S>,
+        ws: &mut Workspace<M, S>,
     ) -> Result<()> {
         self.mix(x, saved, ws)?;
         self.rest(x, y, saved, ws)
@@ -214,26 +233,24 @@ impl<'a, S: Activation> Block<'a, S> {
     /// so the last product is left out where nothing behind it is kept; `y` holds no output afterwards.
     pub(crate) fn remake(
         &self,
-        x: &[S],
-        y: &mut Buffer<S>,
-        saved: &mut Saved<S>,
-        ws: &mut Workspace<S>,
+        x: &M::Buffer<S>,
+        y: &mut M::Buffer<S>,
+        saved: &mut Saved<M, S>,
+        ws: &mut Workspace<M, S>,
     ) -> Result<()> {
         self.mix(x, saved, ws)?;
+        let machine = self.pass.machine;
         let Workspace { normed, linear, .. } = ws;
         let Saved { mixed, h, gate, up, .. } = &mut *saved;
         match self.pass.config.architecture.residual {
             Residual::Sequential => {
-                let h = h.sized(x.len())?;
-                rows::copy(x, h);
-                self.out.forward_add(&mixed.out, h, linear)?;
-                let normed = normed.sized(x.len())?;
-                self.mlp_in.forward(h, normed)?;
+                machine.copy(x, h)?;
+                self.add_to(&self.out, mixed, h, linear)?;
+                machine.norm_forward(&self.mlp_in, h, normed)?;
                 self.widen(normed, gate, up, linear)
             }
             Residual::Parallel => {
-                let normed = normed.sized(x.len())?;
-                self.mlp_in.forward(x, normed)?;
+                machine.norm_forward(&self.mlp_in, x, normed)?;
                 self.widen(normed, gate, up, linear)
             }
             Residual::Sandwich => self.rest(x, y, saved, ws),
@@ -241,33 +258,41 @@ impl<'a, S: Activation> Block<'a, S> {
     }
 
     /// Queries, keys and values of `x` [N, E] and what attention mixes of them, into `saved`.
-    fn mix(&self, x: &[S], saved: &mut Saved<S>, ws: &mut Workspace<S>) -> Result<()> {
+    fn mix(&self, x: &M::Buffer<S>, saved: &mut Saved<M, S>, ws: &mut Workspace<M, S>) -> Result<()> {
         self.qkv(x, saved, ws)?;
-        sized(&mut saved.mixed.out, saved.q.len());
-        sized(&mut saved.mixed.lse, self.pass.setting.entries * self.pass.config.num_attention_heads);
+        self.size_mixed(saved)?;
         self.attend(saved)
     }
 
+    /// Room for what attention mixes.
+    pub(crate) fn size_mixed(&self, saved: &mut Saved<M, S>) -> Result<()> {
+        let (machine, heads) = (self.pass.machine, self.pass.config.num_attention_heads);
+        machine.size(&mut saved.mixed, M::len(&saved.q))?;
+        machine.size(&mut saved.lse, self.pass.setting.entries * heads)
+    }
+
     /// Queries, keys and values of `x` [N, E], normed and rotated, into `saved`.
-    pub(crate) fn qkv(&self, x: &[S], saved: &mut Saved<S>, ws: &mut Workspace<S>) -> Result<()> {
-        let c = self.pass.config;
+    pub(crate) fn qkv(
+        &self,
+        x: &M::Buffer<S>,
+        saved: &mut Saved<M, S>,
+        ws: &mut Workspace<M, S>,
+    ) -> Result<()> {
+        let (machine, c) = (self.pass.machine, self.pass.config);
         let Workspace { normed, gated, linear, .. } = ws;
-        let normed = normed.sized(x.len())?;
-        self.attention_in.forward(x, normed)?;
+        machine.norm_forward(&self.attention_in, x, normed)?;
         let Saved { q, k, v, plain_q, plain_k, .. } = saved;
         // Where q and k are normed, backward needs them as they were before.
         let (first_q, first_k) =
             if self.qk_norms.is_some() { (&mut *plain_q, &mut *plain_k) } else { (&mut *q, &mut *k) };
         match &self.heads[..] {
             [to_all] => {
-                to_all.forward(normed, gated, linear)?;
-                let len = self.pass.setting.entries * c.num_attention_heads * c.head_dim;
-                let parts = [first_q.sized(len)?, first_k.sized(len)?, v.sized(len)?];
-                rows::split_heads(gated, c.head_dim, c.num_attention_heads, parts);
+                self.forward_of(to_all, normed, gated, linear)?;
+                machine.split_heads(gated, [c.num_attention_heads, c.head_dim], [first_q, first_k, v])?;
             }
             layers => {
                 for (layer, made) in layers.iter().zip([first_q, first_k, v]) {
-                    layer.forward(normed, made, linear)?;
+                    self.forward_of(layer, normed, made, linear)?;
                 }
             }
         }
@@ -277,10 +302,10 @@ impl<'a, S: Activation> Block<'a, S> {
                 (None, _) => self.rotate(x, heads, 1.0)?,
                 (Some(norms), QkNorm::AfterRotary) => {
                     self.rotate(plain, heads, 1.0)?;
-                    norms[which].forward(plain, x.sized(plain.len())?)?;
+                    machine.norm_forward(&norms[which], plain, x)?;
                 }
                 (Some(norms), _) => {
-                    norms[which].forward(plain, x.sized(plain.len())?)?;
+                    machine.norm_forward(&norms[which], plain, x)?;
                     self.rotate(x, heads, 1.0)?;
                 }
             }
@@ -291,31 +316,29 @@ impl<'a, S: Activation> Block<'a, S> {
     /// The block's output of `x` [N, E] into `y`, from what attention mixed.
     pub(crate) fn rest(
         &self,
-        x: &[S],
-        y: &mut Buffer<S>,
-        saved: &mut Saved<S>,
-        ws: &mut Workspace<S>,
+        x: &M::Buffer<S>,
+        y: &mut M::Buffer<S>,
+        saved: &mut Saved<M, S>,
+        ws: &mut Workspace<M, S>,
     ) -> Result<()> {
+        let machine = self.pass.machine;
         let Workspace { normed, gated, linear, .. } = ws;
-        let y = y.sized(x.len())?;
-        let normed = normed.sized(x.len())?;
         let Saved { mixed, h, attended, fed, gate, up, .. } = saved;
         match self.pass.config.architecture.residual {
             Residual::Sequential => {
-                let h = h.sized(x.len())?;
-                rows::copy(x, h);
-                self.out.forward_add(&mixed.out, h, linear)?;
-                self.mlp_in.forward(h, normed)?;
-                rows::copy(h, y);
+                machine.copy(x, h)?;
+                self.add_to(&self.out, mixed, h, linear)?;
+                machine.norm_forward(&self.mlp_in, h, normed)?;
+                machine.copy(h, y)?;
                 self.feed(normed, gate, up, gated, linear)?;
-                self.down.forward_add(gated, y, linear)
+                self.add_to(&self.down, gated, y, linear)
             }
             Residual::Parallel => {
-                self.mlp_in.forward(x, normed)?;
-                rows::copy(x, y);
-                self.out.forward_add(&mixed.out, y, linear)?;
+                machine.norm_forward(&self.mlp_in, x, normed)?;
+                machine.copy(x, y)?;
+                self.add_to(&self.out, mixed, y, linear)?;
                 self.feed(normed, gate, up, gated, linear)?;
-                self.down.forward_add(gated, y, linear)
+                self.add_to(&self.down, gated, y, linear)
             }
             Residual::Sandwich => {
                 let (Some(attention_out), Some(mlp_out)) = (&self.attention_out, &self.mlp_out) else {
@@ -323,16 +346,14 @@ impl<'a, S: Activation> Block<'a, S> {
                         message: "block: expected norms behind both halves".into(),
                     });
                 };
-                let h = h.sized(x.len())?;
-                self.out.forward(&mixed.out, attended, linear)?;
-                attention_out.forward(attended, h)?;
-                rows::add_assign(x, h);
-                self.mlp_in.forward(h, normed)?;
+                self.forward_of(&self.out, mixed, attended, linear)?;
+                machine.norm_forward(attention_out, attended, h)?;
+                machine.add(x, h)?;
+                machine.norm_forward(&self.mlp_in, h, normed)?;
                 self.feed(normed, gate, up, gated, linear)?;
-                self.down.forward(gated, fed, linear)?;
-                mlp_out.forward(fed, y)?;
-                rows::add_assign(h, y);
-                Ok(())
+                self.forward_of(&self.down, gated, fed, linear)?;
+                machine.norm_forward(mlp_out, fed, y)?;
+                machine.add(h, y)
             }
         }
     }
@@ -340,11 +361,11 @@ impl<'a, S: Activation> Block<'a, S> {
     /// What the feed-forward layer's last linear layer reads, into `gated`.
     fn feed(
         &self,
-        normed: &[S],
-        gate: &mut Buffer<S>,
-        up: &mut Buffer<S>,
-        gated: &mut Buffer<S>,
-        linear: &mut megacontext_kernels::linear::Scratch,
+        normed: &M::Buffer<S>,
+        gate: &mut M::Buffer<S>,
+        up: &mut M::Buffer<S>,
+        gated: &mut M::Buffer<S>,
+        linear: &mut M::Scratch,
     ) -> Result<()> {
         self.widen(normed, gate, up, linear)?;
         self.activate(gate, up, gated)
@@ -353,110 +374,77 @@ impl<'a, S: Activation> Block<'a, S> {
     /// The feed-forward layer's first linear layers.
     fn widen(
         &self,
-        normed: &[S],
-        gate: &mut Buffer<S>,
-        up: &mut Buffer<S>,
-        linear: &mut megacontext_kernels::linear::Scratch,
+        normed: &M::Buffer<S>,
+        gate: &mut M::Buffer<S>,
+        up: &mut M::Buffer<S>,
+        linear: &mut M::Scratch,
     ) -> Result<()> {
         if let Some(to_gate) = &self.gate {
-            to_gate.forward(normed, gate, linear)?;
+            self.forward_of(to_gate, normed, gate, linear)?;
         }
-        self.up.forward(normed, up, linear)
+        self.forward_of(&self.up, normed, up, linear)
     }
 
-    fn activate(&self, gate: &[S], up: &[S], out: &mut Buffer<S>) -> Result<()> {
-        let out = out.sized(up.len())?;
-        match self.pass.config.architecture.mlp {
-            Mlp::SwiGlu => mlp::swiglu_into(gate, up, out),
-            Mlp::GeGlu => geglu_into(Gelu::Tanh, gate, up, out),
-            Mlp::Gelu => gelu_into(Gelu::Exact, up, out),
-            Mlp::GeluTanh => gelu_into(Gelu::Tanh, up, out),
-            Mlp::Relu2 => mlp::relu2_into(up, out),
-        }
-        Ok(())
-    }
-
-    /// `gate` and `up` become their own gradients, given that of what they were activated to.
-    fn activate_back(&self, gate: &mut [S], up: &mut [S], g: &[f32]) {
-        match self.pass.config.architecture.mlp {
-            Mlp::SwiGlu => mlp::swiglu_backward_in_place(gate, up, g),
-            Mlp::GeGlu => geglu_backward_in_place(Gelu::Tanh, gate, up, g),
-            Mlp::Gelu => gelu_backward_in_place(Gelu::Exact, up, g),
-            Mlp::GeluTanh => gelu_backward_in_place(Gelu::Tanh, up, g),
-            Mlp::Relu2 => mlp::relu2_backward_in_place(up, g),
-        }
+    fn activate(&self, gate: &M::Buffer<S>, up: &M::Buffer<S>, out: &mut M::Buffer<S>) -> Result<()> {
+        self.pass.machine.activate(self.pass.config.architecture.mlp, gate, up, out)
     }
 
     /// Backward: `d` is the gradient of the output and becomes that of the input `x`, which is complete only when
     /// `input_wanted`; gradients of what learns are added to `gradients`. `saved` is used up.
     pub(crate) fn backward(
         &self,
-        x: &[S],
-        d: &mut [f32],
-        saved: &mut Saved<S>,
-        ws: &mut Workspace<S>,
-        gradients: &mut Gradients,
+        x: &M::Buffer<S>,
+        d: &mut M::Buffer<f32>,
+        saved: &mut Saved<M, S>,
+        ws: &mut Workspace<M, S>,
+        gradients: &mut M::Gradients,
         input_wanted: bool,
     ) -> Result<()> {
+        let machine = self.pass.machine;
         let parallel = self.pass.config.architecture.residual == Residual::Parallel;
         self.feed_back(x, d, saved, ws, gradients)?;
         // The gradient of the stream that the feed-forward half read: `d` and what came through its norm. Side by side,
         // attention's half takes its own gradient from `d` before that is added.
         if !parallel {
-            self.mlp_in.backward(&saved.h, &ws.d_normed, d, gradients)?;
+            machine.norm_backward(&self.mlp_in, &saved.h, &ws.d_normed, d, gradients)?;
         }
-        let Workspace { normed, d_normed, d_wide, attention, linear, .. } = ws;
-        let d_mixed = d_wide.sized(saved.mixed.out.len())?;
+        let Workspace { normed, d_normed, d_wide, heads, linear, .. } = ws;
+        let mixed = &saved.mixed;
         match &self.attention_out {
-            None => {
-                self.out.backward(&saved.mixed.out, d, Some((&mut *d_mixed, false)), linear, gradients)?
-            }
+            None => machine.linear_backward(&self.out, mixed, d, Some((d_wide, false)), linear, gradients)?,
             Some(norm) => {
-                let d_attended = d_normed.sized(x.len())?;
-                d_attended.fill(0.0);
-                norm.backward(&saved.attended, d, d_attended, gradients)?;
-                let d_attended = &*d_attended;
-                self.out.backward(
-                    &saved.mixed.out,
-                    d_attended,
-                    Some((&mut *d_mixed, false)),
-                    linear,
-                    gradients,
-                )?;
+                machine.zeros(d_normed, M::len(x))?;
+                machine.norm_backward(norm, &saved.attended, d, d_normed, gradients)?;
+                let dx = Some((&mut *d_wide, false));
+                machine.linear_backward(&self.out, mixed, d_normed, dx, linear, gradients)?;
             }
         }
         if parallel {
-            self.mlp_in.backward(x, d_normed, d, gradients)?;
+            machine.norm_backward(&self.mlp_in, x, d_normed, d, gradients)?;
         }
-        sized(&mut attention.q, saved.q.len());
-        sized(&mut attention.k, saved.k.len());
-        sized(&mut attention.v, saved.v.len());
-        self.attend_back(saved, d_mixed, attention)?;
-        self.heads_back(saved, attention, d_wide, gradients)?;
+        self.attend_back(saved, d_wide, heads)?;
+        self.heads_back(saved, heads, d_wide, gradients)?;
 
-        let normed = normed.sized(x.len())?;
-        self.attention_in.forward(x, normed)?;
+        machine.norm_forward(&self.attention_in, x, normed)?;
         let through = input_wanted || self.pass.setting.params.learns(Group::Norms);
-        let d_normed = d_normed.sized(x.len())?;
         match &self.heads[..] {
             [layer] => {
                 let c = self.pass.config;
-                let d_fused = d_wide.sized(3 * attention.q.len())?;
-                let parts = [&attention.q[..], &attention.k, &attention.v];
-                rows::join_heads(parts, c.head_dim, c.num_attention_heads, d_fused);
+                let parts = [&heads.q, &heads.k, &heads.v];
+                machine.join_heads::<S>(parts, [c.num_attention_heads, c.head_dim], d_wide)?;
                 let dx = through.then_some((&mut *d_normed, false));
-                layer.backward(normed, &*d_fused, dx, linear, gradients)?;
+                machine.linear_backward(layer, normed, d_wide, dx, linear, gradients)?;
             }
             layers => {
-                let sides = [&attention.q, &attention.k, &attention.v];
+                let sides = [&heads.q, &heads.k, &heads.v];
                 for (which, (layer, g)) in layers.iter().zip(sides).enumerate() {
                     let dx = through.then_some((&mut *d_normed, which > 0));
-                    layer.backward(normed, g, dx, linear, gradients)?;
+                    machine.linear_backward(layer, normed, g, dx, linear, gradients)?;
                 }
             }
         }
         if through {
-            self.attention_in.backward(x, d_normed, d, gradients)?;
+            machine.norm_backward(&self.attention_in, x, d_normed, d, gradients)?;
         }
         Ok(())
     }
@@ -464,46 +452,47 @@ impl<'a, S: Activation> Block<'a, S> {
     /// The feed-forward half's backward, from `d` to the gradient of its normed input in `ws.d_normed`.
     fn feed_back(
         &self,
-        x: &[S],
-        d: &[f32],
-        saved: &mut Saved<S>,
-        ws: &mut Workspace<S>,
-        gradients: &mut Gradients,
+        x: &M::Buffer<S>,
+        d: &M::Buffer<f32>,
+        saved: &mut Saved<M, S>,
+        ws: &mut Workspace<M, S>,
+        gradients: &mut M::Gradients,
     ) -> Result<()> {
+        let (machine, a) = (self.pass.machine, &self.pass.config.architecture);
         let Workspace { normed, gated, d_normed, d_wide, linear, .. } = ws;
         let Saved { h, fed, gate, up, .. } = saved;
         self.activate(gate, up, gated)?;
-        let d_gated = d_wide.sized(up.len())?;
+        let d_gated = Some((&mut *d_wide, false));
         match &self.mlp_out {
-            None => self.down.backward(gated, d, Some((&mut *d_gated, false)), linear, gradients)?,
+            None => machine.linear_backward(&self.down, gated, d, d_gated, linear, gradients)?,
             Some(norm) => {
-                let d_fed = d_normed.sized(x.len())?;
-                d_fed.fill(0.0);
-                norm.backward(fed, d, d_fed, gradients)?;
-                self.down.backward(gated, &*d_fed, Some((&mut *d_gated, false)), linear, gradients)?;
+                machine.zeros(d_normed, M::len(x))?;
+                machine.norm_backward(norm, fed, d, d_normed, gradients)?;
+                machine.linear_backward(&self.down, gated, d_normed, d_gated, linear, gradients)?;
             }
         }
-        self.activate_back(gate, up, d_gated);
-        let parallel = self.pass.config.architecture.residual == Residual::Parallel;
-        let normed = normed.sized(x.len())?;
-        self.mlp_in.forward(if parallel { x } else { &h[..] }, normed)?;
-        let d_normed = d_normed.sized(x.len())?;
+        machine.activate_back(a.mlp, gate, up, d_wide)?;
+        let read = if a.residual == Residual::Parallel { x } else { h };
+        machine.norm_forward(&self.mlp_in, read, normed)?;
         if let Some(layer) = &self.gate {
-            layer.backward(normed, gate, Some((&mut *d_normed, false)), linear, gradients)?;
+            machine.linear_backward(layer, normed, gate, Some((&mut *d_normed, false)), linear, gradients)?;
         }
-        self.up.backward(normed, up, Some((&mut *d_normed, self.gate.is_some())), linear, gradients)
+        let dx = Some((d_normed, self.gate.is_some()));
+        machine.linear_backward(&self.up, normed, up, dx, linear, gradients)
     }
 
     /// Back through the rotation whose result was `turned`, in place.
     fn rotate_back(
         &self,
-        turned: &[S],
-        d: &mut [f32],
+        turned: &M::Buffer<S>,
+        d: &mut M::Buffer<M::Heads<S>>,
         heads: usize,
-        gradients: &mut Gradients,
+        gradients: &mut M::Gradients,
     ) -> Result<()> {
         if let Some(spread) = self.pass.spread {
-            spread.backward(self.layer.rotation, turned, d, heads, self.pass.config.head_dim, gradients);
+            let sizes = [heads, self.pass.config.head_dim];
+            let machine = self.pass.machine;
+            machine.spread_backward(spread, self.layer.rotation, turned, d, sizes, gradients)?;
         }
         self.rotate(d, heads, -1.0)
     }
@@ -511,10 +500,10 @@ impl<'a, S: Activation> Block<'a, S> {
     /// Back through the rotation and the norms of queries and keys, in place.
     fn heads_back(
         &self,
-        saved: &Saved<S>,
-        d: &mut AttentionGradients,
-        d_wide: &mut Buffer<f32>,
-        gradients: &mut Gradients,
+        saved: &Saved<M, S>,
+        d: &mut HeadGradients<M, S>,
+        d_wide: &mut M::Buffer<f32>,
+        gradients: &mut M::Gradients,
     ) -> Result<()> {
         let c = self.pass.config;
         let after = c.architecture.qk_norm == QkNorm::AfterRotary;
@@ -528,10 +517,7 @@ impl<'a, S: Activation> Block<'a, S> {
                 self.rotate_back(turned, d, heads, gradients)?;
             }
             if let Some(norms) = &self.qk_norms {
-                let dx = d_wide.sized(d.len())?;
-                dx.fill(0.0);
-                norms[which].backward(plain, d, dx, gradients)?;
-                rows::copy(dx, d);
+                self.pass.machine.heads_norm_backward(&norms[which], plain, d, d_wide, gradients)?;
             }
             if after {
                 self.rotate_back(turned, d, heads, gradients)?;

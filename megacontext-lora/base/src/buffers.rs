@@ -7,11 +7,12 @@
 //! Shapes: N = B·T entries; E model width, Q = H·D, KV = G·D, F feed-forward width, H heads, r rank, V vocabulary.
 //! S is the storage of activations: f32, or bf16 in the precision class of that name. Gradients are f32.
 
+pub mod gpu;
+
 use std::marker::PhantomData;
 use std::ops::{Deref, DerefMut};
 
 use megacontext_kernels::attention::prefix::Document;
-use megacontext_kernels::attention::slices::{Gradients as AttentionGradients, Mixed};
 use megacontext_kernels::embedding;
 use megacontext_kernels::linear::{self, LoraShape};
 use megacontext_kernels::loss::chunk_rows;
@@ -21,8 +22,10 @@ use memmap2::MmapMut;
 
 use crate::architecture::{QkNorm, Residual};
 use crate::config::DecoderConfig;
+use crate::decoder::{Ran, RanAs};
 use crate::error::{BaseError, Result};
 use crate::lora::{LoraKind, LoraModules};
+use crate::machine::{Host, Machine};
 
 /// Values in memory of their own, which goes back to the system with them.
 pub(crate) struct Buffer<S> {
@@ -76,69 +79,61 @@ impl<S: Activation> DerefMut for Buffer<S> {
     }
 }
 
-/// As [`Buffer::sized`], of a vector that another crate fills.
-pub(crate) fn sized<S: Store>(buffer: &mut Vec<S>, len: usize) -> &mut [S] {
-    if buffer.capacity() < len {
-        *buffer = Vec::new();
-        *buffer = vec![S::default(); len];
-    }
-    buffer.resize(len, S::default());
-    buffer
-}
-
 /// What the forward pass of a block leaves for its backward pass, besides the block's input.
-#[derive(Default)]
-pub(crate) struct Saved<S> {
-    pub q: Buffer<S>,
-    pub k: Buffer<S>,
-    pub v: Buffer<S>,
+pub(crate) struct Saved<M: Machine, S: Activation> {
+    pub q: M::Buffer<S>,
+    pub k: M::Buffer<S>,
+    pub v: M::Buffer<S>,
     /// What the norms of queries and keys read, where there are such.
-    pub plain_q: Buffer<S>,
-    pub plain_k: Buffer<S>,
-    pub mixed: Mixed<S>,
+    pub plain_q: M::Buffer<S>,
+    pub plain_k: M::Buffer<S>,
+    /// What attention mixed, [N, H, D], and the log-sum-exp of every query, [N, H].
+    pub mixed: M::Buffer<S>,
+    pub lse: M::Buffer<f32>,
     /// The stream between the halves of a block, where they do not stand side by side.
-    pub h: Buffer<S>,
+    pub h: M::Buffer<S>,
     /// What the norms behind the halves read, where there are such.
-    pub attended: Buffer<S>,
-    pub fed: Buffer<S>,
+    pub attended: M::Buffer<S>,
+    pub fed: M::Buffer<S>,
     /// Empty where nothing gates.
-    pub gate: Buffer<S>,
-    pub up: Buffer<S>,
+    pub gate: M::Buffer<S>,
+    pub up: M::Buffer<S>,
 }
 
 /// Keys and values of one block, of entries that others continue.
-#[derive(Default)]
-pub(crate) struct KeysValues<S> {
+pub(crate) struct KeysValues<M: Machine, S: Activation> {
     /// [C, G, D], rotated; C entries.
-    pub k: Buffer<S>,
+    pub k: M::Buffer<S>,
     /// [C, G, D].
-    pub v: Buffer<S>,
+    pub v: M::Buffer<S>,
 }
 
-impl<S: Activation> KeysValues<S> {
+impl<M: Machine, S: Activation> KeysValues<M, S> {
     /// Room for `entries` entries in each of the model's blocks.
     ///
     /// # Errors
-    /// When the system has no more memory.
-    pub fn of_blocks(config: &DecoderConfig, entries: usize) -> Result<Vec<Self>> {
+    /// When there is no more memory.
+    pub fn of_blocks(machine: &M, config: &DecoderConfig, entries: usize) -> Result<Vec<Self>> {
         let len = entries * config.num_key_value_heads * config.head_dim;
         let mut blocks = Vec::with_capacity(config.num_hidden_layers);
         for _ in 0..config.num_hidden_layers {
-            let mut block = Self::default();
-            block.k.sized(len)?;
-            block.v.sized(len)?;
+            let mut block = Self { k: M::Buffer::default(), v: M::Buffer::default() };
+            machine.size(&mut block.k, len)?;
+            machine.size(&mut block.v, len)?;
             blocks.push(block);
         }
         Ok(blocks)
     }
 
+    pub fn bytes(&self) -> u64 {
+        M::bytes(&self.k) + M::bytes(&self.v)
+    }
+}
+
+impl<S: Activation> KeysValues<Host, S> {
     /// As a document that rows continue.
     pub fn document(&self) -> Document<'_, S> {
         Document { k: &self.k, v: &self.v }
-    }
-
-    pub fn bytes(&self) -> u64 {
-        self.k.bytes() + self.v.bytes()
     }
 }
 
@@ -149,96 +144,157 @@ pub fn keys_values_bytes(config: &DecoderConfig, precision: Precision, entries: 
     entries as u64 * entry as u64 * stored
 }
 
+/// Gradients of queries, keys and values.
+pub(crate) struct HeadGradients<M: Machine, S: Activation> {
+    pub q: M::Buffer<M::Heads<S>>,
+    pub k: M::Buffer<M::Heads<S>>,
+    pub v: M::Buffer<M::Heads<S>>,
+}
+
 /// Buffers that are free between blocks.
-#[derive(Default)]
-pub(crate) struct Workspace<S> {
-    pub normed: Buffer<S>,
-    pub gated: Buffer<S>,
-    pub d_normed: Buffer<f32>,
-    pub d_wide: Buffer<f32>,
-    pub attention: AttentionGradients,
-    pub linear: linear::Scratch,
+pub(crate) struct Workspace<M: Machine, S: Activation> {
+    pub normed: M::Buffer<S>,
+    pub gated: M::Buffer<S>,
+    pub d_normed: M::Buffer<f32>,
+    pub d_wide: M::Buffer<f32>,
+    pub heads: HeadGradients<M, S>,
+    pub linear: M::Scratch,
 }
 
 /// All buffers of a pass whose activations are stored as S.
-#[derive(Default)]
-pub(crate) struct Scratch<S> {
+pub(crate) struct Scratch<M: Machine, S: Activation> {
     /// The input of every block that is walked back.
-    pub inputs: Vec<Buffer<S>>,
+    pub inputs: Vec<M::Buffer<S>>,
     /// What blocks keep: one for all, or one each.
-    pub saved: Vec<Saved<S>>,
-    pub workspace: Workspace<S>,
+    pub saved: Vec<Saved<M, S>>,
+    pub workspace: Workspace<M, S>,
     /// The residual stream before and after a block.
-    pub x: Buffer<S>,
-    pub stream: Buffer<S>,
+    pub x: M::Buffer<S>,
+    pub stream: M::Buffer<S>,
     /// Gradient of the stream.
-    pub d: Buffer<f32>,
+    pub d: M::Buffer<f32>,
 }
 
-impl<S: Activation> Scratch<S> {
+// Derived, these would ask for a default machine.
+macro_rules! empty {
+    ($($of:ident { $($field:ident),* })*) => {$(
+        impl<M: Machine, S: Activation> Default for $of<M, S> {
+            fn default() -> Self {
+                Self { $($field: Default::default()),* }
+            }
+        }
+    )*};
+}
+
+empty! {
+    Saved { q, k, v, plain_q, plain_k, mixed, lse, h, attended, fed, gate, up }
+    KeysValues { k, v }
+    HeadGradients { q, k, v }
+    Workspace { normed, gated, d_normed, d_wide, heads, linear }
+    Scratch { inputs, saved, workspace, x, stream, d }
+}
+
+impl<M: Machine, S: Activation> Scratch<M, S> {
     /// Room for a model of `layers` blocks of which those from `lowest` on are walked back.
     pub fn prepare(&mut self, layers: usize, lowest: usize, recompute: bool) {
         let walked = layers - lowest;
-        self.inputs.resize_with(walked, Buffer::default);
+        self.inputs.resize_with(walked, M::Buffer::default);
         self.saved.resize_with(if recompute { 1 } else { walked.max(1) }, Saved::default);
     }
 
     pub(crate) fn bytes(&self) -> u64 {
-        fn vector<S>(buffer: &Vec<S>) -> u64 {
-            (buffer.capacity() * size_of::<S>()) as u64
-        }
-        let saved = |s: &Saved<S>| {
+        let saved = |s: &Saved<M, S>| {
             let halves = [&s.h, &s.attended, &s.fed, &s.gate, &s.up];
-            let heads = [&s.q, &s.k, &s.v, &s.plain_q, &s.plain_k];
-            let own: u64 = heads.into_iter().chain(halves).map(Buffer::bytes).sum();
-            own + vector(&s.mixed.out) + vector(&s.mixed.lse)
+            let heads = [&s.q, &s.k, &s.v, &s.plain_q, &s.plain_k, &s.mixed];
+            heads.into_iter().chain(halves).map(M::bytes).sum::<u64>() + M::bytes(&s.lse)
         };
         let w = &self.workspace;
         let shared = self.inputs.iter().chain([&self.x, &self.stream, &w.normed, &w.gated]);
-        shared.map(Buffer::bytes).sum::<u64>()
+        shared.map(M::bytes).sum::<u64>()
             + self.saved.iter().map(saved).sum::<u64>()
-            + [&self.d, &w.d_normed, &w.d_wide].into_iter().map(Buffer::bytes).sum::<u64>()
-            + [&w.attention.q, &w.attention.k, &w.attention.v].into_iter().map(vector).sum::<u64>()
-            + w.linear.bytes()
+            + [&self.d, &w.d_normed, &w.d_wide].into_iter().map(M::bytes).sum::<u64>()
+            + [&w.heads.q, &w.heads.k, &w.heads.v].into_iter().map(M::bytes).sum::<u64>()
+            + M::scratch_bytes(&w.linear)
     }
 }
 
-/// Memory that passes use again. Dropped, it goes back to the system; the next pass makes it anew.
+/// The buffers of passes on one machine, by storage.
+pub(crate) struct PassBuffers<M: Machine> {
+    pub f32: Scratch<M, f32>,
+    pub bf16: Scratch<M, bf16>,
+}
+
+impl<M: Machine> Default for PassBuffers<M> {
+    fn default() -> Self {
+        Self { f32: Scratch::default(), bf16: Scratch::default() }
+    }
+}
+
+impl<M: Machine> PassBuffers<M> {
+    fn bytes(&self) -> u64 {
+        self.f32.bytes() + self.bf16.bytes()
+    }
+}
+
+/// Memory that passes use again. Dropped, it goes back to where it came from; the next pass makes it anew.
 #[derive(Default)]
 pub struct Buffers {
-    f32: Scratch<f32>,
-    bf16: Scratch<bf16>,
+    pub(crate) host: PassBuffers<Host>,
+    #[cfg(feature = "cuda")]
+    pub(crate) gpu: PassBuffers<crate::machine::gpu::Gpu>,
 }
 
 impl Buffers {
-    /// Bytes held.
+    /// Bytes held on the host.
     pub fn bytes(&self) -> u64 {
-        self.f32.bytes() + self.bf16.bytes()
+        self.host.bytes()
     }
 
-    /// The gradient of the stream that the last backward pass ended with.
-    pub(crate) fn stream_gradient(&self, bf16: bool) -> &[f32] {
-        if bf16 { &self.bf16.d } else { &self.f32.d }
+    /// Bytes held on a GPU.
+    pub fn device_bytes(&self) -> u64 {
+        #[cfg(feature = "cuda")]
+        return self.gpu.bytes();
+        #[cfg(not(feature = "cuda"))]
+        0
     }
 }
 
 /// A storage of activations.
 pub(crate) trait Activation: Store + bytemuck::Pod {
+    /// The same on a GPU.
+    #[cfg(feature = "cuda")]
+    type OnGpu: megacontext_kernels::cuda::Stored;
+
     /// The buffers of this storage.
-    fn scratch(buffers: &mut Buffers) -> &mut Scratch<Self>;
+    fn scratch<M: Machine>(of: &mut PassBuffers<M>) -> &mut Scratch<M, Self>;
+    /// What a document left in this storage.
+    fn ran<M: Machine>(of: &RanAs<M>) -> &Ran<M, Self>;
+    /// Where it leaves that.
+    fn ran_mut<M: Machine>(of: &mut RanAs<M>) -> &mut Ran<M, Self>;
 }
 
-impl Activation for f32 {
-    fn scratch(buffers: &mut Buffers) -> &mut Scratch<Self> {
-        &mut buffers.f32
-    }
+macro_rules! activation {
+    ($($stored:ident)*) => {$(
+        impl Activation for $stored {
+            #[cfg(feature = "cuda")]
+            type OnGpu = Self;
+
+            fn scratch<M: Machine>(of: &mut PassBuffers<M>) -> &mut Scratch<M, Self> {
+                &mut of.$stored
+            }
+
+            fn ran<M: Machine>(of: &RanAs<M>) -> &Ran<M, Self> {
+                &of.$stored
+            }
+
+            fn ran_mut<M: Machine>(of: &mut RanAs<M>) -> &mut Ran<M, Self> {
+                &mut of.$stored
+            }
+        }
+    )*};
 }
 
-impl Activation for bf16 {
-    fn scratch(buffers: &mut Buffers) -> &mut Scratch<Self> {
-        &mut buffers.bf16
-    }
-}
+activation! { f32 bf16 }
 
 /// Bytes of the buffers of a pass, by kind.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

@@ -18,19 +18,18 @@
 //! Left out: attention scores that are capped (Gemma 2).
 
 use candle_core::{Device as CandleDevice, Tensor};
-use megacontext_kernels::attention::slices::Prepared;
 use megacontext_kernels::attention::{Pattern, Rows, alibi_slopes};
 use megacontext_kernels::cpu::Values;
 use megacontext_kernels::precision::Precision;
 use megacontext_kernels::store::{Store, bf16};
 
 use crate::block::{Attending, Block, ByWindow, Pass, Tables};
-use crate::buffers::{Activation, Buffer, Buffers, Scratch};
+use crate::buffers::{Activation, Buffers, Scratch};
 use crate::config::DecoderConfig;
 use crate::device::Device;
 use crate::error::{BaseError, Result};
 use crate::lora::{LoraConfig, LoraModules};
-use crate::norms::Norm;
+use crate::machine::{AttentionSpec, Machine, Scored, on_machine};
 use crate::params::{Group, ParamStore};
 use crate::projection::Setting;
 use crate::random::Random;
@@ -45,6 +44,7 @@ mod merged;
 mod step;
 
 pub use continuation::{Continuation, ContinuationLoss, Document, DocumentShape, Objective};
+pub(crate) use continuation::{Ran, RanAs};
 pub use entries::{EntryLoss, EntryStep};
 
 use adapted::Attached;
@@ -80,6 +80,16 @@ pub struct Decoder {
     precision: Precision,
     merged: Option<Merged>,
     device: Device,
+    place: Place,
+}
+
+/// The machine of a decoder.
+pub(crate) enum Place {
+    /// The processor.
+    Host,
+    /// A GPU, with this decoder's parameters on it.
+    #[cfg(feature = "cuda")]
+    Gpu(Box<crate::machine::gpu::Gpu>),
 }
 
 /// Is a parameter of this group stored in bf16 while it is frozen? Norms are not: they are small and f32 is what reads them.
@@ -130,7 +140,15 @@ impl Decoder {
             let levels = scales.len();
             params.insert_values(SIGMA, Group::Sigma, scales, &[levels])?;
         }
-        Ok(Self { config, params, lora: None, precision, merged: None, device: Device::Cpu })
+        Ok(Self {
+            config,
+            params,
+            lora: None,
+            precision,
+            merged: None,
+            device: Device::Cpu,
+            place: Place::Host,
+        })
     }
 
     /// Reads one parameter of the model anew from its folder, as [`Decoder::from_weights`] did.
@@ -182,7 +200,15 @@ impl Decoder {
                 params.insert_values(name, group, values::<f32>(len, next), &shape)?;
             }
         }
-        Ok(Self { config, params, lora: None, precision, merged: None, device: Device::Cpu })
+        Ok(Self {
+            config,
+            params,
+            lora: None,
+            precision,
+            merged: None,
+            device: Device::Cpu,
+            place: Place::Host,
+        })
     }
 
     /// Gives a tied model an output head of its own, a copy of the embedding.
@@ -272,12 +298,21 @@ impl Decoder {
         &self.device
     }
 
+    pub(crate) fn place(&self) -> &Place {
+        &self.place
+    }
+
     /// Passes run on this device from here on; the processor's is where every decoder begins. Parameters stay on the host, and
     /// are copied as passes need them.
     ///
     /// # Errors
     /// When the device cannot run this model as it stands; it stays where it was then.
     pub fn set_device(&mut self, device: &Device) -> Result<()> {
+        self.place = match device {
+            Device::Cpu => Place::Host,
+            #[cfg(feature = "cuda")]
+            Device::Cuda(gpu) => Place::Gpu(Box::new(crate::machine::gpu::Gpu::new(gpu, &self.config)?)),
+        };
         self.device = device.clone();
         Ok(())
     }
@@ -313,21 +348,26 @@ impl Decoder {
     }
 
     /// What token embeddings are multiplied by. In class bf16 it is rounded as transformers rounds it there.
-    fn embedding_scale(&self) -> Option<f32> {
+    pub(crate) fn embedding_scale(&self) -> Option<f32> {
         let scale = self.config.architecture.embedding_scale? as f32;
         Some(if self.precision.stores_bf16() { bf16::put(scale).get() } else { scale })
     }
 
     /// The norm of what enters the first block, where there is one.
-    fn entry_norm(&self) -> Option<Norm<'_>> {
+    fn entry_norm<'a, M: Machine>(&'a self, machine: &'a M) -> Result<Option<M::Norm<'a>>> {
         let c = &self.config;
-        c.architecture.embedding_norm.then(|| Norm::plain(c.hidden_size, c.rms_norm_eps))
+        c.architecture.embedding_norm.then(|| machine.plain_norm(c.hidden_size, c.rms_norm_eps)).transpose()
     }
 
     /// Makes the stream in `x` what the first block reads.
-    pub(crate) fn enter<S: Activation>(&self, x: &mut Buffer<S>, other: &mut Buffer<S>) -> Result<()> {
-        if let Some(norm) = self.entry_norm() {
-            norm.forward(x, other.sized(x.len())?)?;
+    pub(crate) fn enter<M: Machine, S: Activation>(
+        &self,
+        machine: &M,
+        x: &mut M::Buffer<S>,
+        other: &mut M::Buffer<S>,
+    ) -> Result<()> {
+        if let Some(norm) = self.entry_norm(machine)? {
+            machine.norm_forward(&norm, x, other)?;
             std::mem::swap(x, other);
         }
         Ok(())
@@ -362,31 +402,35 @@ impl Decoder {
         Ok(())
     }
 
-    fn prepare(&self, batch: usize, length: usize, with: &Forward) -> Result<ByWindow<Prepared>> {
+    fn prepare<M: Machine>(
+        &self,
+        machine: &M,
+        batch: usize,
+        length: usize,
+        with: &Forward,
+    ) -> Result<ByWindow<M::Within>> {
         let c = &self.config;
         self.check_tables(batch, length, with.rope)?;
         self.params.check_mapped()?;
         let sizes = [batch, length, c.num_attention_heads, c.num_key_value_heads, c.head_dim];
-        let prepared = |pattern| -> Result<Prepared> {
-            let prepared = Prepared::new(sizes, c.architecture.query_scale, pattern, with.rows)?
-                .with_products(self.precision.products());
-            if !c.positions.alibi {
-                return Ok(prepared);
-            }
-            let prepared = prepared.with_slopes(&alibi_slopes(c.num_attention_heads))?;
-            match with.rope.mu.as_deref() {
-                None => Ok(prepared),
-                Some(mu) if mu.len() == length => Ok(prepared.with_positions(mu)?),
-                Some(mu) => Err(BaseError::Input {
+        let slopes = c.positions.alibi.then(|| alibi_slopes(c.num_attention_heads));
+        let positions = match with.rope.mu.as_deref() {
+            Some(mu) if slopes.is_some() && mu.len() != length => {
+                return Err(BaseError::Input {
                     message: format!(
                         "rope tables: with ALiBi expected one position for each of {length} entries, the same in every \
                          row, got {}",
                         mu.len()
                     ),
-                }),
+                });
             }
+            mu => mu.map(Vec::as_slice),
         };
-        ByWindow::new(with.pattern, c, prepared)
+        let slopes = slopes.as_deref().map(|slopes| (slopes, positions));
+        ByWindow::new(with.pattern, c, |pattern| {
+            let (scale, products) = (c.architecture.query_scale, self.precision.products());
+            machine.within(&AttentionSpec { sizes, scale, pattern, products, slopes }, with.rows)
+        })
     }
 
     /// Batch and length of a residual stream.
@@ -399,17 +443,19 @@ impl Decoder {
         }
     }
 
-    pub(crate) fn pass<'a, S>(
+    pub(crate) fn pass<'a, M: Machine, S: Activation>(
         &'a self,
-        attending: Attending<'a, S>,
+        machine: &'a M,
+        attending: Attending<'a, M, S>,
         tables: Tables<'a>,
         spread: Option<&'a Spread>,
         entries: usize,
         dropout_seed: Option<u64>,
-    ) -> Pass<'a, S> {
+    ) -> Result<Pass<'a, M, S>> {
         let products = self.precision.products();
         let setting = Setting { params: &self.params, lora: self.adapted(), dropout_seed, products, entries };
-        Pass { config: &self.config, setting, attending, tables, spread }
+        let tables = machine.tables(tables)?;
+        Ok(Pass { machine, config: &self.config, setting, attending, tables, spread })
     }
 
     /// What the gradient of sigma needs, where it learns.
@@ -427,17 +473,17 @@ impl Decoder {
 
     /// All blocks over the stream in `scratch.x`, which then holds the last one's output. The inputs of blocks from
     /// `lowest` on are kept, and what they need for their backward pass (with `recompute`: the last one only).
-    fn blocks<S: Activation>(
+    fn blocks<M: Machine, S: Activation>(
         &self,
-        pass: &Pass<S>,
-        scratch: &mut Scratch<S>,
+        pass: &Pass<M, S>,
+        scratch: &mut Scratch<M, S>,
         lowest: usize,
         recompute: bool,
     ) -> Result<()> {
         let layers = self.config.num_hidden_layers;
         scratch.prepare(layers, lowest, recompute);
         let Scratch { inputs, saved, workspace, x, stream, .. } = scratch;
-        self.enter(x, stream)?;
+        self.enter(pass.machine, x, stream)?;
         for layer in 0..layers {
             let place = if recompute { 0 } else { layer.saturating_sub(lowest) };
             Block::new(layer, pass)?.forward(x, stream, &mut saved[place], workspace)?;
@@ -450,65 +496,60 @@ impl Decoder {
         Ok(())
     }
 
-    fn last_norm(&self) -> Result<Norm<'_>> {
+    fn last_norm<'a, M: Machine>(&'a self, machine: &'a M) -> Result<M::Norm<'a>> {
         let c = &self.config;
-        Norm::new(c.architecture.norm, c.final_norm_module(), c.hidden_size, c.rms_norm_eps, &self.params)
+        machine.norm(c.architecture.norm, c.final_norm_module(), c.hidden_size, c.rms_norm_eps, &self.params)
     }
 
     /// The final norm of the stream, in the buffer that blocks use for their normed input.
-    pub(crate) fn final_norm<'s, S: Activation>(
+    pub(crate) fn final_norm<'s, M: Machine, S: Activation>(
         &self,
-        x: &[S],
-        normed: &'s mut Buffer<S>,
-    ) -> Result<&'s [S]> {
-        let normed = normed.sized(x.len())?;
-        self.last_norm()?.forward(x, normed)?;
+        machine: &M,
+        x: &M::Buffer<S>,
+        normed: &'s mut M::Buffer<S>,
+    ) -> Result<&'s M::Buffer<S>> {
+        machine.norm_forward(&self.last_norm(machine)?, x, normed)?;
         Ok(normed)
     }
 
     /// The forward pass over the stream in `scratch.x`; the result is the final norm's.
-    fn forward<'s, S: Activation>(
+    fn forward<'s, M: Machine, S: Activation>(
         &self,
-        batch: usize,
-        length: usize,
+        machine: &M,
+        [batch, length]: [usize; 2],
         with: &Forward,
-        scratch: &'s mut Scratch<S>,
-    ) -> Result<&'s [S]> {
-        let attention = self.prepare(batch, length, with)?;
+        scratch: &'s mut Scratch<M, S>,
+    ) -> Result<&'s M::Buffer<S>> {
+        let attention = self.prepare(machine, batch, length, with)?;
         let tables = HeldTables::of(with.rope)?;
         let attending = Attending::Rows(&attention);
-        let pass = self.pass(attending, tables.slices(), None, batch * length, None);
+        let pass = self.pass(machine, attending, tables.slices(), None, batch * length, None)?;
         self.blocks(&pass, scratch, self.config.num_hidden_layers, true)?;
         let Scratch { workspace, x, .. } = scratch;
-        self.final_norm(x, &mut workspace.normed)
+        self.final_norm(machine, x, &mut workspace.normed)
     }
 
     /// As [`Decoder::forward`], of a stream given as a tensor.
-    fn forward_of<'s, S: Activation>(
+    fn forward_of<'s, M: Machine, S: Activation>(
         &self,
+        machine: &M,
         x_bte: &Tensor,
         with: &Forward,
-        scratch: &'s mut Scratch<S>,
-    ) -> Result<&'s [S]> {
+        scratch: &'s mut Scratch<M, S>,
+    ) -> Result<&'s M::Buffer<S>> {
         let (batch, length) = self.stream(x_bte)?;
         let given = x_bte.contiguous()?;
-        let given = Values::of(&given)?;
-        let x = scratch.x.sized(given.len())?;
-        for (x, given) in x.iter_mut().zip(given.iter()) {
-            *x = S::put(*given);
-        }
-        self.forward(batch, length, with, scratch)
+        machine.read(&Values::of(&given)?, &mut scratch.x)?;
+        self.forward(machine, [batch, length], with, scratch)
     }
 
     /// Residual stream after the last block and the final norm, [B, T, E]; builds no graph.
     pub fn hidden(&self, x_bte: &Tensor, with: &Forward) -> Result<Tensor> {
         let mut buffers = Buffers::default();
-        let values = if self.precision.stores_bf16() {
-            let hidden = self.forward_of(x_bte, with, bf16::scratch(&mut buffers))?;
-            hidden.iter().map(|v| v.get()).collect()
-        } else {
-            self.forward_of(x_bte, with, f32::scratch(&mut buffers))?.to_vec()
-        };
+        let values = on_machine!(self, |machine: M, S| {
+            let hidden = self.forward_of::<M, S>(machine, x_bte, with, M::scratch(&mut buffers))?;
+            machine.to_host(hidden)?
+        });
         Ok(Tensor::from_vec(values, x_bte.shape(), &CandleDevice::Cpu)?)
     }
 
@@ -516,22 +557,20 @@ impl Decoder {
     pub fn logits(&self, x_bte: &Tensor, with: &Forward) -> Result<Tensor> {
         let (batch, length) = self.stream(x_bte)?;
         let mut buffers = Buffers::default();
-        let logits = if self.precision.stores_bf16() {
-            self.logits_of(self.forward_of(x_bte, with, bf16::scratch(&mut buffers))?)?
-        } else {
-            self.logits_of(self.forward_of(x_bte, with, f32::scratch(&mut buffers))?)?
-        };
+        let logits = on_machine!(self, |machine: M, S| {
+            let hidden = self.forward_of::<M, S>(machine, x_bte, with, M::scratch(&mut buffers))?;
+            machine.logits(self, hidden)?
+        });
         Ok(Tensor::from_vec(logits, (batch, length, self.config.vocab_size), &CandleDevice::Cpu)?)
     }
 
     /// NLL in nats of `targets` (row-major [B, T]; `IGNORE` gives 0) at every position; builds no graph.
     pub fn nll(&self, x_bte: &Tensor, targets: &[u32], with: &Forward) -> Result<Vec<f32>> {
         let mut buffers = Buffers::default();
-        if self.precision.stores_bf16() {
-            self.nll_of(self.forward_of(x_bte, with, bf16::scratch(&mut buffers))?, targets)
-        } else {
-            self.nll_of(self.forward_of(x_bte, with, f32::scratch(&mut buffers))?, targets)
-        }
+        on_machine!(self, |machine: M, S| {
+            let hidden = self.forward_of::<M, S>(machine, x_bte, with, M::scratch(&mut buffers))?;
+            self.nll_of(machine, hidden, targets)
+        })
     }
 
     /// As [`Decoder::nll`], of tokens [B, T], in buffers that the next call can use again.
@@ -543,25 +582,22 @@ impl Decoder {
         with: &Forward,
         buffers: &mut Buffers,
     ) -> Result<Vec<f32>> {
-        if self.precision.stores_bf16() {
-            self.score_in::<bf16>(tokens, batch, targets, with, buffers)
-        } else {
-            self.score_in::<f32>(tokens, batch, targets, with, buffers)
-        }
+        let length = Self::length(tokens, batch)?;
+        on_machine!(self, |machine: M, S| {
+            let scratch = M::scratch::<S>(buffers);
+            machine.gather(self, tokens, &mut scratch.x)?;
+            self.nll_of(machine, self.forward(machine, [batch, length], with, scratch)?, targets)
+        })
     }
 
-    fn score_in<S: Activation>(
+    /// NLL of `targets`.
+    fn nll_of<M: Machine, S: Activation>(
         &self,
-        tokens: &[u32],
-        batch: usize,
+        machine: &M,
+        hidden: &M::Buffer<S>,
         targets: &[u32],
-        with: &Forward,
-        buffers: &mut Buffers,
     ) -> Result<Vec<f32>> {
-        let length = Self::length(tokens, batch)?;
-        let scratch = S::scratch(buffers);
-        self.gather(tokens, scratch.x.sized(tokens.len() * self.config.hidden_size)?)?;
-        self.nll_of(self.forward(batch, length, with, scratch)?, targets)
+        Ok(machine.head_loss(self, hidden, Scored { targets, weights: None }, 0.0, None, None)?.nll)
     }
 }
 

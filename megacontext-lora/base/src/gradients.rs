@@ -67,6 +67,12 @@ impl Gradients {
         self.buffers.entry(name.to_string()).or_insert_with(|| vec![0.0; len])
     }
 
+    /// Adds to the gradient of a parameter.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn add(&mut self, name: &str, gradient: &[f32]) {
+        rows::add_assign(gradient, self.buffer(name, gradient.len()));
+    }
+
     /// The gradient of a parameter, if one has arrived.
     pub fn get(&self, name: &str) -> Option<&[f32]> {
         self.buffers.get(name).map(Vec::as_slice)
@@ -188,6 +194,7 @@ impl Optimizer {
             let decays =
                 parameter.rank() > 1 && params.group(&name).is_some_and(|group| decays(group, &name));
             let faster = if name.ends_with(".lora_B.weight") { self.config.lora_plus_lr_ratio } else { 1.0 };
+            params.written(&name);
             let moments = self.state.entry(name).or_insert_with(|| Moments {
                 step: 0,
                 exp_avg: vec![0.0; gradient.len()],

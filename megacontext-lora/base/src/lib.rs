@@ -32,6 +32,7 @@ pub mod gradients;
 pub mod hf_export;
 pub mod lora;
 pub mod lora_only;
+mod machine;
 pub mod merge;
 mod names;
 pub mod network_file;

@@ -16,6 +16,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::c_void;
 use std::sync::OnceLock;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use candle_core::op::BackpropOp;
 use candle_core::{CpuStorage, DType, Device, Storage, StorageRef, Tensor, Var};
@@ -71,6 +72,31 @@ impl std::fmt::Display for Group {
 struct Param {
     group: Group,
     value: Stored,
+    version: Version,
+}
+
+impl Param {
+    fn new(group: Group, value: Stored) -> Self {
+        Self { group, value, version: Version::new() }
+    }
+}
+
+/// A number that no other parameter and no other value of this one has had: what a copy elsewhere is known by.
+struct Version(AtomicU64);
+
+impl Version {
+    fn next() -> u64 {
+        static NEXT: AtomicU64 = AtomicU64::new(1);
+        NEXT.fetch_add(1, Ordering::Relaxed)
+    }
+
+    fn new() -> Self {
+        Self(AtomicU64::new(Self::next()))
+    }
+
+    fn renew(&self) {
+        self.0.store(Self::next(), Ordering::Release);
+    }
 }
 
 /// Where a parameter's values are.
@@ -138,7 +164,7 @@ impl ParamStore {
     /// Adds a parameter, or replaces one of the same name. The value is copied once, into storage of its own.
     pub fn insert(&mut self, name: impl Into<String>, group: Group, tensor: Tensor) -> Result<()> {
         let leaf = Var::from_tensor(&tensor.detach())?;
-        self.params.insert(name.into(), Param { group, value: Stored::Leaf(leaf) });
+        self.params.insert(name.into(), Param::new(group, Stored::Leaf(leaf)));
         Ok(())
     }
 
@@ -160,7 +186,7 @@ impl ParamStore {
         }
         let storage = Storage::Cpu(S::storage(values));
         let leaf = Tensor::from_storage(storage, shape, BackpropOp::none(), true);
-        self.params.insert(name, Param { group, value: Stored::Leaf(Var::from_tensor(&leaf)?) });
+        self.params.insert(name, Param::new(group, Stored::Leaf(Var::from_tensor(&leaf)?)));
         Ok(())
     }
 
@@ -180,7 +206,7 @@ impl ParamStore {
             return Err(BaseError::Parameter { name, message });
         }
         self.look_at(&tensor)?;
-        self.params.insert(name, Param { group, value: Stored::Mapped(tensor) });
+        self.params.insert(name, Param::new(group, Stored::Mapped(tensor)));
         Ok(())
     }
 
@@ -313,6 +339,20 @@ impl ParamStore {
         Ok(Shared { data, dtype, shape: param.value.shape().to_vec(), _keeper: keeper })
     }
 
+    /// Says that a parameter's values were written in place: the optimiser does.
+    pub(crate) fn written(&self, name: &str) {
+        if let Some(param) = self.params.get(name) {
+            param.version.renew();
+        }
+    }
+
+    /// A number that changes whenever the values of this name do, and that values of other names never have; 0 where there is
+    /// none of this name.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn version(&self, name: &str) -> u64 {
+        self.params.get(name).map_or(0, |param| param.version.0.load(Ordering::Acquire))
+    }
+
     /// Shape of a parameter.
     pub fn shape(&self, name: &str) -> Option<&[usize]> {
         self.params.get(name).map(|p| p.value.shape())
@@ -327,6 +367,7 @@ impl ParamStore {
                 message: format!("expected shape {:?}, got {:?}", param.value.shape(), value.dims()),
             });
         }
+        param.version.renew();
         match &param.value {
             Stored::Leaf(leaf) => leaf.set(&value.to_dtype(leaf.dtype())?.contiguous()?)?,
             Stored::Mapped(mapped) => {
@@ -347,6 +388,7 @@ impl ParamStore {
                 let values = param.value.tensor()?;
                 widened += if values.dtype() == DType::F32 { 0 } else { values.elem_count() };
                 param.value = Stored::Leaf(Var::from_tensor(&values.to_dtype(DType::F32)?)?);
+                param.version.renew();
             }
         }
         self.learning = learning;

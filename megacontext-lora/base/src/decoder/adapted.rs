@@ -10,7 +10,8 @@
 use megacontext_kernels::embedding::{self, LoraTable};
 use megacontext_kernels::linear::{Dropout, LoraSlices};
 use megacontext_kernels::loss::{
-    Gradient, Head, HeadGradients, HeadLoss, Rows, head_cross_entropy, head_logits,
+    Divergence, Gradient, Head, HeadGradients, HeadLoss, Rows, Targets, Teacher, head_cross_entropy,
+    head_divergence, head_logits,
 };
 use megacontext_kernels::rows;
 use megacontext_kernels::store::Store;
@@ -19,6 +20,7 @@ use super::Decoder;
 use crate::error::Result;
 use crate::gradients::Gradients;
 use crate::lora::{LoraConfig, LoraKind, LoraModule, LoraModules, TokenRows};
+use crate::machine::{Loss, Scored};
 use crate::params::{Group, Held};
 use crate::projection::dropout_of;
 
@@ -100,14 +102,17 @@ impl Decoder {
         Ok(embedding::gather_into(table.weight(), width, tokens, out)?)
     }
 
-    /// Gradients of the embedding's parameters for those of its rows before their scale, `d` [N, D].
-    pub(super) fn embedding_gradients(
+    /// Gradients of the embedding's parameters for those of its rows, `d` [N, D], which is used up.
+    pub(crate) fn embedding_gradients(
         &self,
-        d: &[f32],
+        d: &mut [f32],
         tokens: &[u32],
         gradients: &mut Gradients,
     ) -> Result<()> {
         let c = &self.config;
+        if let Some(scale) = self.embedding_scale() {
+            rows::scale(d, scale);
+        }
         if self.params.learns(Group::Embeddings) {
             let table = gradients.buffer(c.embedding_name(), c.vocab_size * c.hidden_size);
             embedding::scatter_add(d, c.hidden_size, tokens, table)?;
@@ -187,28 +192,24 @@ impl Decoder {
         self.with_head(lora.as_ref(), |head| Ok(head_logits(hidden, head, sizes, self.precision.products())?))
     }
 
-    /// NLL of `targets`.
-    pub(super) fn nll_of<S: Store>(&self, hidden: &[S], targets: &[u32]) -> Result<Vec<f32>> {
-        let sizes = self.head_sizes(targets.len());
-        let lora = self.head_lora(None)?;
-        let products = self.precision.products();
-        self.with_head(lora.as_ref(), |head| {
-            Ok(head_cross_entropy(hidden, head, sizes, targets, Gradient::Skip, products)?.nll)
-        })
-    }
-
-    /// The loss of `targets`, gradients of `scale` times it for the hidden states and for what learns of the head.
-    pub(super) fn head_gradients<S: Store>(
+    /// The loss of `scored` entries; where `scale` is not 0, gradients of `scale` times it for the hidden states and, into `parts`, for
+    /// what learns of the head.
+    pub(crate) fn head_loss<S: Store>(
         &self,
         hidden: &[S],
-        targets: &[u32],
+        scored: Scored,
         scale: f32,
         dropout_seed: Option<u64>,
-        gradients: &mut Gradients,
-    ) -> Result<HeadLoss> {
+        parts: Option<&mut Gradients>,
+    ) -> Result<Loss<Vec<f32>>> {
+        let targets = Targets { ids: scored.targets, weights: scored.weights };
+        let Some(gradients) = parts else {
+            let wanted = if scale == 0.0 { Gradient::Skip } else { Gradient::Hidden { scale } };
+            let lora = self.head_lora(dropout_seed)?;
+            return self.cross_entropy(hidden, lora.as_ref(), targets, wanted);
+        };
         let name = self.config.head_name();
-        let sizes = self.head_sizes(targets.len());
-        let products = self.precision.products();
+        let sizes = self.head_sizes(targets.ids.len());
         let weight_learns = self.params.group(name).is_some_and(|group| self.params.learns(group));
         let lora_learns = self.params.learns(Group::Lora);
         let lora = self.head_lora(dropout_seed)?;
@@ -230,9 +231,7 @@ impl Decoder {
         };
         let into = HeadGradients { weight: weight.as_deref_mut(), a, b, rows: own.as_deref_mut() };
         let wanted = Gradient::HiddenAndParts { scale, into };
-        let loss = self.with_head(lora.as_ref(), |head| {
-            Ok(head_cross_entropy(hidden, head, sizes, targets, wanted, products)?)
-        });
+        let loss = self.cross_entropy(hidden, lora.as_ref(), targets, wanted);
         if let Some(weight) = weight {
             gradients.put(name.to_string(), weight);
         }
@@ -251,6 +250,38 @@ impl Decoder {
             }
         }
         loss
+    }
+
+    fn cross_entropy<S: Store>(
+        &self,
+        hidden: &[S],
+        lora: Option<&HeadLora>,
+        targets: Targets,
+        wanted: Gradient,
+    ) -> Result<Loss<Vec<f32>>> {
+        let (sizes, products) = (self.head_sizes(targets.ids.len()), self.precision.products());
+        let found = self.with_head(lora, |head| {
+            Ok(head_cross_entropy(hidden, head, sizes, targets, wanted, products)?)
+        })?;
+        let HeadLoss { nll, count, d_hidden } = found;
+        Ok(Loss { nll, count, d_hidden })
+    }
+
+    /// KL(teacher ‖ model) of every row of hidden states, given the teacher's.
+    pub(crate) fn head_divergence<S: Store, T: Store>(
+        &self,
+        hidden: &[S],
+        teacher: &[T],
+        weights: Option<&[f32]>,
+        wanted: Gradient,
+    ) -> Result<Divergence> {
+        let width = self.config.hidden_size;
+        let sizes = self.head_sizes(hidden.len() / width);
+        let lora = self.head_lora(None)?;
+        self.with_head(lora.as_ref(), |head| {
+            let teacher = Teacher::Hidden { h: teacher, width, head };
+            Ok(head_divergence(hidden, head, sizes, teacher, weights, wanted, self.precision.products())?)
+        })
     }
 }
 

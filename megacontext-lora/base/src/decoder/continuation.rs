@@ -17,20 +17,21 @@
 //! Left out: gradients for the model's parameters; several documents in a call.
 
 use candle_core::{Device, Tensor};
-use megacontext_kernels::attention::prefix::{Continuations, PrefixAttention};
+use megacontext_kernels::attention::prefix::Continuations;
 use megacontext_kernels::attention::{Pattern, Rows};
 use megacontext_kernels::cpu::Values;
-use megacontext_kernels::loss::{Gradient, IGNORE, Targets, Teacher, head_cross_entropy, head_divergence};
+use megacontext_kernels::loss::IGNORE;
 use megacontext_kernels::precision::Precision;
-use megacontext_kernels::store::{Store, bf16};
+use megacontext_kernels::store::bf16;
 
 use super::step::StepInput;
 use super::{Decoder, Forward, HeldTables};
 use crate::block::{Attending, Block, ByWindow};
-use crate::buffers::{Activation, Buffer, Buffers, KeysValues, Scratch, keys_values_bytes};
+use crate::buffers::{Activation, Buffers, KeysValues, Scratch, keys_values_bytes};
 use crate::config::DecoderConfig;
 use crate::error::{BaseError, Result};
 use crate::gradients::Gradients;
+use crate::machine::{AttentionSpec, Host, Machine, Scored, Teacher, on_machine};
 use crate::params::Group;
 use crate::rope::RopeTables;
 
@@ -42,39 +43,49 @@ pub struct Document {
     pattern: Pattern,
     /// NLL of every next token, T − 1 values; of entries, that of each one's target.
     nll: Vec<f32>,
-    f32: Ran<f32>,
-    bf16: Ran<bf16>,
+    pub(crate) host: RanAs<Host>,
+    #[cfg(feature = "cuda")]
+    pub(crate) gpu: RanAs<crate::machine::gpu::Gpu>,
 }
 
-/// What a document leaves in one storage.
-#[derive(Default)]
-struct Ran<S> {
-    blocks: Vec<KeysValues<S>>,
+/// What a document leaves on one machine in one storage.
+pub(crate) struct Ran<M: Machine, S: Activation> {
+    blocks: Vec<KeysValues<M, S>>,
     /// The final norm's output [T, E], where a divergence from it is wanted.
-    hidden: Option<Buffer<S>>,
+    hidden: Option<M::Buffer<S>>,
 }
 
-/// The part of a document that is stored as S.
-trait Stored: Activation {
-    fn ran(document: &Document) -> &Ran<Self>;
-    fn keep(document: &mut Document, ran: Ran<Self>);
-}
-
-impl Stored for f32 {
-    fn ran(document: &Document) -> &Ran<Self> {
-        &document.f32
-    }
-    fn keep(document: &mut Document, ran: Ran<Self>) {
-        document.f32 = ran;
+impl<M: Machine, S: Activation> Default for Ran<M, S> {
+    fn default() -> Self {
+        Self { blocks: Vec::new(), hidden: None }
     }
 }
 
-impl Stored for bf16 {
-    fn ran(document: &Document) -> &Ran<Self> {
-        &document.bf16
+impl<M: Machine, S: Activation> Ran<M, S> {
+    fn bytes(&self) -> u64 {
+        self.blocks.iter().map(KeysValues::bytes).sum::<u64>() + self.hidden.as_ref().map_or(0, M::bytes)
     }
-    fn keep(document: &mut Document, ran: Ran<Self>) {
-        document.bf16 = ran;
+}
+
+/// What a document leaves on one machine, by storage.
+pub(crate) struct RanAs<M: Machine> {
+    pub f32: Ran<M, f32>,
+    pub bf16: Ran<M, bf16>,
+}
+
+impl<M: Machine> Default for RanAs<M> {
+    fn default() -> Self {
+        Self { f32: Ran::default(), bf16: Ran::default() }
+    }
+}
+
+impl<M: Machine> RanAs<M> {
+    fn bytes(&self) -> u64 {
+        self.f32.bytes() + self.bf16.bytes()
+    }
+
+    fn keeps_hidden(&self) -> bool {
+        self.f32.hidden.is_some() || self.bf16.hidden.is_some()
     }
 }
 
@@ -122,16 +133,24 @@ impl Document {
 
     /// Are its hidden states kept, which a divergence from it takes?
     pub fn keeps_hidden(&self) -> bool {
-        self.f32.hidden.is_some() || self.bf16.hidden.is_some()
+        #[cfg(feature = "cuda")]
+        if self.gpu.keeps_hidden() {
+            return true;
+        }
+        self.host.keeps_hidden()
     }
 
-    /// Bytes held.
+    /// Bytes held on the host.
     pub fn bytes(&self) -> u64 {
-        fn of<S: Activation>(ran: &Ran<S>) -> u64 {
-            ran.blocks.iter().map(KeysValues::bytes).sum::<u64>()
-                + ran.hidden.as_ref().map_or(0, Buffer::bytes)
-        }
-        of(&self.f32) + of(&self.bf16) + 4 * (self.tokens.len() + self.nll.len()) as u64
+        self.host.bytes() + 4 * (self.tokens.len() + self.nll.len()) as u64
+    }
+
+    /// Bytes held on a GPU.
+    pub fn device_bytes(&self) -> u64 {
+        #[cfg(feature = "cuda")]
+        return self.gpu.bytes();
+        #[cfg(not(feature = "cuda"))]
+        0
     }
 }
 
@@ -238,34 +257,33 @@ impl Decoder {
         hidden: bool,
         buffers: &mut Buffers,
     ) -> Result<Document> {
-        if self.precision.stores_bf16() {
-            self.run_in::<bf16>(of, targets, pattern, rope, hidden, buffers)
-        } else {
-            self.run_in::<f32>(of, targets, pattern, rope, hidden, buffers)
-        }
+        on_machine!(self, |machine: M, S| {
+            self.run_in::<M, S>(machine, of, targets, pattern, rope, hidden, M::scratch(buffers))
+        })
     }
 
-    fn run_in<S: Stored>(
+    fn run_in<M: Machine, S: Activation>(
         &self,
+        machine: &M,
         of: StepInput,
         targets: &[u32],
         pattern: Pattern,
         rope: &RopeTables,
         hidden: bool,
-        buffers: &mut Buffers,
+        scratch: &mut Scratch<M, S>,
     ) -> Result<Document> {
         let (c, entries) = (&self.config, targets.len());
         let with = Forward { pattern, rope, rows: &Rows::default(), dropout_seed: None };
-        let attention = self.prepare(1, entries, &with)?;
+        let attention = self.prepare(machine, 1, entries, &with)?;
         let tables = HeldTables::of(rope)?;
-        let pass = self.pass(Attending::Rows(&attention), tables.slices(), None, entries, None);
-        let mut ran = Ran { blocks: KeysValues::of_blocks(c, entries)?, hidden: None };
-        let scratch = S::scratch(buffers);
+        let attending = Attending::Rows(&attention);
+        let pass = self.pass(machine, attending, tables.slices(), None, entries, None)?;
+        let mut ran = Ran { blocks: KeysValues::of_blocks(machine, c, entries)?, hidden: None };
         scratch.prepare(c.num_hidden_layers, c.num_hidden_layers, true);
-        self.read_input(of, scratch.x.sized(entries * c.hidden_size)?)?;
+        self.read_input(machine, of, &mut scratch.x)?;
         let Scratch { saved, workspace, x, stream, .. } = scratch;
         let saved = &mut saved[0];
-        self.enter(x, stream)?;
+        self.enter(machine, x, stream)?;
         for (layer, kept) in ran.blocks.iter_mut().enumerate() {
             Block::new(layer, &pass)?.forward(x, stream, saved, workspace)?;
             // The block's own buffers become the document's; those of the document serve the next block.
@@ -273,16 +291,23 @@ impl Decoder {
             std::mem::swap(&mut kept.v, &mut saved.v);
             std::mem::swap(x, stream);
         }
-        let last = self.final_norm(x, &mut workspace.normed)?;
-        let nll = self.nll_of(last, targets)?;
+        let last = self.final_norm(machine, x, &mut workspace.normed)?;
+        let nll = self.nll_of(machine, last, targets)?;
         if hidden {
-            let mut kept = Buffer::default();
-            kept.sized(last.len())?.copy_from_slice(last);
+            let mut kept = M::Buffer::default();
+            machine.copy(last, &mut kept)?;
             ran.hidden = Some(kept);
         }
-        let mut document =
-            Document { entries, tokens: Vec::new(), pattern, nll, f32: Ran::default(), bf16: Ran::default() };
-        S::keep(&mut document, ran);
+        let mut document = Document {
+            entries,
+            tokens: Vec::new(),
+            pattern,
+            nll,
+            host: RanAs::default(),
+            #[cfg(feature = "cuda")]
+            gpu: RanAs::default(),
+        };
+        *M::ran_mut(&mut document) = ran;
         Ok(document)
     }
 
@@ -300,11 +325,9 @@ impl Decoder {
         buffers: &mut Buffers,
     ) -> Result<ContinuationLoss> {
         self.check_continuation(document, rows, objective)?;
-        if self.precision.stores_bf16() {
-            self.continue_in::<bf16>(document, rows, objective, recompute, buffers)
-        } else {
-            self.continue_in::<f32>(document, rows, objective, recompute, buffers)
-        }
+        on_machine!(self, |machine: M, S| {
+            self.continue_in::<M, S>(machine, document, rows, objective, recompute, M::scratch(buffers))
+        })
     }
 
     fn check_continuation(
@@ -356,20 +379,22 @@ impl Decoder {
         Ok(())
     }
 
-    fn continue_in<S: Stored>(
+    fn continue_in<M: Machine, S: Activation>(
         &self,
+        machine: &M,
         document: &Document,
         rows: &Continuation,
         objective: Option<Objective>,
         recompute: bool,
-        buffers: &mut Buffers,
+        scratch: &mut Scratch<M, S>,
     ) -> Result<ContinuationLoss> {
         let c = &self.config;
         let (n, entries) = self.stream(rows.x_nre)?;
-        let ran = S::ran(document);
+        let ran = M::ran::<S>(document);
         if ran.blocks.is_empty() {
             return input(
-                "rows of a document: expected one that ran in the model's class, got another's".into(),
+                "rows of a document: expected one that ran in the model's class and on its device, got another's"
+                    .into(),
             );
         }
         self.check_tables(n, entries, rows.rope)?;
@@ -380,64 +405,61 @@ impl Decoder {
             lower: None,
         };
         let attention = ByWindow::new(document.pattern, c, |pattern| {
-            let scale = c.architecture.query_scale;
-            let made = PrefixAttention::new(sizes, document.entries, scale, pattern, continued.clone())?;
-            Ok(made.with_products(self.precision.products()))
+            let (scale, products) = (c.architecture.query_scale, self.precision.products());
+            let spec = AttentionSpec { sizes, scale, pattern, products, slopes: None };
+            machine.continuing(&spec, document.entries, &continued)
         })?;
         let tables = HeldTables::of(rows.rope)?;
         let attending = Attending::Document(&attention, &ran.blocks);
-        let pass = self.pass(attending, tables.slices(), None, n * entries, None);
+        let pass = self.pass(machine, attending, tables.slices(), None, n * entries, None)?;
         let x = rows.x_nre.contiguous()?;
         let x = Values::of(&x)?;
-        let scratch = S::scratch(buffers);
         let Some(objective) = objective else {
-            self.read_input(StepInput::Entries(&x), scratch.x.sized(x.len())?)?;
+            machine.read(&x, &mut scratch.x)?;
             self.blocks(&pass, scratch, c.num_hidden_layers, true)?;
-            let hidden = self.final_norm(&scratch.x, &mut scratch.workspace.normed)?;
-            let nll = self.nll_of(hidden, rows.targets)?;
+            let hidden = self.final_norm(machine, &scratch.x, &mut scratch.workspace.normed)?;
+            let nll = self.nll_of(machine, hidden, rows.targets)?;
             let kl = match rows.teacher {
                 None => None,
-                Some(teacher) => Some(self.divergence_from(hidden, ran, rows.targets, teacher, None)?.0),
+                Some(teacher) => {
+                    Some(self.divergence_from(machine, hidden, ran, rows.targets, teacher, None)?.0)
+                }
             };
             return Ok(ContinuationLoss { nll, kl, d_nre: None });
         };
         // Nothing of the model learns, so nothing is added here.
-        let mut gradients = Gradients::new();
-        let losses =
-            self.walk(&pass, StepInput::Entries(&x), recompute, scratch, &mut gradients, |hidden, _| {
-                self.continuation_loss(hidden, ran, rows, objective)
-            })?;
-        let d = Tensor::from_slice(&scratch.d, rows.x_nre.shape(), &Device::Cpu)?;
+        let losses = machine.with_gradients(&mut Gradients::new(), |gradients| {
+            self.walk(&pass, StepInput::Entries(&x), recompute, scratch, gradients, |hidden, _| {
+                self.continuation_loss(machine, hidden, ran, rows, objective)
+            })
+        })?;
+        let d = Tensor::from_vec(machine.to_host(&scratch.d)?, rows.x_nre.shape(), &Device::Cpu)?;
         Ok(ContinuationLoss { d_nre: Some(d), ..losses })
     }
 
     /// The losses of rows, and the objective's gradient for their hidden states.
-    fn continuation_loss<S: Activation>(
+    fn continuation_loss<M: Machine, S: Activation>(
         &self,
-        hidden: &[S],
-        ran: &Ran<S>,
+        machine: &M,
+        hidden: &M::Buffer<S>,
+        ran: &Ran<M, S>,
         rows: &Continuation,
         objective: Objective,
-    ) -> Result<(ContinuationLoss, Vec<f32>)> {
-        let sizes = self.head_sizes(rows.targets.len());
-        let lora = self.head_lora(None)?;
-        let targets = Targets { ids: rows.targets, weights: objective.weights };
-        let wanted = match objective.nll {
-            0.0 => Gradient::Skip,
-            scale => Gradient::Hidden { scale },
-        };
-        let loss = self.with_head(lora.as_ref(), |head| {
-            Ok(head_cross_entropy(hidden, head, sizes, targets, wanted, self.precision.products())?)
-        })?;
+    ) -> Result<(ContinuationLoss, M::Hidden)> {
+        let scored = Scored { targets: rows.targets, weights: objective.weights };
+        let loss = machine.head_loss(self, hidden, scored, objective.nll, None, None)?;
         if !loss.sum().is_finite() {
             return Err(BaseError::NonFinite { what: "loss".to_string(), value: loss.sum() });
         }
-        let mut d_hidden = loss.d_hidden.unwrap_or_else(|| vec![0.0; hidden.len()]);
+        let mut d_hidden = match loss.d_hidden {
+            Some(d_hidden) => d_hidden,
+            None => machine.no_gradient(M::len(hidden))?,
+        };
         let kl = match rows.teacher {
             None => None,
             Some(teacher) => {
-                let wanted = (objective.kl != 0.0).then_some((objective, &mut d_hidden[..]));
-                let (kl, sum) = self.divergence_from(hidden, ran, rows.targets, teacher, wanted)?;
+                let wanted = (objective.kl != 0.0).then_some((objective, &mut d_hidden));
+                let (kl, sum) = self.divergence_from(machine, hidden, ran, rows.targets, teacher, wanted)?;
                 if !sum.is_finite() {
                     return Err(BaseError::NonFinite { what: "divergence".to_string(), value: sum });
                 }
@@ -447,55 +469,26 @@ impl Decoder {
         Ok((ContinuationLoss { nll: loss.nll, kl, d_nre: None }, d_hidden))
     }
 
-    /// KL(teacher ‖ model) of the `scored` entries, given the teacher's hidden states of each; its gradient is added where it is
-    /// wanted, whose weights are those of all entries.
-    pub(super) fn divergence<S: Activation, T: Store>(
-        &self,
-        hidden: &[S],
-        scored: &[usize],
-        teacher: &[T],
-        wanted: Option<(Objective, &mut [f32])>,
-    ) -> Result<Vec<f32>> {
-        let width = self.config.hidden_size;
-        let student = gather(hidden, scored.iter().copied(), width);
-        let weights: Option<Vec<f32>> = wanted
-            .as_ref()
-            .and_then(|(objective, _)| objective.weights)
-            .map(|weights| scored.iter().map(|at| weights[*at]).collect());
-        let gradient = match &wanted {
-            None => Gradient::Skip,
-            Some((objective, _)) => Gradient::Hidden { scale: objective.kl },
-        };
-        let lora = self.head_lora(None)?;
-        let products = self.precision.products();
-        let found = self.with_head(lora.as_ref(), |head| {
-            let sizes = self.head_sizes(scored.len());
-            let teacher = Teacher::Hidden { h: teacher, width, head };
-            Ok(head_divergence(&student, head, sizes, teacher, weights.as_deref(), gradient, products)?)
-        })?;
-        if let (Some((_, into)), Some(d)) = (wanted, &found.d_hidden) {
-            for (at, d) in scored.iter().zip(d.chunks_exact(width)) {
-                for (into, d) in into[at * width..][..width].iter_mut().zip(d) {
-                    *into += d;
-                }
-            }
-        }
-        Ok(found.kl)
-    }
-
     /// KL(document ‖ row) of scored entries, 0 at others, and its sum; its gradient is added where it is wanted.
-    fn divergence_from<S: Activation>(
+    fn divergence_from<M: Machine, S: Activation>(
         &self,
-        hidden: &[S],
-        ran: &Ran<S>,
+        machine: &M,
+        hidden: &M::Buffer<S>,
+        ran: &Ran<M, S>,
         targets: &[u32],
         teacher: &[usize],
-        wanted: Option<(Objective, &mut [f32])>,
+        wanted: Option<(Objective, &mut M::Hidden)>,
     ) -> Result<(Vec<f32>, f64)> {
         let scored: Vec<usize> = (0..targets.len()).filter(|at| targets[*at] != IGNORE).collect();
-        let of_document = ran.hidden.as_deref().unwrap_or_default();
-        let says = gather(of_document, scored.iter().map(|at| teacher[*at]), self.config.hidden_size);
-        let found = self.divergence(hidden, &scored, &says, wanted)?;
+        let places: Vec<usize> = scored.iter().map(|at| teacher[*at]).collect();
+        let Some(of_document) = &ran.hidden else {
+            return input(
+                "rows of a document: expected one that keeps its hidden states, got one without".into(),
+            );
+        };
+        let wanted = wanted.map(|(objective, into)| (objective.kl, objective.weights, into));
+        let says = Teacher::RowsOf(of_document, &places);
+        let found = machine.divergence(self, hidden, &scored, says, wanted)?;
         let mut kl = vec![0f32; targets.len()];
         for (at, value) in scored.iter().zip(&found) {
             kl[*at] = *value;
@@ -503,9 +496,4 @@ impl Decoder {
         let sum = found.iter().map(|kl| f64::from(*kl)).sum();
         Ok((kl, sum))
     }
-}
-
-/// Rows of these numbers.
-fn gather<S: Copy>(from: &[S], places: impl Iterator<Item = usize>, width: usize) -> Vec<S> {
-    places.flat_map(|at| from[at * width..][..width].iter().copied()).collect()
 }

@@ -9,15 +9,14 @@
 //! that is not finite, a head that learns beside a divergence; then no gradient has been added.
 
 use megacontext_kernels::loss::IGNORE;
-use megacontext_kernels::rows;
-use megacontext_kernels::store::bf16;
 
 use super::step::StepInput;
-use super::{Decoder, Forward, HeldTables, Objective};
+use super::{Decoder, Forward, HeldTables};
 use crate::block::Attending;
 use crate::buffers::{Activation, Scratch};
 use crate::error::{BaseError, Result};
 use crate::gradients::Gradients;
+use crate::machine::{Machine, Scored, Teacher, on_machine};
 use crate::params::Group;
 
 /// Entries, what they should predict, and what is made smaller: Σ over scored entries of nll·NLL + kl·KL(teacher ‖ model).
@@ -103,48 +102,52 @@ impl Decoder {
             }
         }
         let mut buffers = gradients.take_passes();
-        let loss = if self.precision.stores_bf16() {
-            self.over_entries(step, &scored, with, recompute, bf16::scratch(&mut buffers), gradients)
-        } else {
-            self.over_entries(step, &scored, with, recompute, f32::scratch(&mut buffers), gradients)
-        };
+        let loss = on_machine!(self, |machine: M, S| {
+            machine.with_gradients(gradients, |gradients| {
+                let scratch = M::scratch::<S>(&mut buffers);
+                self.over_entries(machine, step, &scored, with, recompute, scratch, gradients)
+            })
+        });
         gradients.put_passes(buffers);
         loss
     }
 
-    fn over_entries<S: Activation>(
+    fn over_entries<M: Machine, S: Activation>(
         &self,
+        machine: &M,
         step: &EntryStep,
         scored: &[usize],
         with: &Forward,
         recompute: bool,
-        scratch: &mut Scratch<S>,
-        gradients: &mut Gradients,
+        scratch: &mut Scratch<M, S>,
+        gradients: &mut M::Gradients,
     ) -> Result<EntryLoss> {
         let (width, entries) = (self.config.hidden_size, step.targets.len());
-        let attention = self.prepare(1, entries, with)?;
+        let attention = self.prepare(machine, 1, entries, with)?;
         let tables = HeldTables::of(with.rope)?;
         let spread = self.learning_spread(with.rope)?;
         let attending = Attending::Rows(&attention);
-        let pass = self.pass(attending, tables.slices(), spread, entries, with.dropout_seed);
+        let pass = self.pass(machine, attending, tables.slices(), spread, entries, with.dropout_seed)?;
         let input = StepInput::Entries(step.x_te);
         let loss = self.walk(&pass, input, recompute, scratch, gradients, |hidden, gradients| {
             let seed = with.dropout_seed;
             // The divergence first: it can fail, and it adds nothing.
             let (mut d_teacher, mut kl) = (None, None);
             if let Some(teacher) = step.teacher {
-                let mut d = vec![0f32; hidden.len()];
-                let objective = Objective { nll: 0.0, kl: step.kl as f32, weights: None };
-                let wanted = (step.kl != 0.0).then_some((objective, &mut d[..]));
-                let found: f64 =
-                    self.divergence(hidden, scored, teacher, wanted)?.iter().map(|kl| f64::from(*kl)).sum();
+                if step.kl != 0.0 {
+                    d_teacher = Some(machine.no_gradient(M::len(hidden))?);
+                }
+                let wanted = d_teacher.as_mut().map(|d| (step.kl as f32, None, d));
+                let says = Teacher::Given(teacher);
+                let found = machine.divergence(self, hidden, scored, says, wanted)?;
+                let found: f64 = found.iter().map(|kl| f64::from(*kl)).sum();
                 if !found.is_finite() {
                     return Err(BaseError::NonFinite { what: "divergence".to_string(), value: found });
                 }
                 kl = Some(found);
-                d_teacher = (step.kl != 0.0).then_some(d);
             }
-            let found = self.head_gradients(hidden, step.targets, step.nll as f32, seed, gradients)?;
+            let targets = Scored { targets: step.targets, weights: None };
+            let found = machine.head_loss(self, hidden, targets, step.nll as f32, seed, Some(gradients))?;
             let sum = found.sum();
             if !sum.is_finite() {
                 return Err(BaseError::NonFinite { what: "loss".to_string(), value: sum });
@@ -153,7 +156,7 @@ impl Decoder {
                 return refuse(format!("expected a factor of NLL other than 0, got {}", step.nll));
             };
             if let Some(d) = d_teacher {
-                rows::add_assign(&d, &mut d_hidden);
+                machine.add_hidden(&d, &mut d_hidden)?;
             }
             Ok((EntryLoss { nll: sum, kl, count: found.count }, d_hidden))
         })?;
@@ -161,17 +164,11 @@ impl Decoder {
             return Ok(loss);
         }
         // What reached the tokens among the entries goes on into their embeddings.
-        let (mut d, mut tokens) = (Vec::new(), Vec::new());
-        for (row, token) in scratch.d.chunks_exact(width).zip(step.tokens) {
-            if *token != IGNORE {
-                tokens.push(*token);
-                d.extend_from_slice(row);
-            }
-        }
-        if let Some(scale) = self.embedding_scale() {
-            rows::scale(&mut d, scale);
-        }
-        self.embedding_gradients(&d, &tokens, gradients)?;
+        let (places, tokens): (Vec<u32>, Vec<u32>) =
+            (0u32..).zip(step.tokens).filter(|(_, token)| **token != IGNORE).unzip();
+        let mut d = M::Buffer::default();
+        machine.rows_of(&scratch.d, width, &places, &mut d)?;
+        machine.embedding_gradients(self, &mut d, &tokens, gradients)?;
         Ok(loss)
     }
 }

@@ -11,14 +11,13 @@
 
 use candle_core::{Device, Tensor};
 use megacontext_kernels::cpu::Values;
-use megacontext_kernels::rows;
-use megacontext_kernels::store::{Store, bf16};
 
 use super::{Decoder, Forward, HeldTables, StepLoss};
 use crate::block::{Attending, Block, Pass};
 use crate::buffers::{Activation, Scratch};
 use crate::error::{BaseError, Result};
 use crate::gradients::Gradients;
+use crate::machine::{Machine, Scored, on_machine};
 use crate::params::Group;
 use crate::rope::SIGMA;
 
@@ -96,63 +95,68 @@ impl Decoder {
         let input = StepInput::Entries(&input);
         let step = Step { input, batch, targets, with, scale: scale as f32, recompute };
         let loss = self.accumulate_step(&step, gradients)?;
-        let d = gradients.passes().stream_gradient(self.precision.stores_bf16()).to_vec();
+        let d = on_machine!(self, |machine: M, S| {
+            let mut buffers = gradients.take_passes();
+            let d = machine.to_host(&M::scratch::<S>(&mut buffers).d);
+            gradients.put_passes(buffers);
+            d?
+        });
         Ok((loss, Tensor::from_vec(d, x_bte.shape(), &Device::Cpu)?))
     }
 
     fn accumulate_step(&self, step: &Step, gradients: &mut Gradients) -> Result<StepLoss> {
         let mut buffers = gradients.take_passes();
-        let loss = if self.precision.stores_bf16() {
-            self.accumulate(step, bf16::scratch(&mut buffers), gradients)
-        } else {
-            self.accumulate(step, f32::scratch(&mut buffers), gradients)
-        };
+        let loss = on_machine!(self, |machine: M, S| {
+            machine.with_gradients(gradients, |gradients| {
+                self.accumulate::<M, S>(machine, step, M::scratch(&mut buffers), gradients)
+            })
+        });
         gradients.put_passes(buffers);
         loss
     }
 
-    fn accumulate<S: Activation>(
+    fn accumulate<M: Machine, S: Activation>(
         &self,
+        machine: &M,
         step: &Step,
-        scratch: &mut Scratch<S>,
-        gradients: &mut Gradients,
+        scratch: &mut Scratch<M, S>,
+        gradients: &mut M::Gradients,
     ) -> Result<StepLoss> {
         let with = step.with;
         let entries = step.targets.len();
-        let attention = self.prepare(step.batch, entries / step.batch, with)?;
+        let attention = self.prepare(machine, step.batch, entries / step.batch, with)?;
         let tables = HeldTables::of(with.rope)?;
         let spread = self.learning_spread(with.rope)?;
         let attending = Attending::Rows(&attention);
-        let pass = self.pass(attending, tables.slices(), spread, entries, with.dropout_seed);
+        let pass = self.pass(machine, attending, tables.slices(), spread, entries, with.dropout_seed)?;
         self.walk(&pass, step.input, step.recompute, scratch, gradients, |hidden, gradients| {
-            self.head_loss(hidden, step, gradients)
+            self.step_loss(machine, hidden, step, gradients)
         })
     }
 
     /// Forward and backward through all that a pass walks; `loss` gives a value and the gradient of the hidden states. The
     /// gradient of given entries is left in `scratch.d`.
-    pub(super) fn walk<S: Activation, L>(
+    pub(super) fn walk<M: Machine, S: Activation, L>(
         &self,
-        pass: &Pass<S>,
+        pass: &Pass<M, S>,
         input: StepInput,
         recompute: bool,
-        scratch: &mut Scratch<S>,
-        gradients: &mut Gradients,
-        loss: impl FnOnce(&[S], &mut Gradients) -> Result<(L, Vec<f32>)>,
+        scratch: &mut Scratch<M, S>,
+        gradients: &mut M::Gradients,
+        loss: impl FnOnce(&M::Buffer<S>, &mut M::Gradients) -> Result<(L, M::Hidden)>,
     ) -> Result<L> {
-        let c = &self.config;
+        let (machine, c) = (pass.machine, &self.config);
         let (layers, len) = (c.num_hidden_layers, pass.setting.entries * c.hidden_size);
         let given = matches!(input, StepInput::Entries(_));
         let lowest = if given { 0 } else { self.lowest_learning_block() };
-        self.read_input(input, scratch.x.sized(len)?)?;
+        self.read_input(machine, input, &mut scratch.x)?;
         self.blocks(pass, scratch, lowest, recompute)?;
         let Scratch { inputs, saved, workspace, x, stream, d } = scratch;
 
-        let hidden = self.final_norm(x, &mut workspace.normed)?;
+        let hidden = self.final_norm(machine, x, &mut workspace.normed)?;
         let (loss, d_hidden) = loss(hidden, gradients)?;
-        let d = d.sized(len)?;
-        d.fill(0.0);
-        self.last_norm()?.backward(x, &d_hidden, d, gradients)?;
+        machine.zeros(d, len)?;
+        machine.hidden_backward(&self.last_norm(machine)?, x, &d_hidden, d, gradients)?;
         drop(d_hidden);
         for layer in (lowest..layers).rev() {
             let block = Block::new(layer, pass)?;
@@ -167,45 +171,41 @@ impl Decoder {
         if !given && !self.embedding_learns() {
             return Ok(loss);
         }
-        if let Some(norm) = self.entry_norm() {
+        if let Some(norm) = self.entry_norm(machine)? {
             // What it read is made again instead of kept.
-            let entered = stream.sized(len)?;
-            self.read_input(input, entered)?;
-            let d_entered = workspace.d_normed.sized(len)?;
-            d_entered.fill(0.0);
-            norm.backward(entered, d, d_entered, gradients)?;
-            d.copy_from_slice(d_entered);
+            self.read_input(machine, input, stream)?;
+            machine.zeros(&mut workspace.d_normed, len)?;
+            machine.norm_backward(&norm, stream, d, &mut workspace.d_normed, gradients)?;
+            machine.copy(&workspace.d_normed, d)?;
         }
         if let StepInput::Tokens(tokens) = input {
-            if let Some(scale) = self.embedding_scale() {
-                rows::scale(d, scale);
-            }
-            self.embedding_gradients(d, tokens, gradients)?;
+            machine.embedding_gradients(self, d, tokens, gradients)?;
         }
         Ok(loss)
     }
 
-    pub(super) fn read_input<S: Store>(&self, input: StepInput, out: &mut [S]) -> Result<()> {
+    pub(super) fn read_input<M: Machine, S: Activation>(
+        &self,
+        machine: &M,
+        input: StepInput,
+        out: &mut M::Buffer<S>,
+    ) -> Result<()> {
         match input {
-            StepInput::Tokens(tokens) => self.gather(tokens, out),
-            StepInput::Entries(values) => {
-                for (out, value) in out.iter_mut().zip(values) {
-                    *out = S::put(*value);
-                }
-                Ok(())
-            }
+            StepInput::Tokens(tokens) => machine.gather(self, tokens, out),
+            StepInput::Entries(values) => machine.read(values, out),
         }
     }
 
     /// The loss over the output head, and the gradient of the hidden states.
-    fn head_loss<S: Store>(
+    fn step_loss<M: Machine, S: Activation>(
         &self,
-        hidden: &[S],
+        machine: &M,
+        hidden: &M::Buffer<S>,
         step: &Step,
-        gradients: &mut Gradients,
-    ) -> Result<(StepLoss, Vec<f32>)> {
-        let (targets, seed) = (step.targets, step.with.dropout_seed);
-        let loss = self.head_gradients(hidden, targets, step.scale, seed, gradients)?;
+        gradients: &mut M::Gradients,
+    ) -> Result<(StepLoss, M::Hidden)> {
+        let (scored, seed) = (Scored { targets: step.targets, weights: None }, step.with.dropout_seed);
+        let loss = machine.head_loss(self, hidden, scored, step.scale, seed, Some(gradients))?;
         let sum = loss.sum();
         if !sum.is_finite() {
             return Err(BaseError::NonFinite { what: "loss".to_string(), value: sum });

@@ -19,6 +19,7 @@ use megacontext_kernels::store::bf16;
 use crate::buffers::{Activation, Buffer, KeysValues, Scratch, keys_values_bytes};
 use crate::config::DecoderConfig;
 use crate::error::{BaseError, Result};
+use crate::machine::Host;
 use crate::rope::Rope;
 
 /// One row of a cache.
@@ -33,17 +34,22 @@ pub(crate) struct Row {
 }
 
 /// What lies in one storage: the caches of all blocks, and the buffers of a step.
-#[derive(Default)]
-pub(crate) struct Held<S> {
-    pub layers: Vec<KeysValues<S>>,
-    pub scratch: Scratch<S>,
+pub(crate) struct Held<S: Activation> {
+    pub layers: Vec<KeysValues<Host, S>>,
+    pub scratch: Scratch<Host, S>,
     /// The stream at the entries whose logits are wanted.
     pub last: Buffer<S>,
 }
 
+impl<S: Activation> Default for Held<S> {
+    fn default() -> Self {
+        Self { layers: Vec::new(), scratch: Scratch::default(), last: Buffer::default() }
+    }
+}
+
 impl<S: Activation> Held<S> {
     fn new(config: &DecoderConfig, entries: usize) -> Result<Self> {
-        let layers = KeysValues::of_blocks(config, entries)?;
+        let layers = KeysValues::of_blocks(&Host, config, entries)?;
         Ok(Self { layers, scratch: Scratch::default(), last: Buffer::default() })
     }
 

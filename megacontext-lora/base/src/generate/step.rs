@@ -15,9 +15,10 @@ use megacontext_kernels::store::bf16;
 
 use super::cache::{Cached, KvCache};
 use crate::block::{Attending, Block, ByWindow, Tables};
-use crate::buffers::{PassShape, Scratch, evaluation_bytes, logits_bytes, sized};
+use crate::buffers::{PassShape, Scratch, evaluation_bytes, logits_bytes};
 use crate::decoder::Decoder;
 use crate::error::{BaseError, Result};
+use crate::machine::Host;
 use crate::rope::Entries;
 
 /// Entries of a prompt that run together.
@@ -204,7 +205,7 @@ impl Decoder {
             additions.iter().map(|add| cache.rows()[add.row].with(add.tokens.len())).collect();
         let attention = self.cache_attention(&rows)?;
         self.params().check_mapped()?;
-        let pass = self.pass(Attending::Elsewhere, tables.slices(), None, tokens.len(), None);
+        let pass = self.pass(&Host, Attending::Elsewhere, tables.slices(), None, tokens.len(), None)?;
 
         let kv = c.num_key_value_heads * c.head_dim;
         let held = S::held(cache);
@@ -212,7 +213,7 @@ impl Decoder {
         let Scratch { saved, workspace, x, stream, .. } = &mut held.scratch;
         let saved = &mut saved[0];
         self.gather(&tokens, x.sized(tokens.len() * c.hidden_size)?)?;
-        self.enter(x, stream)?;
+        self.enter(&Host, x, stream)?;
         for (number, layer) in held.layers.iter_mut().enumerate() {
             let block = Block::new(number, &pass)?;
             block.qkv(x, saved, workspace)?;
@@ -224,11 +225,10 @@ impl Decoder {
                 layer.v[to..to + len].copy_from_slice(&saved.v[from..from + len]);
                 from += len;
             }
-            sized(&mut saved.mixed.out, saved.q.len());
-            sized(&mut saved.mixed.lse, tokens.len() * c.num_attention_heads);
+            block.size_mixed(saved)?;
             let window = c.architecture.layers[number].window;
             let cached = Cache { k: &layer.k, v: &layer.v };
-            attention.of(window).forward_into(&saved.q, cached, &mut saved.mixed);
+            attention.of(window).forward_to(&saved.q, cached, &mut saved.mixed, &mut saved.lse);
             block.rest(x, stream, saved, workspace)?;
             std::mem::swap(x, stream);
         }
@@ -244,7 +244,7 @@ impl Decoder {
                 into.copy_from_slice(&x[(end - 1) * c.hidden_size..][..c.hidden_size]);
             }
         }
-        let hidden = self.final_norm(&held.last, &mut workspace.normed)?;
+        let hidden = self.final_norm(&Host, &held.last, &mut workspace.normed)?;
         let logits = self.logits_of(hidden)?;
         for add in additions {
             cache.rows_mut()[add.row].length += add.tokens.len();

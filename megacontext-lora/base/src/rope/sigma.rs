@@ -144,13 +144,28 @@ impl Spread {
         width: usize,
         gradients: &mut Gradients,
     ) {
-        let omega_squared = match (rotation, &self.local) {
-            (Rotation::None, _) => return,
-            (Rotation::Local, Some(local)) => local,
-            _ => &self.omega_squared,
-        };
-        let mut sums = vec![0f64; self.base.len()];
+        let Some(omega_squared) = self.omega_squared(rotation) else { return };
+        let mut sums = vec![0f64; self.entries()];
         damping_gradient(y, g, heads, width, omega_squared, &mut sums);
+        self.add(&sums, gradients);
+    }
+
+    /// ω² of every band of blocks that turn so, 0 where it is not damped; none where they do not turn.
+    pub(crate) fn omega_squared(&self, rotation: Rotation) -> Option<&[f32]> {
+        match (rotation, &self.local) {
+            (Rotation::None, _) => None,
+            (Rotation::Local, Some(local)) => Some(local),
+            _ => Some(&self.omega_squared),
+        }
+    }
+
+    /// Entries that tables were made for.
+    pub(crate) fn entries(&self) -> usize {
+        self.base.len()
+    }
+
+    /// Adds to the scales' gradient what each entry's sum of [`damping_gradient`] says.
+    pub(crate) fn add(&self, sums: &[f64], gradients: &mut Gradients) {
         let scales = gradients.buffer(SIGMA, self.levels);
         for (n, sum) in sums.iter().enumerate() {
             scales[self.lod[n] as usize] -= (self.base[n] * self.sigma[n] * sum) as f32;

@@ -10,7 +10,7 @@ use std::path::Path;
 
 use megacontext_base::config::DecoderConfig;
 use megacontext_base::decoder::Decoder;
-use megacontext_base::device::DeviceChoice;
+use megacontext_base::device::{Device, DeviceChoice};
 use megacontext_base::lora::{LoraConfig, LoraModules};
 use megacontext_base::params::Group;
 use megacontext_base::random::Random;
@@ -54,7 +54,7 @@ pub struct StepBench {
     pub batch: usize,
     /// Threads; none means all.
     pub threads: Option<usize>,
-    /// What a step's passes run on: `cpu`, `cuda:N`, or `auto`. A plan is of the host's memory whatever it says.
+    /// What a step's passes run on: `cpu`, `cuda:N`, or `auto`. A plan is of the processor whatever it says.
     pub device: DeviceChoice,
 }
 
@@ -222,7 +222,7 @@ pub fn plan(bench: &StepBench) -> Result<Value> {
         ..ExtendConfig::default()
     };
     let tokens = bench.n * bench.batch;
-    let plan = with_threads(bench.threads, || plan::plan(&model, &run, tokens))??;
+    let plan = with_threads(bench.threads, || plan::plan(&model, &run, tokens, &Device::Cpu))??;
     let mut result = bench.begin("plan")?;
     add(
         &mut result,
