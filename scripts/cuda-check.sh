@@ -17,9 +17,9 @@
 #   peer       the same work in PyTorch, where python3 has one that finds the GPU
 #   racecheck, synccheck, initcheck: compute-sanitizer's other tools over the launches
 #
-# Each has a limit of its own, and all end within CUDA_CHECK_SECONDS (default 530): what no time is left for is said to be
-# not run. What is not in the archive is left out with a line. Fails when a check fails; a measurement that fails is shown, and
-# stops no other. Without a driver or a device it says so and runs nothing.
+# Each has a limit of its own, and all end within CUDA_CHECK_SECONDS (default 530): what was cut short, and what no time was left
+# for, says so. What is not in the archive is left out with a line. Fails when a check fails; a measurement that fails is shown,
+# and stops no other. Without a driver or a device it says so and runs nothing.
 set -euo pipefail
 
 here=$(cd "$(dirname "$0")" && pwd)
@@ -101,6 +101,9 @@ fi
 
 table=()
 measured=()
+# Logs that stand under the table: of cuda_bench, and of comparisons.
+whole=()
+compared=()
 bad=0
 
 wanted() {
@@ -117,7 +120,7 @@ there() {
 
 # timed NAME SECONDS COMMAND...: runs it with a log, for so long and no longer than to the deadline. `result` says how it went.
 timed() {
-    local name=$1 limit=$2 left=$((deadline - SECONDS)) code=0 start=$SECONDS
+    local name=$1 limit=$2 left=$((deadline - SECONDS)) code=0 start=$SECONDS late
     shift 2
     took=0
     : >"$out/$name.log"
@@ -125,13 +128,17 @@ timed() {
         result="no time left"
         return
     fi
-    if [ "$limit" -gt "$left" ]; then limit=$left; fi
+    late="over ${limit}s"
+    if [ "$limit" -gt "$left" ]; then
+        limit=$left
+        late="cut short"
+    fi
     echo "cuda-check: $name" >&2
     timeout -k 5 "$limit" "$@" >"$out/$name.log" 2>&1 || code=$?
     took=$((SECONDS - start))
     case $code in
     0) result=passed ;;
-    124 | 137) result="over ${limit}s" ;;
+    124 | 137) result=$late ;;
     *) result="FAILED ($code)" ;;
     esac
 }
@@ -140,7 +147,7 @@ timed() {
 check() {
     local result took
     timed "$@"
-    case $result in passed | "no time left") ;; *) bad=1 ;; esac
+    case $result in passed | "no time left" | "cut short") ;; *) bad=1 ;; esac
     table+=("$(printf '%-18s %-14s %6ss  %s' "$1" "$result" "$took" \
         "$(grep -hE '^(test result:|========= ERROR SUMMARY)' "$out/$1.log" | tail -n 1 || true)")")
 }
@@ -181,6 +188,15 @@ sanitized() {
 }
 launches=(attention::every attention::rows ops:: linear:: layers:: rows::)
 
+# compare NAME SECONDS FLAG...: ours and PyTorch's in turn; a line of the table where there is none of ratios.
+compare() {
+    local name=peer-$1 limit=$2 result took
+    shift 2
+    timed "$name" "$limit" "${against[@]}" "$@"
+    compared+=("$out/$name.log")
+    [ "$result" = passed ] || table+=("$(printf '%-24s %s  %s' "$name" "$result" "$(tail -n 1 "$out/$name.log" | cut -c 1-160)")")
+}
+
 bench() {
     local name=$1 limit=$2
     shift 2
@@ -203,14 +219,20 @@ if wanted steps && there mclora; then
     done
 fi
 if wanted gist && there mclora; then bench gist 60 gist; fi
-if wanted attention && there cuda_bench; then check attention 90 "$here/cuda_bench"; fi
-if wanted peer && there bench_against_torch.py; then
+if wanted attention && there cuda_bench; then
+    check attention 90 "$here/cuda_bench"
+    whole+=("$out/attention.log")
+fi
+if wanted peer && there bench_against_torch.py && there mclora; then
     if python3 -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>"$out/torch.log"; then
         against=(python3 "$here/bench_against_torch.py" --device cuda --mclora "$here/mclora" --rounds 1)
-        for width in 64 128; do
-            check "peer-attention-$width" 90 "${against[@]}" --targets G1,G2 --n 8192,32768,131072 --head-dim "$width"
+        # One size at a time: what ran before the time was up is there.
+        compare step 120 --targets G3 --n 8192 --shape 2048,22,32,4,5632,32000
+        for n in 8192 32768 131072; do
+            for width in 64 128; do
+                compare "attention-$n-$width" 90 --targets G1,G2 --n "$n" --head-dim "$width"
+            done
         done
-        check peer-step 90 "${against[@]}" --targets G3 --n 8192 --shape 2048,22,32,4,5632,32000
     else
         table+=("$(printf '%-18s python3 has no PyTorch that finds the GPU: not run' peer)")
     fi
@@ -221,16 +243,21 @@ done
 
 {
     echo "$probe"
-    [ ${#table[@]} -eq 0 ] || printf '%s\n' "${table[@]}"
+    [ ${#table[@]} -eq 0 ] || printf '%s\n' "${table[@]}" | awk '!seen[$0]++'
     if [ ${#measured[@]} -gt 0 ]; then
         echo
         printf '%-24s %10s %10s %10s %15s %10s\n' "mclora bench, bf16" step_s fb_ms tok/s peak_device_MB TFLOP/s
         printf '%s\n' "${measured[@]}"
     fi
-    for log in "$out/attention.log" "$out"/peer-*.log; do
-        [ -s "$log" ] || continue
+    if [ ${#whole[@]} -gt 0 ]; then
         echo
-        cat "$log"
-    done
+        cat "${whole[@]}"
+    fi
+    if [ ${#compared[@]} -gt 0 ]; then
+        echo
+        # One head for all sizes, and behind the rows why some have no figures.
+        { grep -h '^|' "${compared[@]}" || true; } | awk '!seen[$0]++'
+        grep -hE '^G[0-9] [a-z0-9]+ at ' "${compared[@]}" || true
+    fi
 } | tee "$out/table.txt"
 exit $bad
