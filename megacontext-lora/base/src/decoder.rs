@@ -22,6 +22,7 @@ use megacontext_kernels::attention::{Pattern, Rows, alibi_slopes};
 use megacontext_kernels::cpu::Values;
 use megacontext_kernels::precision::Precision;
 use megacontext_kernels::store::{Store, bf16};
+use rayon::prelude::*;
 
 use crate::block::{Attending, Block, ByWindow, Pass, Tables};
 use crate::buffers::{Activation, Buffers, Scratch};
@@ -177,13 +178,17 @@ impl Decoder {
         precision: Precision,
         learning: &[Group],
     ) -> Result<Self> {
+        enum Made {
+            Narrow(Vec<bf16>),
+            Wide(Vec<f32>),
+        }
         fn values<S: Store>(len: usize, mut next: impl FnMut() -> f32) -> Vec<S> {
             (0..len).map(|_| S::put(next())).collect()
         }
-        let mut params = ParamStore::new();
         let neutral = config.architecture.norm.neutral();
         let shrink = 1.0 / (2.0 * config.num_hidden_layers as f64).sqrt();
-        for (name, shape) in config.tensors() {
+        // Every tensor has its own seed, so the values are the same whoever makes them.
+        let make = |(name, shape): (String, Vec<usize>)| {
             let mut random = Random::named(seed, &name);
             let group = config.group_of(&name);
             let std = 0.02 * if config.writes_to_stream(&name) { shrink } else { 1.0 };
@@ -194,10 +199,19 @@ impl Decoder {
                 _ => (random.normal() * std) as f32,
             };
             let len = shape.iter().product();
-            if stored_narrow(group, precision) && !learning.contains(&group) {
-                params.insert_values(name, group, values::<bf16>(len, next), &shape)?;
+            let made = if stored_narrow(group, precision) && !learning.contains(&group) {
+                Made::Narrow(values(len, next))
             } else {
-                params.insert_values(name, group, values::<f32>(len, next), &shape)?;
+                Made::Wide(values(len, next))
+            };
+            (name, group, made, shape)
+        };
+        let made: Vec<_> = config.tensors().into_par_iter().map(make).collect();
+        let mut params = ParamStore::new();
+        for (name, group, made, shape) in made {
+            match made {
+                Made::Narrow(values) => params.insert_values(name, group, values, &shape)?,
+                Made::Wide(values) => params.insert_values(name, group, values, &shape)?,
             }
         }
         Ok(Self {

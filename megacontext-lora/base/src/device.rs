@@ -232,6 +232,15 @@ impl Device {
         Ok(Self::Cuda(Arc::new(Gpu { device, products })))
     }
 
+    /// The kernels' device of a GPU; none for the processor.
+    #[cfg(feature = "cuda")]
+    pub fn kernels(&self) -> Option<&megacontext_kernels::cuda::Device> {
+        match self {
+            Self::Cpu => None,
+            Self::Cuda(gpu) => Some(&gpu.device),
+        }
+    }
+
     /// As [`DeviceChoice`] names it: `cpu`, `cuda:0`.
     pub fn name(&self) -> String {
         match self {

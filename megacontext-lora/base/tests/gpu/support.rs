@@ -102,8 +102,12 @@ pub fn device() -> Result<Option<Lease>> {
     }
 }
 
+/// Where the models are: on another machine than this program was built on, a folder that the environment names.
+const FIXTURES: &str = "MEGACONTEXT_FIXTURES";
+
 pub fn open(folder: &str, precision: Precision, learning: &[Group]) -> Result<Decoder> {
-    let dir = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../../integration-tests/fixtures").join(folder);
+    let own = || PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../../integration-tests/fixtures");
+    let dir = std::env::var_os(FIXTURES).map_or_else(own, PathBuf::from).join(folder);
     let mut decoder =
         Decoder::from_weights(DecoderConfig::from_dir(&dir)?, &Weights::open(&dir)?, precision, learning)?;
     decoder.params_mut().set_learning(learning.iter().copied())?;
