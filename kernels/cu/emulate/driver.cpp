@@ -260,6 +260,7 @@ API Result cuMemPoolGetAttribute(void* pool, int attribute, void* value) {
     std::lock_guard<std::mutex> guard(state().lock);
     if (!pool || !value) return INVALID_VALUE;
     switch (attribute) {
+        case 5:  // held
         case 7: *static_cast<uint64_t*>(value) = state().bytes; return SUCCESS;  // in use
         case 8: *static_cast<uint64_t*>(value) = state().most; return SUCCESS;   // the most that was
         default: return INVALID_VALUE;
@@ -314,7 +315,10 @@ API Result cuEventDestroy_v2(void* event) {
 API Result cuMemAlloc_v2(uint64_t* address, size_t size) { return allocate(address, size); }
 API Result cuMemAllocAsync(uint64_t* address, size_t size, void*) { return allocate(address, size); }
 API Result cuMemFree_v2(uint64_t address) { return release(address); }
-API Result cuMemFreeAsync(uint64_t address, void*) { return release(address); }
+// The default stream is that of the current context.
+API Result cuMemFreeAsync(uint64_t address, void* stream) {
+    return stream || current ? release(address) : INVALID_CONTEXT;
+}
 API Result cuMemcpyHtoDAsync_v2(uint64_t to, const void* from, size_t size, void*) {
     std::lock_guard<std::mutex> guard(state().lock);
     return copy(lies(to, size), reinterpret_cast<void*>(to), from, size);

@@ -11,16 +11,20 @@ use crate::error::{KernelError, Result};
 /// Bytes that vector accesses and asynchronous copies are aligned to.
 pub(super) const ALIGNMENT: u64 = 16;
 
-/// Refuses memory of another device.
+/// Refuses memory of another device or stream.
 pub(super) fn here<T>(
     op: &'static str,
     what: &str,
     of: &(impl DeviceSlice<T> + ?Sized),
     device: &Device,
 ) -> Result<()> {
-    let theirs = of.stream().context();
-    if theirs != device.stream().context() {
-        let got = format!("memory of device {}", theirs.ordinal());
+    if of.stream() != device.stream() {
+        let theirs = of.stream().context();
+        let got = if theirs == device.stream().context() {
+            "memory of another stream".to_string()
+        } else {
+            format!("memory of device {}", theirs.ordinal())
+        };
         return Err(KernelError::shape(op, format!("{what} on device {}", device.ordinal()), got));
     }
     Ok(())

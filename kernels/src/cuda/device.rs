@@ -27,6 +27,9 @@ pub struct Capability {
 }
 
 impl Capability {
+    /// The kernels use what Ampere brought: asynchronous copies, tensor cores for bf16.
+    pub const LEAST: Self = Self { major: 8, minor: 0 };
+
     /// The compiler's name for it, for example `sm_90`.
     pub fn target(self) -> String {
         format!("sm_{}{}", self.major, self.minor)
@@ -45,11 +48,9 @@ impl fmt::Display for Capability {
     }
 }
 
-/// The kernels use what Ampere brought: asynchronous copies, tensor cores for bf16.
-const LEAST: Capability = Capability { major: 8, minor: 0 };
-
-/// A GPU with the kernels of this crate loaded. Work is queued on one stream, the context's default one, in the order of the
-/// calls; memory on other streams of the same context is waited for as cudarc does it.
+/// A GPU with the kernels of this crate loaded. Work is queued on one stream of its own, in the order of the calls; memory of
+/// other streams is refused. The default stream would wait for the host's work and be waited for, and memory could not be let go on a
+/// thread that has no context.
 pub struct Device {
     stream: Arc<CudaStream>,
     name: String,
@@ -98,7 +99,7 @@ impl Device {
         let context = CudaContext::new(ordinal).map_err(opening())?;
         let name = context.name().map_err(opening())?;
         let capability = Capability::from(context.compute_capability().map_err(opening())?);
-        if capability < LEAST {
+        if capability < Capability::LEAST {
             return Err(CudaError::OldDevice { ordinal, name, capability });
         }
         let limit = context
@@ -115,7 +116,9 @@ impl Device {
             })
         })?;
         let pool = Pool::of(&context)?;
-        let (stream, cuda_major) = (context.default_stream(), driver.major);
+        // SAFETY: all that launches take is of this one stream (`check::here`), whose order is all the order that is needed.
+        unsafe { context.disable_event_tracking() };
+        let (stream, cuda_major) = (context.new_stream().map_err(opening())?, driver.major);
         Ok(Self { stream, name, capability, cuda_major, shared_limit: limit, pool, kernels })
     }
 
@@ -150,6 +153,16 @@ impl Device {
     /// What the driver says.
     pub fn most_bytes(&self) -> Result<Option<u64>, CudaError> {
         self.pool.as_ref().map(Pool::most).transpose()
+    }
+
+    /// Bytes that can be had: what the driver calls free, and what the pool holds that is not in use.
+    ///
+    /// # Errors
+    /// What the driver says.
+    pub fn free_bytes(&self) -> Result<u64, CudaError> {
+        let found = self.stream.context().mem_get_info();
+        let (free, _) = found.map_err(CudaError::call("cuMemGetInfo"))?;
+        Ok(free as u64 + self.pool.as_ref().map_or(Ok(0), Pool::unused)?)
     }
 
     /// Counts from what is in use now.

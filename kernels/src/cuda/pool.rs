@@ -35,16 +35,15 @@ impl Pool {
         Ok(Some(pool))
     }
 
+    /// What it holds that is not in use.
+    pub fn unused(&self) -> Result<u64, CudaError> {
+        let held = self.get(CUmemPool_attribute::CU_MEMPOOL_ATTR_RESERVED_MEM_CURRENT)?;
+        Ok(held.saturating_sub(self.get(CUmemPool_attribute::CU_MEMPOOL_ATTR_USED_MEM_CURRENT)?))
+    }
+
     /// The most that was in use since it was asked to forget, or since the program began.
     pub fn most(&self) -> Result<u64, CudaError> {
-        let mut bytes = 0u64;
-        let into = (&raw mut bytes).cast::<c_void>();
-        // SAFETY: the pool is a device's default one, which lives as long as the driver; this attribute is a u64.
-        let asked = unsafe {
-            mem_pool::get_attribute(self.0, CUmemPool_attribute::CU_MEMPOOL_ATTR_USED_MEM_HIGH, into)
-        };
-        asked.map_err(CudaError::call("cuMemPoolGetAttribute"))?;
-        Ok(bytes)
+        self.get(CUmemPool_attribute::CU_MEMPOOL_ATTR_USED_MEM_HIGH)
     }
 
     /// Forgets what was in use before now.
@@ -52,9 +51,28 @@ impl Pool {
         self.set(CUmemPool_attribute::CU_MEMPOOL_ATTR_USED_MEM_HIGH, 0)
     }
 
+    fn get(&self, attribute: CUmemPool_attribute) -> Result<u64, CudaError> {
+        let mut bytes = 0u64;
+        let into = (&raw mut bytes).cast::<c_void>();
+        // SAFETY: the pool is a device's default one, which lives as long as the driver; the attributes asked for are u64s.
+        let asked = unsafe { mem_pool::get_attribute(self.0, attribute, into) };
+        asked.map_err(CudaError::call("cuMemPoolGetAttribute"))?;
+        Ok(bytes)
+    }
+
     fn set(&self, attribute: CUmemPool_attribute, mut value: u64) -> Result<(), CudaError> {
-        // SAFETY: as in `most`; both attributes are u64s.
+        // SAFETY: as in `get`; the attributes set are u64s.
         let set = unsafe { mem_pool::set_attribute(self.0, attribute, (&raw mut value).cast::<c_void>()) };
         set.map_err(CudaError::call("cuMemPoolSetAttribute"))
+    }
+}
+
+impl Drop for Pool {
+    /// Others in this process allocate from the pool too: it is left as it was found.
+    fn drop(&mut self) {
+        // What refuses here has nobody to be told to, and costs no more than memory that is kept.
+        let _ = self.set(CUmemPool_attribute::CU_MEMPOOL_ATTR_RELEASE_THRESHOLD, 0);
+        // SAFETY: as in `get`; memory in use stays.
+        let _ = unsafe { mem_pool::trim_to(self.0, 0) };
     }
 }

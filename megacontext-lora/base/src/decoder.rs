@@ -322,10 +322,11 @@ impl Decoder {
     /// # Errors
     /// When the device cannot run this model as it stands; it stays where it was then.
     pub fn set_device(&mut self, device: &Device) -> Result<()> {
+        device.check(&self.config)?;
         self.place = match device {
             Device::Cpu => Place::Host,
             #[cfg(feature = "cuda")]
-            Device::Cuda(gpu) => Place::Gpu(Box::new(crate::machine::gpu::Gpu::new(gpu, &self.config)?)),
+            Device::Cuda(gpu) => Place::Gpu(Box::new(crate::machine::gpu::Gpu::new(gpu))),
         };
         self.device = device.clone();
         Ok(())

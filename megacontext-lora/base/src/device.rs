@@ -15,6 +15,7 @@ use std::sync::{Arc, OnceLock};
 use megacontext_kernels::gemm::{Products, measured_flops};
 use serde::{Deserialize, Serialize};
 
+use crate::config::DecoderConfig;
 use crate::error::{BaseError, Result};
 
 /// What was asked for.
@@ -156,9 +157,10 @@ impl DeviceChoice {
 #[cfg(feature = "cuda")]
 fn gpu(number: usize) -> Result<Device> {
     use megacontext_kernels::cuda::Device as Opened;
-    use megacontext_kernels::error::KernelError;
 
-    Device::with_kernels(Opened::open(number).map_err(KernelError::from)?)
+    let refused = |error: &dyn fmt::Display| BaseError::Device { message: error.to_string() };
+    let opened = Opened::open(number).map_err(|error| refused(&error))?;
+    Device::with_kernels(opened).map_err(|error| refused(&error))
 }
 
 #[cfg(not(feature = "cuda"))]
@@ -193,9 +195,6 @@ pub struct FoundGpu {
 pub fn gpus() -> std::result::Result<&'static [FoundGpu], &'static str> {
     use megacontext_kernels::cuda::{Capability, probe};
 
-    /// What the kernels are made for.
-    const LEAST: Capability = Capability { major: 8, minor: 0 };
-
     static FOUND: OnceLock<std::result::Result<Vec<FoundGpu>, String>> = OnceLock::new();
     let found = FOUND.get_or_init(|| {
         let found = probe().map_err(|error| error.to_string())?;
@@ -204,8 +203,9 @@ pub fn gpus() -> std::result::Result<&'static [FoundGpu], &'static str> {
             name: info.name,
             compute_capability: info.capability.to_string(),
             memory_bytes: info.memory_total as u64,
-            unusable: (info.capability < LEAST)
-                .then(|| format!("expected compute capability {LEAST} or newer, got {}", info.capability)),
+            unusable: (info.capability < Capability::LEAST).then(|| {
+                format!("expected compute capability {} or newer, got {}", Capability::LEAST, info.capability)
+            }),
         };
         Ok(found.into_iter().map(gpu).collect())
     });
@@ -262,7 +262,24 @@ impl Device {
         }
     }
 
-    /// A GPU's number and the bytes that are free on it now; none for the processor.
+    /// Refuses a model that the device's kernels cannot run.
+    ///
+    /// # Errors
+    /// With what they can.
+    pub fn check(&self, config: &DecoderConfig) -> Result<()> {
+        let width = config.head_dim;
+        if self.is_cpu() || (width.is_multiple_of(8) && width <= 256) {
+            return Ok(());
+        }
+        Err(BaseError::Device {
+            message: format!(
+                "{}: expected heads whose width is a multiple of 8 up to 256, got {width}; the processor takes it",
+                self.name()
+            ),
+        })
+    }
+
+    /// A GPU's number and the bytes that can be had on it now; none for the processor.
     ///
     /// # Errors
     /// When the driver does not say.
@@ -272,11 +289,8 @@ impl Device {
             #[cfg(feature = "cuda")]
             Self::Cuda(gpu) => {
                 let number = gpu.device.ordinal();
-                let found = gpu.device.stream().context().mem_get_info();
-                let (free, _) = found.map_err(|error| BaseError::Device {
-                    message: format!("{}: asking for its free memory: {error}", self.name()),
-                })?;
-                Ok(Some((number, free as u64)))
+                let free = gpu.device.free_bytes().map_err(megacontext_kernels::error::KernelError::from)?;
+                Ok(Some((number, free)))
             }
         }
     }

@@ -194,8 +194,7 @@ impl Optimizer {
             let decays =
                 parameter.rank() > 1 && params.group(&name).is_some_and(|group| decays(group, &name));
             let faster = if name.ends_with(".lora_B.weight") { self.config.lora_plus_lr_ratio } else { 1.0 };
-            params.written(&name);
-            let moments = self.state.entry(name).or_insert_with(|| Moments {
+            let moments = self.state.entry(name.clone()).or_insert_with(|| Moments {
                 step: 0,
                 exp_avg: vec![0.0; gradient.len()],
                 exp_avg_sq: vec![0.0; gradient.len()],
@@ -210,7 +209,10 @@ impl Optimizer {
                 gradient_scale,
                 step: moments.step,
             };
-            adamw::step(&parameter, gradient, &mut moments.exp_avg, &mut moments.exp_avg_sq, with)?;
+            let stepped =
+                adamw::step(&parameter, gradient, &mut moments.exp_avg, &mut moments.exp_avg_sq, with);
+            params.written(&name);
+            stepped?;
         }
         Ok(norm)
     }

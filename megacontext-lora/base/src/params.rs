@@ -367,12 +367,16 @@ impl ParamStore {
                 message: format!("expected shape {:?}, got {:?}", param.value.shape(), value.dims()),
             });
         }
-        param.version.renew();
         match &param.value {
-            Stored::Leaf(leaf) => leaf.set(&value.to_dtype(leaf.dtype())?.contiguous()?)?,
+            Stored::Leaf(leaf) => {
+                let written = leaf.set(&value.to_dtype(leaf.dtype())?.contiguous()?);
+                param.version.renew();
+                written?;
+            }
             Stored::Mapped(mapped) => {
                 let dtype = if mapped.narrow() { DType::BF16 } else { DType::F32 };
                 param.value = Stored::Leaf(Var::from_tensor(&value.detach().to_dtype(dtype)?)?);
+                param.version.renew();
             }
         }
         Ok(())

@@ -11,6 +11,7 @@
 //!
 //! Errors: `Usage`, with what was expected and what came. Left out: several GPUs at once.
 
+use megacontext_base::config::DecoderConfig;
 use megacontext_base::decoder::Decoder;
 use megacontext_base::device::{Device, DeviceChoice, gpus};
 use serde_json::{Value, json};
@@ -35,6 +36,22 @@ impl OnDevice {
         let note = opened.note.map(|note| format!("no GPU: {}", note.trim_start_matches("device: ")));
         tell(asked, &opened.device, note, host);
         Ok(Self { asked, device: opened.device })
+    }
+
+    /// For a model of this configuration: under `auto` the processor, and the host is told why, where the device cannot run it.
+    ///
+    /// # Errors
+    /// When a device that was named cannot run it.
+    pub fn running(self, model: &DecoderConfig, host: &dyn HostApi) -> Result<Self> {
+        match self.device.check(model) {
+            Err(error) if self.asked == DeviceChoice::Auto => {
+                let note = format!("not on {}: {error}", self.device.describe());
+                tell(self.asked, &Device::Cpu, Some(note), host);
+                Ok(Self { device: Device::Cpu, ..self })
+            }
+            Err(error) => Err(model_error(error)),
+            Ok(()) => Ok(self),
+        }
     }
 
     /// The device.

@@ -249,7 +249,7 @@ fn evaluate(job: &EvalGist, text: Text, host: &dyn HostApi) -> Result<Value> {
             .map_err(|e| PluginError::usage(format!("sparse_group: {e}")))?;
     }
     let documents = text(&model, context, least)?;
-    check_forward("the evaluation", decoder.config(), job.dtype, context, 0)?;
+    check_forward("the evaluation", decoder.config(), job.dtype, context, 0, decoder.device())?;
 
     let rule = places.rule(block);
     let setting = |pattern: Pattern| Setting { scaling: scaling.clone(), rule, pattern };

@@ -116,8 +116,8 @@ impl Measurement<'_> {
         let (adapter, dtype) = (self.model.adapter.as_deref(), self.model.dtype);
         let model = ModelDir::open(&self.model.base)?;
         let entries = contexts.iter().map(|context| batch_rows(*context) * context).max().unwrap_or(0);
-        check_forward("the evaluation", &model.config, dtype, entries, 0)?;
-        let on = OnDevice::open(self.model.device, host)?;
+        let on = OnDevice::open(self.model.device, host)?.running(&model.config, host)?;
+        check_forward("the evaluation", &model.config, dtype, entries, 0, on.device())?;
         let documents = super::extend::load_data(&self.text.data, host)?;
         let (mut decoder, own, _) = model.decoder_with(adapter, dtype)?;
         on.take(&mut decoder, host)?;

@@ -244,7 +244,7 @@ impl<'h> Run<'h> {
         let started = Instant::now();
         let model = ModelDir::open(&config.base)?;
         let config = config.resolve(&model.config)?;
-        let on = OnDevice::open(config.device, host)?;
+        let on = OnDevice::open(config.device, host)?.running(&model.config, host)?;
         let text = read_text(&config, &model, host)?;
         let tokens = text.stream.len() + text.held_out.iter().map(Vec::len).sum::<usize>();
         let program = plan::resident_bytes().unwrap_or(0).saturating_sub(4 * tokens as u64);

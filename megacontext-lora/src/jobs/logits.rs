@@ -86,8 +86,8 @@ pub fn run(params: Value, host: &dyn HostApi) -> Result<Value> {
     }
     // The logits whole, twice: as they are and as the file's bytes.
     let held = 2 * 4 * (flat.len() * vocab) as u64;
-    check_forward("the job", &model.config, job.dtype, flat.len(), held)?;
-    let on = OnDevice::open(job.device, host)?;
+    let on = OnDevice::open(job.device, host)?.running(&model.config, host)?;
+    check_forward("the job", &model.config, job.dtype, flat.len(), held, on.device())?;
     let (mut decoder, scaling, _) = model.decoder_with(job.adapter.as_deref(), job.dtype)?;
     on.take(&mut decoder, host)?;
     let c = decoder.config();

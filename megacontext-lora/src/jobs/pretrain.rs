@@ -221,7 +221,7 @@ fn pretrain(c: &PretrainConfig, roots: &Roots, host: &dyn HostApi) -> Result<Val
     c.validate()?;
     let model = model_config(c)?;
     check_out(&c.out)?;
-    let on = OnDevice::open(c.device, host)?;
+    let on = OnDevice::open(c.device, host)?.running(&model, host)?;
     let training = corpus::discover(Split::Pretrain, roots);
     let held_out = corpus::discover(Split::HeldOut, roots);
     let (training_text, held_out_text) = (training.provenance.to_string(), held_out.provenance.to_string());

@@ -166,7 +166,7 @@ impl<'h> Sweep<'h> {
         config.eval.contexts = vec![config.context];
         let model = ModelDir::open(&config.base)?;
         // Before there is a folder; each run opens it for itself.
-        let on = OnDevice::open(config.device, host)?;
+        let on = OnDevice::open(config.device, host)?.running(&model.config, host)?;
         let taken_up = resume && config.out.join(CONFIG).is_file();
         if !taken_up {
             config.steps = settings.steps(&config, &model, on.device())?;

@@ -35,7 +35,6 @@ use lensnet_adapter::validate::Difference;
 use megacontext_base::buffers::Buffers;
 use megacontext_base::context::{BaseModel, Limits};
 use megacontext_base::decoder::Decoder;
-use megacontext_base::device::Device;
 use megacontext_base::params::{Group, ParamStore};
 use megacontext_base::rope::{RopeScaling, SigmaRule};
 use serde::{Deserialize, Serialize};
@@ -336,12 +335,10 @@ fn prepare(
         Some(lora) => lora,
         None => config.lora.clone().unwrap_or_default().resolve(&model.config).map_err(model_error)?,
     };
-    // A plan needs none.
-    let on = if plan_only { None } else { Some(OnDevice::open(config.device, host)?) };
+    let on = OnDevice::open(config.device, host)?.running(&model.config, host)?;
     let text = Text::read(&config, &model, host)?;
     let count = config.validation.histories + config.validation.test_histories;
-    let device = on.as_ref().map_or(Device::Cpu, |on| on.device().clone());
-    let plan = CyclePlan::new(&config, &model.config, &lora, count, &device)?;
+    let plan = CyclePlan::new(&config, &model.config, &lora, count, on.device())?;
     let mut told = to_value(&plan)?;
     told["text"] = json!(plan.text());
     host.event("plan", &told);
@@ -362,9 +359,7 @@ fn prepare(
     if config.jt3.groups.contains(&Group::Sigma) && decoder.sigma_scales().is_none() {
         decoder.attach_sigma(SIGMA_LEVELS).map_err(model_error)?;
     }
-    if let Some(on) = on {
-        on.take(&mut decoder, host)?;
-    }
+    on.take(&mut decoder, host)?;
     // What will learn is stored as what learns is, from the start.
     decoder.params_mut().set_learning(config.jt3.groups.iter().copied()).map_err(model_error)?;
     decoder.params_mut().freeze();

@@ -235,7 +235,7 @@ fn prepare(config: GistRunConfig, resume: bool, host: &dyn HostApi) -> Result<Va
     let model = ModelDir::open(&config.base)?;
     let adapted = model.adapted(config.adapter.as_deref(), config.dtype)?;
     let config = config.resolve(&adapted.config, adapted.context)?;
-    let on = OnDevice::open(config.device, host)?;
+    let on = OnDevice::open(config.device, host)?.running(&adapted.config, host)?;
     let GistText { train: text, validation: held_out, test } = read_text(&config, &model, host)?;
     let scarce = config.check_level2(&text)?;
     let plan = GistPlan::new(&config, &adapted, &text, &held_out, &test, on.device())?;

@@ -197,7 +197,7 @@ fn prepare(config: LensRunConfig, resume: bool, host: &dyn HostApi) -> Result<Va
     let trained = model.trained_context(config.adapter.as_deref())?;
     let config = config.resolve(&model.config, block, trained)?;
     let limits = config.limits()?;
-    let on = OnDevice::open(config.device, host)?;
+    let on = OnDevice::open(config.device, host)?.running(&model.config, host)?;
     let [text, held_out, test] = histories::read(&config, &model, block, host)?;
     let count = text.len() + held_out.len() + test.len();
     let gist_values = gistnet.config().parameters();

@@ -163,8 +163,11 @@ impl<'a> Load<'a> {
             entries => evaluation_bytes(self.model, pass(entries)),
         };
         // On a GPU they lie there; what arrives of the gradients is added to the host's when all of it has.
-        let step =
-            if self.on_gpu { PassBytes { workspace: learning * F32, ..PassBytes::default() } } else { step };
+        let step = if self.on_gpu {
+            PassBytes { workspace: learning * F32, loss: self.loss_here(step), ..PassBytes::default() }
+        } else {
+            step
+        };
         let evaluation = if self.on_gpu { PassBytes::default() } else { evaluation };
         let mut plan = MemoryPlan {
             program: self.program,
@@ -184,6 +187,14 @@ impl<'a> Load<'a> {
         };
         plan.total = plan.kinds().into_iter().map(|(_, bytes)| bytes).sum();
         plan
+    }
+
+    /// What a loss takes of the host where passes run on a GPU: a head that an adapter changes is the host's, and hidden
+    /// states come here for it.
+    fn loss_here(&self, step: PassBytes) -> u64 {
+        let hidden = 2 * F32 * (self.entries * self.model.hidden_size) as u64;
+        let here = self.lora.is_some_and(|lora| lora.changes_head() || lora.changes_embedding());
+        if here { step.loss + hidden } else { 0 }
     }
 
     /// What the fullest pass takes of a GPU.
@@ -245,6 +256,7 @@ pub(crate) fn check_forward(
     dtype: Precision,
     entries: usize,
     extra: u64,
+    device: &Device,
 ) -> Result<()> {
     let program = resident_bytes().unwrap_or(0);
     let load = Load {
@@ -257,8 +269,12 @@ pub(crate) fn check_forward(
         evaluated: entries,
         data_tokens: 0,
         program: 0,
-        on_gpu: false,
+        on_gpu: !device.is_cpu(),
     };
+    let pass = PassShape { entries, precision: dtype, lora: None };
+    if let Some(plan) = DevicePlan::of(device, gpu::evaluation_bytes(model, pass), 0)? {
+        plan.check(dtype, &["fewer tokens at a time"])?;
+    }
     let plan = load.memory(true);
     let needed = plan.total + extra;
     match available_bytes() {

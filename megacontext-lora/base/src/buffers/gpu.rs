@@ -20,6 +20,8 @@ use crate::params::Group;
 pub const LOGIT_BYTES: usize = 256 << 20;
 /// f32 sums of a linear layer that are rounded a part of the rows at a time.
 const PART: u64 = 8 << 20;
+/// Values of a parameter that are copied to the device at a time, where they are stored otherwise there.
+pub const PIECE: usize = 8 << 20;
 /// What cuBLASLt works in, on Hopper; less on what came before it.
 pub const BLAS: u64 = 32 << 20;
 
@@ -44,13 +46,13 @@ pub struct GpuBytes {
 }
 
 impl GpuBytes {
-    /// The greater of two, kind by kind: of passes that use the same buffers.
-    pub fn most(self, other: Self) -> Self {
+    /// Of passes of one model whose buffers are there at one time, and which run one after another.
+    pub fn beside(self, other: Self) -> Self {
         Self {
             weights: self.weights.max(other.weights),
             gradients: self.gradients.max(other.gradients),
-            activations: self.activations.max(other.activations),
-            workspace: self.workspace.max(other.workspace),
+            activations: self.activations + other.activations,
+            workspace: self.workspace + other.workspace,
             passing: self.passing.max(other.passing),
         }
     }
@@ -137,6 +139,7 @@ impl Sizes {
         let delta = if backward { 4 * self.heads } else { 0 };
         let copies = match (precision, backward) {
             (Precision::F32, _) | (Precision::Bf16, false) => 0,
+            (Precision::Bf16, true) if self.qk_norms => 4 * self.q,
             (Precision::Bf16, true) => 2 * self.q,
             (Precision::Mixed, false) => 2 * (2 * self.q + 2 * self.kv),
             (Precision::Mixed, true) => 2 * (4 * self.q + 4 * self.kv),
@@ -211,7 +214,12 @@ fn bytes(
     } else {
         0
     };
-    let loss = s.losing(pass.precision, config.vocab_size, backward) + of_head;
+    // The head's copy may be made anew while the loss is.
+    let copied = match pass.precision {
+        Precision::F32 => 0,
+        _ => 4 * (PIECE as u64).min((config.vocab_size * config.hidden_size) as u64),
+    };
+    let loss = s.losing(pass.precision, config.vocab_size, backward) + of_head + copied;
     GpuBytes {
         weights: weights_bytes(config, pass.precision, pass.lora),
         gradients: all,
@@ -230,6 +238,13 @@ pub fn training_bytes(
     learning: &[Group],
 ) -> GpuBytes {
     bytes(config, pass, Some((walked, recompute)), learning)
+}
+
+/// What a divergence has beside a loss: the teacher's logits and rows, and the gradient that it is added to.
+pub fn divergence_bytes(config: &DecoderConfig, pass: PassShape) -> u64 {
+    let s = Sizes::of(config, pass.precision, pass.entries);
+    let chunk = (chunk_rows(config.vocab_size) as u64).min(s.n);
+    4 * chunk * (config.vocab_size as u64 + s.e) + 4 * s.n * s.e
 }
 
 /// What a forward pass alone takes.

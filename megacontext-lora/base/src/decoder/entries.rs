@@ -86,7 +86,7 @@ impl Decoder {
                 step.tokens.len()
             ));
         }
-        if step.kl != 0.0 {
+        if step.kl != 0.0 || step.teacher.is_some() {
             let got = step.teacher.map_or(0, <[f32]>::len);
             if got != scored.len() * width {
                 return refuse(format!(
@@ -95,7 +95,7 @@ impl Decoder {
                     scored.len() * width
                 ));
             }
-            if self.head_learns() {
+            if step.kl != 0.0 && self.head_learns() {
                 return refuse(
                     "expected an output head that is frozen, since the teacher has the same, got one that learns".into(),
                 );

@@ -36,7 +36,6 @@ use super::{AttentionSpec, Loss, Machine, Scored, Teacher, Wanted};
 use crate::architecture::{Mlp, NormKind, Rotation};
 use crate::block::Tables;
 use crate::buffers::{Activation, Buffers, KeysValues, Scratch};
-use crate::config::DecoderConfig;
 use crate::decoder::{Decoder, Document, Ran};
 use crate::device::Gpu as Opened;
 use crate::error::{BaseError, Result};
@@ -52,20 +51,9 @@ pub(crate) struct Gpu {
 }
 
 impl Gpu {
-    /// For a model of this configuration, whose parameters are copied when passes need them.
-    ///
-    /// # Errors
-    /// When the kernels cannot run it.
-    pub fn new(opened: &Arc<Opened>, config: &DecoderConfig) -> Result<Self> {
-        let width = config.head_dim;
-        if !width.is_multiple_of(8) || width > 256 {
-            let message = format!(
-                "cuda:{}: expected heads whose width is a multiple of 8 up to 256, got {width}; the processor takes it",
-                opened.device.ordinal()
-            );
-            return Err(BaseError::Device { message });
-        }
-        Ok(Self { opened: opened.clone(), parameters: Parameters::default() })
+    /// For one model, whose parameters are copied when passes need them.
+    pub fn new(opened: &Arc<Opened>) -> Self {
+        Self { opened: opened.clone(), parameters: Parameters::default() }
     }
 
     fn kernels(&self) -> &Kernels {

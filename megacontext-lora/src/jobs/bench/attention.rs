@@ -87,7 +87,8 @@ pub fn run(bench: &AttentionBench, host: &dyn HostApi) -> Result<Value> {
     if let Some(on) = on.as_ref().filter(|on| !on.device().is_cpu()) {
         return super::attention_cuda::run(bench, pattern, [heads, kv_heads], on.device(), host);
     }
-    drop(on);
+    #[cfg(not(feature = "cuda"))]
+    let _ = on;
     let scale = 1.0 / (bench.head_dim as f64).sqrt();
     let sizes = [bench.batch, bench.n, heads, kv_heads, bench.head_dim];
     let prepared = Prepared::new(sizes, scale, pattern, &Rows::default())

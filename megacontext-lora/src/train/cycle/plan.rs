@@ -161,8 +161,9 @@ impl CyclePlan {
             gpu::training_bytes(model, pass(shown.max(together)), model.num_hidden_layers, true, &groups);
         let read_there = gpu::evaluation_bytes(model, pass((context + config.horizon).max(together)));
         // Histories that a step of GistNet runs, or the labels of one.
-        let documents = config.jt1.batch.max(1) as u64 * passage;
-        let device_plan = DevicePlan::of(device, step.most(read_there), documents)?;
+        let documents = config.jt1.batch.max(1) as u64 * (passage - values);
+        let divergence = gpu::divergence_bytes(model, pass(shown.max(together)));
+        let device_plan = DevicePlan::of(device, step.beside(read_there), documents + divergence)?;
 
         // Time.
         let speed = device.measured_flops(config.dtype.products()).map_err(model_error)?;

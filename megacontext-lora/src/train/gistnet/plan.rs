@@ -197,11 +197,12 @@ impl GistPlan {
         let held = trained.activations + trained.workspace + larger.activations + larger.workspace;
         let passes = held - own.activations - own.workspace + trained.loss.max(larger.loss);
         let on_gpu = gpu::training_bytes(model, pass(learned), model.num_hidden_layers, true, &[])
-            .most(gpu::evaluation_bytes(model, pass(context.max(learned).max(measured.at_once()))));
-        // Documents of a step, or of a validation, beside those that are kept; their entries' values stay on the host.
+            .beside(gpu::evaluation_bytes(model, pass(context.max(learned).max(measured.at_once()))));
+        // Documents of a step, or of a validation, beside those that are kept, and what a divergence from them takes.
         let values = |entries: usize| F32 * entries as u64 * e;
         let documents = kept + fresh.max(patterns * passage(context, false));
-        let device = DevicePlan::of(device, on_gpu, documents)?;
+        let divergence = if hidden { gpu::divergence_bytes(model, pass(learned)) } else { 0 };
+        let device = DevicePlan::of(device, on_gpu, documents + divergence)?;
         // Of what is kept no more than the entries' values is left here.
         let (passes, kept) = match device {
             None => (passes, kept),

@@ -13,6 +13,7 @@ use megacontext_kernels::linear::Weight;
 use megacontext_kernels::store::bf16;
 
 use super::buffer::Product;
+use crate::buffers::gpu::PIECE;
 use crate::error::Result;
 use crate::params::ParamStore;
 
@@ -141,17 +142,25 @@ impl Parameters {
     }
 }
 
-/// `values` on the device, stored as P, in the memory of `before` where that fits.
+/// `values` on the device, stored as P.
 fn upload<A: Product, P: Product>(
     device: &Device,
     values: &[A],
     before: Option<CudaSlice<P>>,
 ) -> Result<CudaSlice<P>> {
-    let uploaded = device.upload(values).map_err(KernelError::from)?;
+    if A::KIND == P::KIND {
+        // Let go first, so that both are never there.
+        drop(before);
+        return Ok(device.upload(bytemuck::cast_slice::<A, P>(values)).map_err(KernelError::from)?);
+    }
     let mut into = match before.filter(|before| before.len() == values.len()) {
         Some(before) => before,
         None => device.room(values.len()).map_err(KernelError::from)?,
     };
-    rows::convert(device, &uploaded, &mut into)?;
+    for (at, piece) in values.chunks(PIECE).enumerate() {
+        let uploaded = device.upload(piece).map_err(KernelError::from)?;
+        let first = at * PIECE;
+        rows::convert(device, &uploaded, &mut into.slice_mut(first..first + piece.len()))?;
+    }
     Ok(into)
 }
