@@ -3,10 +3,11 @@
 
     cargo build --release -p megacontext-lora
     scripts/bench_against_torch.py --python peer/bin/python
+    scripts/bench_against_torch.py --python peer/bin/python --device cuda    # both on the first GPU
 
 Each comparison is a set of commands, ours and the peer's, run one after the other in a process each, for some rounds; a
 figure is the median over the rounds. Where the peer has two ways (the loss of a step), its better one counts for each figure.
-What is compared and what is wanted of it is in TARGETS; docs/benchmarks.md says more.
+What is compared and what is wanted of it is in TARGETS, and in ON_GPU for a GPU, where nothing is wanted yet; docs/benchmarks.md says more.
 """
 import argparse
 import json
@@ -80,6 +81,15 @@ TARGETS = {
     "W1": Target("lens", "dense", [8192], {"f32": (["f32"], fixed(1.5), ["f32"], 1.0)}),
     "W1C": Target("lens", "causal", [8192], {"f32": (["f32"], fixed(1.5), ["f32"], 1.0)}),
 }
+# On a GPU.
+UNASKED = {"bf16": (["bf16"], fixed(None), ["bf16"], None)}
+ON_GPU = {
+    "G1": Target("attention", "s2", [8192, 32768, 131072], UNASKED, ["32,8"]),
+    "G2": Target("attention", "dense", [8192, 32768, 131072], UNASKED, ["32,8"]),
+    "G3": Target(
+        "step", "s2", [8192], {"bf16": (["bf16 hf", "bf16 chunked"], fixed(None), ["bf16 hf", "bf16 chunked"], None)}
+    ),
+}
 # Of the plugin alone: field, at most.
 ALONE = {"A1": [("call_ns", 100.0, "a call that does no work, ns"), ("load_ms", 50.0, "loading the plugin, ms")]}
 
@@ -91,20 +101,25 @@ def parse():
     parser.add_argument("--python", default=sys.executable, help="a Python with torch, transformers and peft")
     parser.add_argument("--mclora", type=Path, default=ROOT / "target/release/mclora")
     parser.add_argument("--peer", type=Path, default=HERE / "peer", help="folder of the peer's scripts")
-    parser.add_argument("--targets", default=",".join([*TARGETS, *ALONE]), help="which comparisons")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="what both sides run on")
+    parser.add_argument("--targets", help="which comparisons, with commas; all of the device's by default")
     parser.add_argument("--n", help="lengths instead of the targets' own, with commas")
     parser.add_argument("--heads", action="append", help="heads instead of the targets' own, such as 9,3; may repeat")
     parser.add_argument("--dtypes", default="f32,mixed,bf16", help="our precision classes")
     parser.add_argument("--shape", default=SMOLLM2, help="of steps: width,blocks,heads,kv heads,MLP width,vocabulary")
+    parser.add_argument("--head-dim", type=int, default=64, help="of attention")
     parser.add_argument("--group", default="0.25")
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=int, help="2 by default; on a GPU all there are, for what the processor does")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--reps", type=int, default=3, help="samples of attention or scores in a round")
     parser.add_argument("--steps", type=int, default=2, help="steps in a round")
     parser.add_argument("--json", type=Path, help="write all measurements and rows here")
     args = parser.parse_args()
-    known = {*TARGETS, *ALONE}
-    args.targets = args.targets.split(",")
+    args.on_gpu = args.device == "cuda"
+    args.known = ON_GPU if args.on_gpu else TARGETS
+    known = [*args.known] + ([] if args.on_gpu else [*ALONE])
+    args.targets = args.targets.split(",") if args.targets else known
+    args.threads = args.threads or (os.cpu_count() if args.on_gpu else 2)
     unknown = [name for name in args.targets if name not in known]
     if unknown:
         parser.error(f"--targets: expected names out of {sorted(known)}, got {unknown}")
@@ -131,7 +146,7 @@ def commands(args, target, n, heads):
     ours, peers = {}, {}
     for dtype in (dtype for dtype in target.dtypes if dtype in args.dtypes):
         if target.what == "attention":
-            flags = ["--pattern", target.pattern, "--heads", heads, "--reps", args.reps]
+            flags = ["--pattern", target.pattern, "--heads", heads, "--head-dim", args.head_dim, "--reps", args.reps]
         elif target.what == "lens":
             # The peer reads what ours, which runs before it, leaves there.
             flags = ["--attn", "dense", "--shape", LENSNET, "--reps", args.reps, "--files", args.files]
@@ -139,7 +154,9 @@ def commands(args, target, n, heads):
         else:
             flags = ["--attn", target.pattern, "--shape", args.shape, "--steps", args.steps]
         common = [*flags, "--n", n, "--group", args.group, "--threads", args.threads]
-        ours[dtype] = ([args.mclora, "bench", target.what, "--dtype", dtype, *common], None)
+        # Scores are made on the processor whatever there is.
+        mine, theirs = ([], []) if target.what == "lens" else (["--device", name] for name in args.devices)
+        ours[dtype] = ([args.mclora, "bench", target.what, "--dtype", dtype, *common, *mine], None)
         speed, _, memory, _ = target.dtypes[dtype]
         for peer in [*speed, *memory]:
             dtype_of_peer, _, loss = peer.partition(" ")
@@ -149,7 +166,7 @@ def commands(args, target, n, heads):
             if loss:
                 own += ["--loss", loss]
             tunables = {"GLIBC_TUNABLES": TUNABLES} if loss == "chunked" else None
-            peers[peer] = ([args.python, args.peer / f"{target.what}.py", *own, *common], tunables)
+            peers[peer] = ([args.python, args.peer / f"{target.what}.py", *own, *common, *theirs], tunables)
     return ours, peers
 
 
@@ -205,11 +222,12 @@ def ratio(a, b):
 FIELDS = {
     "attention": ("fb_ms", "peak_extra_MB"), "lens": ("fwd_ms", "peak_extra_MB"), "step": ("step_s", "peak_rss_MB"),
 }
+FIELDS_ON_GPU = {**FIELDS, "step": ("step_s", "peak_device_MB")}
 
 
 def rows_of(name, target, measured, args):
     """One row for each size and precision of a target."""
-    time, memory = FIELDS[target.what]
+    time, memory = (FIELDS_ON_GPU if args.on_gpu else FIELDS)[target.what]
     for heads in args.heads or target.heads if target.what == "attention" else [None]:
         for n in args.lengths or target.lengths:
             for dtype in (dtype for dtype in target.dtypes if dtype in args.dtypes):
@@ -222,12 +240,13 @@ def rows_of(name, target, measured, args):
                 speed, share = ratio(their_time, ours.get(time)), ratio(ours.get(memory), their_memory)
                 errors = [line["error"] for line in (ours, *against, *beside) if "error" in line]
                 met = None
-                if speed is not None:
+                if speed is not None and wanted(heads, n) is not None:
                     met = speed >= wanted(heads, n)
                     if memory_wanted is not None:
                         met = met and share is not None and share <= memory_wanted
                 yield {
                     "target": name, "what": target.what, "pattern": target.pattern, "n": n, "heads": heads,
+                    "head_dim": args.head_dim if heads else None,
                     "dtype": dtype, "peer": " or ".join(speed_peers), "unit": time.rpartition("_")[2],
                     "ours": ours.get(time), "theirs": their_time, "speed": speed, "speed_wanted": wanted(heads, n),
                     "gflops": ours.get("gflops"), "ours_MB": ours.get(memory), "theirs_MB": their_memory,
@@ -246,14 +265,17 @@ def markdown(rows, limits):
     yield "|" + "---|" * len(head)
     for row in rows:
         what = f"{row['what']} {row['pattern']}" + (f" {row['heads'].replace(',', '/')}" if row["heads"] else "")
+        what += f" d {row['head_dim']}" if row["head_dim"] else ""
         digits, limit = (1 if row["unit"] == "ms" else 2), limits.get(row["dtype"])
         wanted = "-" if row["memory_wanted"] is None else f"≤ {row['memory_wanted']}"
+        faster = "-" if row["speed_wanted"] is None else f"≥ {row['speed_wanted']}"
+        verdict = "-" if row["speed"] and row["speed_wanted"] is None else "not measured"
         cells = [
             row["target"], what, row["dtype"], row["peer"], str(row["n"]),
             f"{shown(row['ours'], digits)} {row['unit']}", f"{shown(row['theirs'], digits)} {row['unit']}",
-            f"{shown(row['speed'])} (≥ {row['speed_wanted']})", shown(row["ours_MB"], 0), shown(row["theirs_MB"], 0),
+            f"{shown(row['speed'])} ({faster})", shown(row["ours_MB"], 0), shown(row["theirs_MB"], 0),
             f"{shown(row['memory'])} ({wanted})", shown(row["gflops"], 0),
-            shown(ratio(row["gflops"], limit)), {True: "yes", False: "no", None: "not measured"}[row["met"]],
+            shown(ratio(row["gflops"], limit)), {True: "yes", False: "no", None: verdict}[row["met"]],
         ]
         yield "| " + " | ".join(cells) + " |"
 
@@ -267,18 +289,30 @@ def machine():
         return platform.processor() or "unknown processor"
 
 
+def gpu_of_peer(args):
+    """What PyTorch calls its GPU; leaves with a line where it has none."""
+    done = subprocess.run([args.python, args.peer / "device.py"], capture_output=True, text=True)
+    if done.returncode:
+        said = (done.stderr.strip() or f"{args.python} ended with {done.returncode}").splitlines()[-1]
+        raise SystemExit(f"--device cuda: {said}")
+    return done.stdout.strip()
+
+
 def main():
     args = parse()
+    args.devices = ("cuda:0", "cuda") if args.on_gpu else ("cpu", "cpu")
+    gpu = f"{gpu_of_peer(args)}, " if args.on_gpu else ""
     args.lengths = [int(n) for n in args.n.split(",")] if args.n else None
     folder = tempfile.TemporaryDirectory()
     args.files = Path(folder.name)
     measured, limits = Measured(args), {}
-    for dtype in args.dtypes:
+    # The limit is of products on the processor.
+    for dtype in [] if args.on_gpu else args.dtypes:
         # A large product, in and out and back: as fast as our products get.
         sizes = ["--n", 4096, "--in", 2048, "--out", 2048, "--rank", 0, "--threads", args.threads]
         lines = [run([args.mclora, "bench", "linear", "--dtype", dtype, *sizes]) for _ in range(args.rounds)]
         limits[dtype] = medians(lines).get("gflops")
-    chosen = {name: TARGETS[name] for name in args.targets if name in TARGETS}
+    chosen = {name: args.known[name] for name in args.targets if name in args.known}
     sizes = {}
     for target in chosen.values():
         for heads in args.heads or target.heads if target.what == "attention" else [None]:
@@ -293,9 +327,9 @@ def main():
         (f"torch {line['version']}" for line in measured.all if line.get("lib") == "torch"), "no torch"
     )
     others = max((line["other"] for line in measured.all if line.get("other") is not None), default=None)
-    limit = ", ".join(f"{dtype} {shown(value, 0)}" for dtype, value in limits.items())
+    limit = ", ".join(f"{dtype} {shown(value, 0)}" for dtype, value in limits.items()) or "not measured"
     print(
-        f"{machine()}, {args.threads} threads, {example.get('cpu', '-')}; {versions}; {args.rounds} rounds. "
+        f"{gpu}{machine()}, {args.threads} threads, {example.get('cpu', '-')}; {versions}; {args.rounds} rounds. "
         f"Large products of ours, GFLOP/s: {limit}. Other processes used up to {shown(others)} cores.\n"
     )
     if rows:

@@ -30,5 +30,5 @@ impl RootModule for PluginModuleRef {
 
 #[export_root_module]
 fn root_module() -> PluginModuleRef {
-    PluginModule { abi_revision: 1 }.leak_into_prefix()
+    PluginModule { abi_revision: 2 }.leak_into_prefix()
 }

@@ -6,7 +6,7 @@
 use integration_tests::{example_library, fixture, model_with_tokenizer, plugin};
 use megacontext_lora_abi::{
     ABI_REVISION, AbiError, Answer, ContextView, DType, Device, EntriesView, ErrorKind, Host, JobParameters,
-    LoadError, LoadOptions, NO_TARGET, Plugin, Session, TensorView, TensorViewMut, VERSION_LINE,
+    LoadError, LoadOptions, NO_TARGET, Plugin, Session, Stream, TensorView, TensorViewMut, VERSION_LINE,
 };
 use serde_json::{Value, json};
 use std::path::Path;
@@ -57,6 +57,8 @@ fn the_plugin_says_what_it_is() {
     let can = plugin.capabilities();
     let told = plugin.open_session(&json!({}), ()).unwrap().describe().unwrap();
     let jobs: Vec<&str> = told["jobs"].as_array().unwrap().iter().map(|job| job.as_str().unwrap()).collect();
+    assert!(can.contains(&"device:cpu".to_string()), "{can:?}");
+    assert_eq!(told["devices"][0], json!({ "device": "cpu" }));
     assert!(jobs.contains(&"extend") && jobs.contains(&"sweep"), "{jobs:?}");
     assert_eq!(can.iter().filter(|name| name.starts_with("job:")).count(), jobs.len());
     for job in jobs {
@@ -114,6 +116,8 @@ fn the_digest_is_insisted_on() {
 fn a_session_without_a_base_runs_jobs_only() {
     let session = load().open_session(&json!({}), ()).unwrap();
     assert_eq!(session.describe().unwrap()["base"], Value::Null);
+    let refused = load().open_session(&json!({ "device": "cpu" }), ()).err().unwrap();
+    assert_eq!(refused.message(), "session: a device needs a base, got cpu without one; jobs name their own");
     let mut out = [0f32; 4];
     let error =
         session.embed(TensorView::of(&[1u32]), TensorViewMut::new(&mut out, &[1, 4]).unwrap()).unwrap_err();
@@ -565,6 +569,64 @@ fn a_session_serves_several_threads() {
     });
 }
 
+/// A view of a GPU's memory that nobody has.
+fn on_gpu<'a>(dtype: DType, shape: &[usize], strides: &[isize]) -> TensorView<'a> {
+    // SAFETY: the plugin refuses the view and follows no address; this is what the test shows.
+    unsafe { TensorView::from_cuda(0x7f00_0000_0100, dtype, 0, Some(Stream::LEGACY_DEFAULT), shape, strides) }
+}
+
+#[test]
+fn a_gpus_tensors_are_refused_before_anything_is_changed() {
+    let (_folder, session) = open("llama/tied_f32");
+    let ids = [1u32, 5, 9];
+    let width = session.describe().unwrap()["hidden_size"].as_u64().unwrap() as usize;
+    let (mut embedded, mut losses) = (vec![7f32; 3 * width], [7f32; 3]);
+    let (mut cos, mut logits) = ([7f32; 3 * 2], [7f32; 3 * 64]);
+    // SAFETY: as in `on_gpu`.
+    let out = |shape: &[usize], strides: &[isize]| unsafe {
+        TensorViewMut::from_cuda(0x7f00_0000_1000, DType::F32, 0, None, shape, strides)
+    };
+    let tokens = on_gpu(DType::U32, &[3], &[1]);
+    let places = on_gpu(DType::F64, &[3], &[1]);
+    let mu = [0f64, 1.0, 2.0];
+    let none: [f64; 0] = [];
+    let context = ContextView::tokens(&ids);
+    let entries = EntriesView::Embeddings(on_gpu(DType::F32, &[3, width], &[width as isize, 1]));
+    let refused = [
+        ("tokens", session.embed(tokens, TensorViewMut::new(&mut embedded, &[3, width]).unwrap())),
+        ("out", session.embed(TensorView::of(&ids), out(&[3, width], &[width as isize, 1]))),
+        ("out", session.logits(context, out(&[3, 64], &[64, 1]))),
+        (
+            "embeddings",
+            session.logits(ContextView::new(entries), TensorViewMut::new(&mut logits, &[3, 64]).unwrap()),
+        ),
+        (
+            "tokens",
+            session.nll(ContextView::new(EntriesView::Tokens(tokens)), TensorViewMut::of(&mut losses)),
+        ),
+        ("mu", session.nll(context.with_mu(places), TensorViewMut::of(&mut losses))),
+        ("sigma", session.nll(context.with_sigma(places), TensorViewMut::of(&mut losses))),
+        ("lod", session.nll(context.with_lod(tokens), TensorViewMut::of(&mut losses))),
+        ("targets", session.nll(context.with_targets(tokens), TensorViewMut::of(&mut losses))),
+        (
+            "out_sin",
+            session.rope_tables(
+                TensorView::of(&mu),
+                TensorView::of(&none),
+                TensorViewMut::new(&mut cos, &[3, 2]).unwrap(),
+                out(&[3, 2], &[2, 1]),
+            ),
+        ),
+    ];
+    for (what, answer) in refused {
+        let error = answer.unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Usage, "{what}: {error}");
+        assert_eq!(error.message(), format!("{what}: expected memory on cpu, got cuda:0"));
+    }
+    assert!(embedded.iter().chain(&losses).chain(&cos).chain(&logits).all(|value| *value == 7.0));
+    session.embed(TensorView::of(&ids), TensorViewMut::new(&mut embedded, &[3, width]).unwrap()).unwrap();
+}
+
 #[test]
 fn a_hosts_history_becomes_gists() {
     let (folder, session) = open("llama/tied_f32");
@@ -586,6 +648,8 @@ fn a_hosts_history_becomes_gists() {
     let strided = unsafe {
         TensorView::from_raw_parts(spread.as_ptr().cast(), DType::U32, Device::CPU, &[ids.len()], &[2])
     };
+    let error = session.tree_append(on_gpu(DType::U32, &[22], &[1])).unwrap_err();
+    assert_eq!(error.message(), "tokens: expected memory on cpu, got cuda:0");
     assert_eq!(session.tree_append(strided).unwrap()["made"], json!([5, 1]));
     assert_eq!(
         session.tree_append(TensorView::of(&[1u32, 2])).unwrap()["nodes"],

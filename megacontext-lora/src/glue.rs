@@ -310,16 +310,16 @@ impl<'a> OwnedContext<'a> {
             }
         };
         let length = entries.shape()[0];
-        let optional = |view: Option<TensorView<'a>>| view.map(|v| v.byte_range());
+        let optional = |view: Option<TensorView<'a>>| view.map(|v| v.memory());
         let ranges = [
-            ("entries", Some(entries.byte_range())),
+            ("entries", Some(entries.memory())),
             ("mu", optional(view.mu())),
             ("sigma", optional(view.sigma())),
             ("lod", optional(view.lod())),
             ("targets", optional(view.targets())),
         ];
         let inputs: Vec<_> = ranges.into_iter().filter_map(|(name, range)| Some((name, range?))).collect();
-        check_disjoint(&[("out", out.byte_range())], &inputs)?;
+        check_disjoint(&[("out", out.memory())], &inputs)?;
         let dims = [Some(length)];
         Ok(Self {
             tokens,
@@ -359,7 +359,7 @@ impl RawSession for SessionImpl {
 
     fn embed(&self, tokens: TensorView<'_>, mut out: TensorViewMut<'_>) -> RResult<(), AbiError> {
         self.guard("embed", |s| {
-            check_disjoint(&[("out", out.byte_range())], &[("tokens", tokens.byte_range())])?;
+            check_disjoint(&[("out", out.memory())], &[("tokens", tokens.memory())])?;
             let tokens = tokens.read::<u32>("tokens", &[None])?;
             out.fill("out", &[Some(tokens.len()), None], |values| s.embed(&tokens, values))
         })
@@ -374,8 +374,8 @@ impl RawSession for SessionImpl {
     ) -> RResult<(), AbiError> {
         self.guard("rope_tables", |s| {
             check_disjoint(
-                &[("out_cos", out_cos.byte_range()), ("out_sin", out_sin.byte_range())],
-                &[("mu", mu.byte_range()), ("sigma", sigma.byte_range())],
+                &[("out_cos", out_cos.memory()), ("out_sin", out_sin.memory())],
+                &[("mu", mu.memory()), ("sigma", sigma.memory())],
             )?;
             let mu = mu.read::<f64>("mu", &[None])?;
             let sigma = sigma.read::<f64>("sigma", &[None])?;
@@ -474,7 +474,7 @@ impl RawSession for SessionImpl {
         mut out_sin: TensorViewMut<'_>,
     ) -> RResult<(), AbiError> {
         self.guard("context_tables", |s| {
-            let outs = [("out_cos", out_cos.byte_range()), ("out_sin", out_sin.byte_range())];
+            let outs = [("out_cos", out_cos.memory()), ("out_sin", out_sin.memory())];
             check_disjoint(&outs, &[])?;
             OwnedContext::read(&context, &out_sin)?;
             let context = OwnedContext::read(&context, &out_cos)?;
@@ -522,7 +522,7 @@ impl RawSession for SessionImpl {
 
     fn gists(&self, entries: TensorView<'_>, lod: u32, mut out: TensorViewMut<'_>) -> RResult<(), AbiError> {
         self.guard("gists", |s| {
-            check_disjoint(&[("out", out.byte_range())], &[("entries", entries.byte_range())])?;
+            check_disjoint(&[("out", out.memory())], &[("entries", entries.memory())])?;
             let (block, width) = s.tree_sizes("gists")?;
             let values = entries.read::<f32>("entries", &[None, Some(block), Some(width)])?;
             let dims = [Some(entries.shape()[0]), Some(width)];
@@ -545,8 +545,8 @@ impl RawSession for SessionImpl {
         mut out: TensorViewMut<'_>,
     ) -> RResult<(), AbiError> {
         self.guard("focus_scores", |s| {
-            let inputs = [("start", start.byte_range()), ("lod", lod.byte_range())];
-            check_disjoint(&[("out", out.byte_range())], &inputs)?;
+            let inputs = [("start", start.memory()), ("lod", lod.memory())];
+            check_disjoint(&[("out", out.memory())], &inputs)?;
             let start = start.read::<i64>("start", &[None])?;
             let dims = [Some(start.len())];
             let lod = lod.read::<u32>("lod", &dims)?;

@@ -539,8 +539,8 @@ fn plugin_of_another_crate_version() {
 #[test]
 fn plugin_of_another_revision() {
     let fixture = Fixture::new();
-    let path = patched_plugin(&fixture, VERSION_LINE, &VERSION_LINE.replace("revision 1", "revision 2"));
-    refuses_plugin(&fixture, &path, &["another version", "revision 2", VERSION_LINE]);
+    let path = patched_plugin(&fixture, VERSION_LINE, &VERSION_LINE.replace("revision 2", "revision 3"));
+    refuses_plugin(&fixture, &path, &["another version", "revision 3", VERSION_LINE]);
 }
 
 #[test]

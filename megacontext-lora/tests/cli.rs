@@ -256,7 +256,7 @@ fn plugins_that_are_none_are_refused() {
 fn the_plugin_beside_the_program_is_found() {
     let (out, err) = Bench::new().succeeds("plugin check --json");
     let told: Value = serde_json::from_str(&out).unwrap();
-    assert_eq!(told["abi_revision"], 1, "{told}");
+    assert_eq!(told["abi_revision"], 2, "{told}");
     assert!(err.is_empty(), "{err}");
 }
 

@@ -6,6 +6,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use megacontext_base::config::DecoderConfig;
+use megacontext_base::device::Device;
 use megacontext_lora::train::config::ExtendConfig;
 use megacontext_lora::train::cycle::{CycleConfig, CyclePlan, PhaseKind};
 use megacontext_lora::train::plan;
@@ -46,7 +47,7 @@ fn planned(name: &str, model: &DecoderConfig, trained: usize) -> CyclePlan {
     let config = CycleConfig { memory_budget_bytes: Some(ROOM), ..config };
     let config = config.resolve(model, trained).unwrap();
     let lora = config.lora.clone().unwrap_or_default().resolve(model).unwrap();
-    CyclePlan::new(&config, model, &lora, config.validation.histories).unwrap()
+    CyclePlan::new(&config, model, &lora, config.validation.histories, &Device::Cpu).unwrap()
 }
 
 fn check(plan: &CyclePlan, phases: usize, gigabytes: [f64; 2]) {
@@ -101,7 +102,7 @@ fn longloras_recipe_at_seven_billion() {
     value["memory_budget_bytes"] = json!(ROOM);
     value["data"] = json!(["books"]);
     let config = ExtendConfig::from_json(value).unwrap().resolve(&model).unwrap();
-    let plan = plan::plan(&model, &config, 0).unwrap();
+    let plan = plan::plan(&model, &config, 0, &Device::Cpu).unwrap();
     let total = plan.memory.total as f64 / 1e9;
     assert!(total > 14.0 && total < 80.0, "{total} GB");
     assert!(plan.seconds > 0.0);

@@ -59,7 +59,9 @@ fn a_gpu_that_cannot_be_had_is_refused_before_anything_is_written() {
         vec!["pretrain", "--out", &out, "--steps", "1"],
         sweep.to_vec(),
         [&["bench", "step", "--n", "16", "--steps", "1"][..], &shape].concat(),
+        [&["bench", "plan", "--n", "16"][..], &shape].concat(),
         [&bench_gist[..], &shape].concat(),
+        vec!["bench", "attention", "--n", "16", "--heads", "2,1", "--head-dim", "8"],
         vec!["logits", "--base", &base, "--tokens", &tokens, "--out", &out],
     ];
     let extend = fixture.extend("out");
@@ -107,8 +109,8 @@ fn a_command_without_a_model_takes_no_device() {
         mclora(&args)
             .refused(2, &["--device: expected none for a command that runs no passes of a model, got cpu"]);
     }
-    let attention = ["bench", "attention", "--device", "cuda:0"];
-    mclora(&attention).refused(2, &["--device: expected none", "got cuda:0"]);
+    let linear = ["bench", "linear", "--device", "cuda:0"];
+    mclora(&linear).refused(2, &["--device: expected none", "got cuda:0"]);
 }
 
 #[test]

@@ -51,7 +51,10 @@ impl Recorder {
 
 impl HostApi for Recorder {
     fn event(&self, kind: &str, _: &Value) {
-        self.heard.lock().unwrap().push(kind.to_string());
+        // A build with CUDA says what it came to; that is not what these tests are about.
+        if kind != "device" {
+            self.heard.lock().unwrap().push(kind.to_string());
+        }
     }
 
     fn cancelled(&self) -> bool {

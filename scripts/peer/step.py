@@ -6,6 +6,9 @@ activation checkpointing; loss over all positions; AdamW and the clearing of gra
 `--loss hf` is the loss that transformers computes, `--loss chunked` goes over 1024 positions at a time and recomputes their
 logits; the second wants GLIBC_TUNABLES=glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=8589934592:glibc.malloc.trim_threshold=17179869184
 to be at its fastest. `--products bf16` is PyTorch's matmul precision "medium": f32 storage, products in bf16.
+
+With `--device cuda` everything lies on a GPU, optimiser included, and bf16 attends by flash attention alone; `peak_device_MB` is
+its memory.
 """
 import argparse
 
@@ -18,6 +21,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+import device as devices
 import quiet
 import s2
 
@@ -37,8 +41,13 @@ parser.add_argument("--no-checkpointing", action="store_true")
 parser.add_argument("--threads", type=int, default=2)
 parser.add_argument("--batch", type=int, default=1)
 parser.add_argument("--steps", type=int, default=2)
+devices.add_flag(parser)
 args = parser.parse_args()
 
+device = devices.chosen(args.device)
+on_gpu = device.type == "cuda"
+if on_gpu and args.dtype == "bf16":
+    devices.flash_alone()
 torch.set_num_threads(args.threads)
 torch.set_float32_matmul_precision("medium" if args.products == "bf16" else "highest")
 torch.manual_seed(0)
@@ -50,7 +59,8 @@ group = n if args.attn == "dense" else quiet.group_of(args.group, n)
 
 def attend(module, query, key, value, attention_mask, **_):
     """What transformers calls for attention: [B, H, n, d] in, [B, n, H, d] out."""
-    return s2.KINDS[args.attn](*(x.transpose(1, 2) for x in (query, key, value)), group).contiguous(), None
+    parts = (x.transpose(1, 2) for x in (query, key, value))
+    return s2.KINDS[args.attn](*parts, group, shared=on_gpu).contiguous(), None
 
 
 ALL_ATTENTION_FUNCTIONS.register("bench", attend)
@@ -63,7 +73,8 @@ def build():
         intermediate_size=inner, vocab_size=vocab, tie_word_embeddings=True, max_position_embeddings=max(8192, n),
         rope_theta=100_000.0, use_cache=False, attn_implementation="bench",
     )
-    base = LlamaForCausalLM(config).to(DTYPES[args.dtype])
+    with device:
+        base = LlamaForCausalLM(config).to(DTYPES[args.dtype])
     lora = LoraConfig(
         r=args.rank, lora_alpha=2 * args.rank, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"],
         lora_dropout=0.0, bias="none", task_type="CAUSAL_LM",
@@ -75,7 +86,7 @@ def build():
             parameter.requires_grad_(True)
     if not args.no_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    return model.train()
+    return model.to(device).train()
 
 
 def flops():
@@ -92,9 +103,10 @@ def flops():
 
 model = build()
 optimizer = torch.optim.AdamW(
-    [p for p in model.parameters() if p.requires_grad], lr=2e-5, betas=(0.9, 0.95), weight_decay=0.0
+    [p for p in model.parameters() if p.requires_grad], lr=2e-5, betas=(0.9, 0.95), weight_decay=0.0,
+    fused=on_gpu or None,
 )
-ids = torch.randint(0, vocab, (args.batch, n))
+ids = torch.randint(0, vocab, (args.batch, n), device=device)
 
 
 def some(hidden, targets, weight):
@@ -124,18 +136,24 @@ def step():
     losses.append(loss.item())
 
 
+step = devices.waited(device, step)
 warm_up = quiet.timed(step)
 idle = quiet.start_of_memory()
+if on_gpu:
+    devices.start_of_memory(device)
 median, best, clean, other = quiet.sample(step, args.steps, 3 * args.steps, warm_up)
+of_gpu = {"peak_device_MB": round(devices.peak(device) / 1e6, 1)} if on_gpu else {}
 parts = flops()
 total = sum(parts.values())
 quiet.tell(
     lib="torch", version=torch.__version__, transformers=transformers.__version__, what="lora_step",
     dtype="mixed" if args.products == "bf16" and args.dtype == "f32" else args.dtype, loss_mode=args.loss,
-    threads=args.threads, shape=args.shape, attn=args.attn, B=args.batch, n=n, G=group, r=args.rank,
+    device=devices.described(device), threads=args.threads, shape=args.shape, attn=args.attn, B=args.batch, n=n, G=group,
+    r=args.rank,
     ckpt=not args.no_checkpointing, step_s=round(median, 4), best_s=round(best, 4),
     tok_s=round(args.batch * n / median, 1), peak_rss_MB=round(quiet.status("VmHWM") / 1e6, 1),
     idle_rss_MB=round(idle / 1e6, 1), tflop=round(total / 1e12, 6),
     tflop_parts={key: round(value / 1e12, 6) for key, value in parts.items()},
     gflops=round(total / median / 1e9, 1), loss=round(losses[0], 4), n_clean=clean, other=other,
+    **of_gpu,
 )

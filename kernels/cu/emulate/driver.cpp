@@ -151,16 +151,10 @@ API size_t emulated_contexts() {
     std::lock_guard<std::mutex> guard(state().lock);
     return state().contexts;
 }
-// Bytes that live, or the most that did since this was asked for last.
+// Bytes that live; the most that did is the pool's to say.
 API size_t emulated_bytes() {
     std::lock_guard<std::mutex> guard(state().lock);
     return state().bytes;
-}
-API size_t emulated_most_bytes() {
-    std::lock_guard<std::mutex> guard(state().lock);
-    const size_t most = state().most;
-    state().most = state().bytes;
-    return most;
 }
 API size_t emulated_launches() {
     std::lock_guard<std::mutex> guard(state().lock);
@@ -262,6 +256,35 @@ API Result cuMemGetInfo_v2(size_t* free, size_t* total) {
     *total = size_t(1) << 34;
     *free = *total - used;
     return SUCCESS;
+}
+
+// The one pool: it keeps nothing, and counts.
+API Result cuDeviceGetDefaultMemPool(void** pool, int device) {
+    if (device < 0 || device >= devices()) return INVALID_DEVICE;
+    *pool = context_handles + device;
+    return SUCCESS;
+}
+API Result cuMemPoolGetAttribute(void* pool, int attribute, void* value) {
+    std::lock_guard<std::mutex> guard(state().lock);
+    if (!pool || !value) return INVALID_VALUE;
+    switch (attribute) {
+        case 7: *static_cast<uint64_t*>(value) = state().bytes; return SUCCESS;  // in use
+        case 8: *static_cast<uint64_t*>(value) = state().most; return SUCCESS;   // the most that was
+        default: return INVALID_VALUE;
+    }
+}
+API Result cuMemPoolSetAttribute(void* pool, int attribute, void* value) {
+    std::lock_guard<std::mutex> guard(state().lock);
+    if (!pool || !value) return INVALID_VALUE;
+    switch (attribute) {
+        case 4: return SUCCESS;  // what is kept
+        case 8:
+            // It may be set to 0 alone, which counts from now.
+            if (*static_cast<uint64_t*>(value)) return INVALID_VALUE;
+            state().most = state().bytes;
+            return SUCCESS;
+        default: return INVALID_VALUE;
+    }
 }
 
 API Result cuStreamCreate(void** stream, unsigned) {

@@ -14,6 +14,8 @@ use super::driver::Driver;
 use super::error::CudaError;
 use super::image::{Compiler, Image, Module, cache_folder};
 use super::kernels::Kernels;
+use super::pool::Pool;
+use super::stored::Stored;
 
 /// A device's generation, as NVIDIA counts them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -54,6 +56,7 @@ pub struct Device {
     capability: Capability,
     cuda_major: i32,
     shared_limit: usize,
+    pool: Option<Pool>,
     pub(super) kernels: Kernels,
 }
 
@@ -111,8 +114,9 @@ impl Device {
                 error,
             })
         })?;
+        let pool = Pool::of(&context)?;
         let (stream, cuda_major) = (context.default_stream(), driver.major);
-        Ok(Self { stream, name, capability, cuda_major, shared_limit: limit, kernels })
+        Ok(Self { stream, name, capability, cuda_major, shared_limit: limit, pool, kernels })
     }
 
     /// Its number.
@@ -140,6 +144,22 @@ impl Device {
         self.shared_limit
     }
 
+    /// The most bytes that were in use at one time since [`Device::forget_most_bytes`]; none where the driver does not count.
+    ///
+    /// # Errors
+    /// What the driver says.
+    pub fn most_bytes(&self) -> Result<Option<u64>, CudaError> {
+        self.pool.as_ref().map(Pool::most).transpose()
+    }
+
+    /// Counts from what is in use now.
+    ///
+    /// # Errors
+    /// What the driver says.
+    pub fn forget_most_bytes(&self) -> Result<(), CudaError> {
+        self.pool.as_ref().map_or(Ok(()), Pool::forget)
+    }
+
     /// What work is queued on; memory is allocated on it.
     pub fn stream(&self) -> &Arc<CudaStream> {
         &self.stream
@@ -155,6 +175,18 @@ impl Device {
         }
         let bytes = count.saturating_mul(size_of::<T>());
         self.stream.alloc_zeros(count).map_err(CudaError::call(format!("allocating {bytes} bytes")))
+    }
+
+    /// Memory for values that are written before they matter: what is in it is whatever was there. At least one value.
+    ///
+    /// # Errors
+    /// As [`Device::zeros`].
+    pub fn room<T: Stored>(&self, count: usize) -> Result<CudaSlice<T>, CudaError> {
+        if count == 0 {
+            return Err(CudaError::Empty);
+        }
+        // SAFETY: every pattern of bits is a value of these types, and the memory is the device's.
+        unsafe { self.unset(count) }
     }
 
     /// A copy of host memory, at least one value.

@@ -51,6 +51,7 @@ pub mod loss;
 pub mod mlp;
 pub mod norm;
 mod nvrtc;
+mod pool;
 pub mod rope;
 pub mod rows;
 mod stored;

@@ -33,6 +33,9 @@ fn opened(cache: &Path, more: &[(&str, &str)]) -> Result<Option<String>> {
 #[test]
 #[ignore = "run by the others, in a process of its own"]
 fn opens() -> Result<()> {
+    // The device lets go of its compiler, and what that counted would go with it.
+    // SAFETY: the library has no initialisers.
+    let nvrtc = unsafe { Library::new("libnvrtc.so.12") }?;
     let device = match Device::open(0) {
         Ok(device) => device,
         Err(error) => {
@@ -41,12 +44,9 @@ fn opens() -> Result<()> {
         }
     };
     println!("open: {} {}", device.name(), device.capability());
-    // SAFETY: the library is open, and has no initialisers; it is `cu/emulate/nvrtc.cpp`, and this is the function's type.
-    let compiled = unsafe {
-        let nvrtc = Library::new("libnvrtc.so.12")?;
-        nvrtc.get::<extern "C" fn() -> usize>(b"emulated_nvrtc_compiled")?()
-    };
-    println!("compiled: {compiled}");
+    // SAFETY: the library is `cu/emulate/nvrtc.cpp`, and this is the function's type.
+    let compiled = unsafe { nvrtc.get::<extern "C" fn() -> usize>(b"emulated_nvrtc_compiled") }?;
+    println!("compiled: {}", compiled());
     let (x, gain) = (device.upload(&[3f32, -4.0])?, device.upload(&[1f32, 2.0])?);
     let mut y = device.zeros::<f32>(2)?;
     norm::rms_forward(&device, &x, &gain, 0.0, &mut y)?;

@@ -7,7 +7,10 @@
 //! library that allocated the memory. Shape in elements, row-major, outermost dimension first. The pointer is aligned to
 //! the element; DLPack's wish for 256 bytes is not kept (nor is it by others).
 //!
-//! Left out: reading DLPack tensors of other makers (dtypes with lanes, other devices).
+//! A tensor may lie on a GPU ([`OwnedTensor::of_cuda_owner`]): device type and number go out and come in as they are, and who
+//! reads values on the host is refused. DLPack's struct names no stream: what writes such a tensor is done before it is given.
+//!
+//! Left out: reading DLPack tensors of other makers with dtypes with lanes, or on other devices than the CPU and CUDA's.
 
 use crate::tensor::{DType, Device, DeviceKind, Element, TensorError, TensorView, contiguous_strides};
 use abi_stable::StableAbi;
@@ -160,6 +163,33 @@ impl OwnedTensor {
         shape: &[usize],
         flags: u64,
     ) -> Self {
+        Self::of_device(owner, Device::CPU, dtype, data, shape, flags)
+    }
+
+    /// Lends row-major values in a GPU's memory, at `address` of the device `id`; otherwise as [`OwnedTensor::of_owner`].
+    ///
+    /// # Safety
+    /// As there, of that device's memory; the work that writes the values is done.
+    pub unsafe fn of_cuda_owner<O: Send + Sync + 'static>(
+        owner: O,
+        id: i32,
+        dtype: DType,
+        address: usize,
+        shape: &[usize],
+        flags: u64,
+    ) -> Self {
+        let device = Device { kind: DeviceKind::Cuda, id };
+        Self::of_device(owner, device, dtype, std::ptr::without_provenance_mut(address), shape, flags)
+    }
+
+    fn of_device<O: Send + Sync + 'static>(
+        owner: O,
+        device: Device,
+        dtype: DType,
+        data: *mut c_void,
+        shape: &[usize],
+        flags: u64,
+    ) -> Self {
         let mut holding = Box::new(Holding {
             managed: DlManagedTensorVersioned {
                 version: DLPACK_VERSION,
@@ -168,7 +198,7 @@ impl OwnedTensor {
                 flags,
                 dl_tensor: DlTensor {
                     data,
-                    device: DlDevice { device_type: DeviceKind::Cpu as i32, device_id: 0 },
+                    device: DlDevice { device_type: device.kind as i32, device_id: device.id },
                     ndim: shape.len() as i32,
                     dtype: dtype.into(),
                     shape: std::ptr::null_mut(),
@@ -216,7 +246,7 @@ impl OwnedTensor {
         unsafe { std::slice::from_raw_parts(start, ndim) }
     }
 
-    /// The tensor as a view, to be read with [`TensorView::read`].
+    /// The tensor as a view, to be read with [`TensorView::read`] where it lies on the CPU.
     pub fn view(&self) -> Result<TensorView<'_>, TensorError> {
         let tensor = &self.managed().dl_tensor;
         let foreign =
@@ -258,8 +288,8 @@ impl OwnedTensor {
     /// Takes over a DLPack struct.
     ///
     /// # Safety
-    /// `raw` is a valid `DLManagedTensorVersioned` of CPU memory that may be released from any thread, and no one else
-    /// releases it.
+    /// `raw` is a valid `DLManagedTensorVersioned` that may be released from any thread, and no one else releases it. What writes
+    /// memory of a GPU is done.
     pub unsafe fn from_raw(raw: NonNull<DlManagedTensorVersioned>) -> Self {
         Self { managed: raw }
     }
@@ -347,6 +377,39 @@ mod tests {
         drop(read);
         drop(lent);
         assert_eq!(std::sync::Arc::strong_count(&owner), 1);
+    }
+
+    #[test]
+    fn a_gpus_tensor_keeps_its_device_and_is_not_read_on_the_host() {
+        let owner = std::sync::Arc::new(());
+        // SAFETY: nothing follows the address: the tensor is looked at, refused and released.
+        let tensor = unsafe {
+            OwnedTensor::of_cuda_owner(owner.clone(), 3, DType::Bf16, 0x7f00_0000_0100, &[2, 3], READ_ONLY)
+        };
+        let raw = tensor.into_raw();
+        // SAFETY: the struct is whole until it is released.
+        let device = unsafe { (*raw).dl_tensor.device };
+        assert_eq!(device, DlDevice { device_type: 2, device_id: 3 });
+        // SAFETY: the pointer was just handed over and nobody released it.
+        let again = unsafe { OwnedTensor::from_raw(NonNull::new(raw).unwrap()) };
+        let view = again.view().unwrap();
+        let cuda = Device { kind: DeviceKind::Cuda, id: 3 };
+        assert_eq!((view.device(), view.address(), view.stream()), (cuda, 0x7f00_0000_0100, None));
+        assert_eq!((view.shape(), view.strides(), again.read_only()), (&[2, 3][..], &[3, 1][..], true));
+        view.check_on(cuda, "lent", DType::Bf16, &[Some(2), Some(3)]).unwrap();
+        let error = again.to_vec::<half::bf16>().unwrap_err();
+        assert_eq!(error.to_string(), "owned tensor: expected memory on cpu, got cuda:3");
+        drop(again);
+        assert_eq!(std::sync::Arc::strong_count(&owner), 1);
+    }
+
+    #[test]
+    fn refuses_a_device_of_another_kind() {
+        let mut tensor = OwnedTensor::new(vec![1f32], &[1]).unwrap();
+        // SAFETY: the struct is ours until it is dropped.
+        unsafe { tensor.managed.as_mut().dl_tensor.device.device_type = 10 };
+        let error = tensor.view().unwrap_err();
+        assert!(error.to_string().contains("device type 10"), "{error}");
     }
 
     #[test]

@@ -54,7 +54,7 @@ pub enum Answer {
 
 /// What a plugin tells its host and asks of it.
 pub trait Host: Send + Sync + 'static {
-    /// Something happened. Kinds: `log` {message}, `plan`, `progress` {job, stage, stages, step, steps, loss, lr,
+    /// Something happened. Kinds: `log` {message}, `device` {device, description, asked, note, text}, `plan`, `progress` {job, stage, stages, step, steps, loss, lr,
     /// tokens_per_s, eta_s, context}, `evaluation` {model, context, attention, perplexity}, `checkpoint` {path, step},
     /// `focus_allocator` (see [`crate::Session::refocus`]), `validation` and `cell` {text, …} of trainings and sweeps, `phase` {phase,
     /// cycle, kept, text, …} and `labels_stale` {gist_version} of the job `train`, `label` of the jobs `train` and `train_lensnet` {round, document, context, kind,

@@ -33,7 +33,8 @@
 //!
 //! Errors: loading fails with [`LoadError`], everything after that with [`AbiError`].
 //!
-//! Left out: tensors on a GPU. They are added behind the existing methods, with defaults.
+//! Views and owned tensors can lie on a GPU ([`TensorView::from_cuda`], [`OwnedTensor::of_cuda_owner`]) with an explicit stream;
+//! the plugin takes the CPU's alone so far, and refuses others before anything is changed.
 
 pub mod context;
 pub mod dlpack;
@@ -52,13 +53,14 @@ pub use host::{Answer, Host};
 pub use loader::{BuildInfo, LoadError, LoadOptions, Plugin};
 pub use parameters::JobParameters;
 pub use session::Session;
-pub use tensor::{DType, Device, DeviceKind, TensorError, TensorView, TensorViewMut};
+pub use tensor::{DType, Device, DeviceKind, Stream, TensorError, TensorView, TensorViewMut};
 
 /// Raised by every change to the ABI that is not an addition at the end.
-pub const ABI_REVISION: u32 = 1;
+/// 2: tensor views carry a stream.
+pub const ABI_REVISION: u32 = 2;
 
 /// What a plugin of this crate says of itself.
-pub const VERSION_LINE: &str = concat!("megacontext-lora-abi ", env!("CARGO_PKG_VERSION"), " revision 1");
+pub const VERSION_LINE: &str = concat!("megacontext-lora-abi ", env!("CARGO_PKG_VERSION"), " revision 2");
 
 /// The C symbol under which a plugin exports its version line: NUL-terminated bytes.
 pub const VERSION_SYMBOL: &str = "megacontext_lora_abi_line";

@@ -55,8 +55,8 @@ impl Session {
 
     /// Sizes and state: `vocab_size`, `hidden_size`, `head_dim`, `rotary_width`, `layers`, `heads`, `kv_heads`,
     /// `original_context`, `context`, `rope`, `positions`, `sigma_scales`, `lora`, `fingerprint`, `phase`, `steps`, `base`,
-    /// `jobs`. Opened without a base, a session has
-    /// `base` null and no sizes.
+    /// `device`, `jobs`. Opened without a base, a session has `base` null and no sizes, but `devices`: the processor and every GPU
+    /// {device, name, compute_capability, memory_bytes, unusable}, with the reason in `no_gpu` where there is none.
     pub fn describe(&self) -> Result<Value> {
         json(self.raw.describe())
     }

@@ -4,18 +4,24 @@
 //! and still for the duration of the call. The side that receives it trusts nothing and calls [`TensorView::check`]
 //! (or a reader such as [`TensorView::read`], which checks first): rank, dimensions, dtype, device, overflow, null
 //! pointer, alignment, and for outputs that no two elements share memory. What cannot be checked is that the pointer
-//! really has that much memory behind it: this is what `from_raw_parts` makes its caller promise.
+//! really has that much memory behind it: this is what `from_raw_parts` and `from_cuda` make their caller promise.
+//!
+//! A view may be of a GPU's memory (`from_cuda`): then it carries the device's address and the stream that the memory's last
+//! writes, or for an output its last uses, were queued on ([`Stream`]). A receiver that works on the device queues its own work
+//! behind that stream, and what it did is ordered on the same stream when the call returns. Whatever reads or writes values on
+//! the host refuses such a view with [`TensorError::Device`] before anything is touched.
 //!
 //! Shapes: dims are counted outermost first, at most [`MAX_RANK`] of them. Units: strides count elements, not bytes, and
 //! are never negative. Values are in native byte order.
 //!
-//! Left out: views into device memory other than the CPU's. The field exists so that a later plugin can take them; this
-//! one answers with [`TensorError::Device`].
+//! Sources: for streams the CUDA Array Interface, version 3 (`stream`), whose numbers DLPack's `__dlpack__(stream)` shares.
+//! Left out: other devices than these two, and copies between them. The plugin takes the CPU's views alone so far.
 
 use abi_stable::StableAbi;
 use std::borrow::Cow;
 use std::ffi::c_void;
 use std::marker::PhantomData;
+use std::num::NonZeroUsize;
 use std::ops::Range;
 
 pub mod hostile;
@@ -104,6 +110,43 @@ impl std::fmt::Display for Device {
     }
 }
 
+/// A CUDA stream, by the numbers of the CUDA Array Interface, version 3: 1 the legacy default stream, 2 the default stream of
+/// the thread, any other the address of a `cudaStream_t` or `CUstream`, which are the same. 0 is none of them, since it could mean
+/// two things: a null handle of CUDA's own is [`Stream::LEGACY_DEFAULT`].
+#[repr(transparent)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Stream(NonZeroUsize);
+
+impl Stream {
+    /// The legacy default stream, which waits for all others of its device and they for it.
+    pub const LEGACY_DEFAULT: Self = Self(NonZeroUsize::MIN);
+    /// The default stream of the thread that makes the call.
+    pub const PER_THREAD_DEFAULT: Self = Self(NonZeroUsize::MIN.saturating_add(1));
+
+    /// The stream of a number of the interface; none for 0.
+    pub const fn new(number: usize) -> Option<Self> {
+        match NonZeroUsize::new(number) {
+            Some(number) => Some(Self(number)),
+            None => None,
+        }
+    }
+
+    /// The number.
+    pub const fn number(self) -> usize {
+        self.0.get()
+    }
+}
+
+impl std::fmt::Display for Stream {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match *self {
+            Self::LEGACY_DEFAULT => f.write_str("1 (the legacy default)"),
+            Self::PER_THREAD_DEFAULT => f.write_str("2 (the thread's default)"),
+            Self(address) => write!(f, "{address:#x}"),
+        }
+    }
+}
+
 mod sealed {
     pub trait Sealed {}
 }
@@ -140,6 +183,9 @@ pub enum TensorError {
     /// Memory that this side cannot read.
     #[error("{what}: expected memory on {expected}, got {got}")]
     Device { what: String, expected: Device, got: Device },
+    /// A stream under memory that is not a GPU's.
+    #[error("{what}: expected no stream for memory on {device}, got {got}")]
+    Stream { what: String, device: Device, got: Stream },
     /// Shape and strides span more than an address space.
     #[error("{what}: the shape {shape} with its strides overflows the address space")]
     Overflow { what: String, shape: String },
@@ -173,6 +219,8 @@ struct Layout {
     data: *const c_void,
     dtype: DType,
     device: Device,
+    /// A [`Stream`]'s number; 0 where nothing has to be waited for.
+    stream: usize,
     rank: usize,
     shape: [usize; MAX_RANK],
     strides: [isize; MAX_RANK],
@@ -186,8 +234,15 @@ fn text<T: std::fmt::Display>(values: &[T]) -> String {
 impl Layout {
     fn new(data: *const c_void, dtype: DType, device: Device, shape: &[usize], strides: &[isize]) -> Self {
         // A rank beyond MAX_RANK is kept as it is, for `check` on the other side to refuse.
-        let mut layout =
-            Self { data, dtype, device, rank: shape.len(), shape: [0; MAX_RANK], strides: [0; MAX_RANK] };
+        let mut layout = Self {
+            data,
+            dtype,
+            device,
+            stream: 0,
+            rank: shape.len(),
+            shape: [0; MAX_RANK],
+            strides: [0; MAX_RANK],
+        };
         for (to, from) in layout.shape.iter_mut().zip(shape) {
             *to = *from;
         }
@@ -195,6 +250,24 @@ impl Layout {
             *to = *from;
         }
         layout
+    }
+
+    /// Memory of a GPU, whose address no pointer of the host's follows.
+    fn cuda(
+        address: usize,
+        dtype: DType,
+        id: i32,
+        stream: Option<Stream>,
+        shape: &[usize],
+        strides: &[isize],
+    ) -> Self {
+        let data = std::ptr::without_provenance(address);
+        let device = Device { kind: DeviceKind::Cuda, id };
+        Self { stream: stream.map_or(0, Stream::number), ..Self::new(data, dtype, device, shape, strides) }
+    }
+
+    fn stream(&self) -> Option<Stream> {
+        Stream::new(self.stream)
     }
 
     fn contiguous<T: Element>(data: *const T, len: usize, shape: &[usize]) -> Result<Self, TensorError> {
@@ -245,7 +318,13 @@ impl Layout {
         (bytes <= isize::MAX as usize).then_some(bytes)
     }
 
-    fn check(&self, what: &str, dtype: DType, dims: &[Option<usize>]) -> Result<(), TensorError> {
+    fn check(
+        &self,
+        what: &str,
+        expected: Device,
+        dtype: DType,
+        dims: &[Option<usize>],
+    ) -> Result<(), TensorError> {
         let what = what.to_owned();
         if self.rank != dims.len() || self.rank > MAX_RANK {
             return Err(TensorError::Rank { what, expected: dims.len().to_string(), got: self.rank });
@@ -253,8 +332,11 @@ impl Layout {
         if self.dtype != dtype {
             return Err(TensorError::DType { what, expected: dtype, got: self.dtype });
         }
-        if self.device != Device::CPU {
-            return Err(TensorError::Device { what, expected: Device::CPU, got: self.device });
+        if self.device != expected {
+            return Err(TensorError::Device { what, expected, got: self.device });
+        }
+        if let Some(got) = self.stream().filter(|_| self.device.kind != DeviceKind::Cuda) {
+            return Err(TensorError::Stream { what, device: self.device, got });
         }
         if dims.iter().zip(self.shape()).any(|(want, got)| want.is_some_and(|w| w != *got)) {
             let expected: Vec<_> =
@@ -326,9 +408,9 @@ impl Layout {
         true
     }
 
-    fn byte_range(&self) -> Range<usize> {
+    fn memory(&self) -> Memory {
         let start = self.data as usize;
-        start..start.saturating_add(self.span_bytes().unwrap_or(0))
+        Memory { device: self.device, bytes: start..start.saturating_add(self.span_bytes().unwrap_or(0)) }
     }
 
     /// Calls `f` with the offset (in elements) of every element in row-major order; call after `check`.
@@ -349,6 +431,23 @@ impl Layout {
                 index[d] = 0;
             }
         }
+    }
+}
+
+/// The memory of a tensor: addresses of its device from the first byte to behind the last one.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Memory {
+    /// Where it lies.
+    pub device: Device,
+    /// Its addresses there.
+    pub bytes: Range<usize>,
+}
+
+impl Memory {
+    /// Do both have a byte in common? Equal addresses of two devices are not the same memory.
+    pub fn meets(&self, other: &Self) -> bool {
+        let (a, b) = (&self.bytes, &other.bytes);
+        self.device == other.device && !a.is_empty() && !b.is_empty() && a.start < b.end && b.start < a.end
     }
 }
 
@@ -397,6 +496,42 @@ impl<'a> TensorView<'a> {
         Self { layout: Layout::new(data, dtype, device, shape, strides), lives: PhantomData }
     }
 
+    /// A view of a GPU's memory at `address` of the device `id`. Nothing is checked here; the receiver does.
+    ///
+    /// # Safety
+    /// For `'a`, the memory that shape and strides reach from `address` is that device's, is readable and initialised once the work
+    /// that was queued on `stream` before this call is done, without a stream already now, and is written by no one.
+    pub unsafe fn from_cuda(
+        address: usize,
+        dtype: DType,
+        id: i32,
+        stream: Option<Stream>,
+        shape: &[usize],
+        strides: &[isize],
+    ) -> Self {
+        Self { layout: Layout::cuda(address, dtype, id, stream, shape, strides), lives: PhantomData }
+    }
+
+    /// Where the memory lies.
+    pub fn device(&self) -> Device {
+        self.layout.device
+    }
+
+    /// The stream that the memory's last writes were queued on; none where there is nothing to wait for.
+    pub fn stream(&self) -> Option<Stream> {
+        self.layout.stream()
+    }
+
+    /// The address of the first element, on its device.
+    pub fn address(&self) -> usize {
+        self.layout.data as usize
+    }
+
+    /// Elements between two neighbours of each dimension.
+    pub fn strides(&self) -> &[isize] {
+        self.layout.strides()
+    }
+
     /// The dimensions, outermost first.
     pub fn shape(&self) -> &[usize] {
         self.layout.shape()
@@ -407,9 +542,20 @@ impl<'a> TensorView<'a> {
         self.layout.dtype
     }
 
-    /// Refuses everything that this side could not read. `dims` are the expected dimensions, `None` for any length.
+    /// Refuses everything that this side could not read on the host. `dims` are the expected dimensions, `None` for any length.
     pub fn check(&self, what: &str, dtype: DType, dims: &[Option<usize>]) -> Result<(), TensorError> {
-        self.layout.check(what, dtype, dims)
+        self.check_on(Device::CPU, what, dtype, dims)
+    }
+
+    /// The same for who reads on this device.
+    pub fn check_on(
+        &self,
+        device: Device,
+        what: &str,
+        dtype: DType,
+        dims: &[Option<usize>],
+    ) -> Result<(), TensorError> {
+        self.layout.check(what, device, dtype, dims)
     }
 
     /// Checks, then the values in row-major order: borrowed if they lie so, else copied.
@@ -431,9 +577,9 @@ impl<'a> TensorView<'a> {
         Ok(Cow::Owned(values))
     }
 
-    /// Addresses from the first byte to behind the last one.
-    pub fn byte_range(&self) -> Range<usize> {
-        self.layout.byte_range()
+    /// Where it lies, from the first byte to behind the last one.
+    pub fn memory(&self) -> Memory {
+        self.layout.memory()
     }
 }
 
@@ -474,6 +620,42 @@ impl<'a> TensorViewMut<'a> {
         Self { layout: Layout::new(data, dtype, device, shape, strides), lives: PhantomData }
     }
 
+    /// A view of a GPU's memory at `address` of the device `id`. Nothing is checked here; the receiver does.
+    ///
+    /// # Safety
+    /// For `'a`, the memory that shape and strides reach from `address` is that device's, is readable, writable and initialised once the
+    /// work that was queued on `stream` before this call is done, without a stream already now, and is used by no one else.
+    pub unsafe fn from_cuda(
+        address: usize,
+        dtype: DType,
+        id: i32,
+        stream: Option<Stream>,
+        shape: &[usize],
+        strides: &[isize],
+    ) -> Self {
+        Self { layout: Layout::cuda(address, dtype, id, stream, shape, strides), lives: PhantomData }
+    }
+
+    /// Where the memory lies.
+    pub fn device(&self) -> Device {
+        self.layout.device
+    }
+
+    /// The stream that the memory's last uses were queued on; none where there is nothing to wait for.
+    pub fn stream(&self) -> Option<Stream> {
+        self.layout.stream()
+    }
+
+    /// The address of the first element, on its device.
+    pub fn address(&self) -> usize {
+        self.layout.data as usize
+    }
+
+    /// Elements between two neighbours of each dimension.
+    pub fn strides(&self) -> &[isize] {
+        self.layout.strides()
+    }
+
     /// The dimensions, outermost first.
     pub fn shape(&self) -> &[usize] {
         self.layout.shape()
@@ -484,9 +666,20 @@ impl<'a> TensorViewMut<'a> {
         self.layout.dtype
     }
 
-    /// Refuses everything that this side could not write, elements that overlap included.
+    /// Refuses everything that this side could not write on the host, elements that overlap included.
     pub fn check(&self, what: &str, dtype: DType, dims: &[Option<usize>]) -> Result<(), TensorError> {
-        self.layout.check(what, dtype, dims)?;
+        self.check_on(Device::CPU, what, dtype, dims)
+    }
+
+    /// The same for who writes on this device.
+    pub fn check_on(
+        &self,
+        device: Device,
+        what: &str,
+        dtype: DType,
+        dims: &[Option<usize>],
+    ) -> Result<(), TensorError> {
+        self.layout.check(what, device, dtype, dims)?;
         if !self.layout.is_disjoint() {
             return Err(TensorError::Overlap {
                 what: what.to_owned(),
@@ -529,22 +722,16 @@ impl<'a> TensorViewMut<'a> {
         Ok(result)
     }
 
-    /// Addresses from the first byte to behind the last one.
-    pub fn byte_range(&self) -> Range<usize> {
-        self.layout.byte_range()
+    /// Where it lies, from the first byte to behind the last one.
+    pub fn memory(&self) -> Memory {
+        self.layout.memory()
     }
 }
 
 /// Refuses a call in which memory that is written (`outputs`) is also another argument's.
-pub fn check_disjoint(
-    outputs: &[(&str, Range<usize>)],
-    inputs: &[(&str, Range<usize>)],
-) -> Result<(), TensorError> {
-    let meet = |a: &Range<usize>, b: &Range<usize>| {
-        !a.is_empty() && !b.is_empty() && a.start < b.end && b.start < a.end
-    };
+pub fn check_disjoint(outputs: &[(&str, Memory)], inputs: &[(&str, Memory)]) -> Result<(), TensorError> {
     for (i, (first, a)) in outputs.iter().enumerate() {
-        if let Some((second, _)) = outputs[i + 1..].iter().chain(inputs).find(|(_, b)| meet(a, b)) {
+        if let Some((second, _)) = outputs[i + 1..].iter().chain(inputs).find(|(_, b)| a.meets(b)) {
             return Err(TensorError::Shared { first: (*first).to_owned(), second: (*second).to_owned() });
         }
     }

@@ -22,6 +22,7 @@ use megacontext_kernels::attention::{Pattern, Rows, alibi_slopes};
 use megacontext_kernels::cpu::Values;
 use megacontext_kernels::precision::Precision;
 use megacontext_kernels::store::{Store, bf16};
+use rayon::prelude::*;
 
 use crate::block::{Attending, Block, ByWindow, Pass, Tables};
 use crate::buffers::{Activation, Buffers, Scratch};
@@ -79,6 +80,7 @@ pub struct Decoder {
     lora: Option<Attached>,
     precision: Precision,
     merged: Option<Merged>,
+    device: Device,
     place: Place,
 }
 
@@ -139,7 +141,15 @@ impl Decoder {
             let levels = scales.len();
             params.insert_values(SIGMA, Group::Sigma, scales, &[levels])?;
         }
-        Ok(Self { config, params, lora: None, precision, merged: None, place: Place::Host })
+        Ok(Self {
+            config,
+            params,
+            lora: None,
+            precision,
+            merged: None,
+            device: Device::Cpu,
+            place: Place::Host,
+        })
     }
 
     /// Reads one parameter of the model anew from its folder, as [`Decoder::from_weights`] did.
@@ -168,13 +178,17 @@ impl Decoder {
         precision: Precision,
         learning: &[Group],
     ) -> Result<Self> {
+        enum Made {
+            Narrow(Vec<bf16>),
+            Wide(Vec<f32>),
+        }
         fn values<S: Store>(len: usize, mut next: impl FnMut() -> f32) -> Vec<S> {
             (0..len).map(|_| S::put(next())).collect()
         }
-        let mut params = ParamStore::new();
         let neutral = config.architecture.norm.neutral();
         let shrink = 1.0 / (2.0 * config.num_hidden_layers as f64).sqrt();
-        for (name, shape) in config.tensors() {
+        // Every tensor has its own seed, so the values are the same whoever makes them.
+        let make = |(name, shape): (String, Vec<usize>)| {
             let mut random = Random::named(seed, &name);
             let group = config.group_of(&name);
             let std = 0.02 * if config.writes_to_stream(&name) { shrink } else { 1.0 };
@@ -185,13 +199,30 @@ impl Decoder {
                 _ => (random.normal() * std) as f32,
             };
             let len = shape.iter().product();
-            if stored_narrow(group, precision) && !learning.contains(&group) {
-                params.insert_values(name, group, values::<bf16>(len, next), &shape)?;
+            let made = if stored_narrow(group, precision) && !learning.contains(&group) {
+                Made::Narrow(values(len, next))
             } else {
-                params.insert_values(name, group, values::<f32>(len, next), &shape)?;
+                Made::Wide(values(len, next))
+            };
+            (name, group, made, shape)
+        };
+        let made: Vec<_> = config.tensors().into_par_iter().map(make).collect();
+        let mut params = ParamStore::new();
+        for (name, group, made, shape) in made {
+            match made {
+                Made::Narrow(values) => params.insert_values(name, group, values, &shape)?,
+                Made::Wide(values) => params.insert_values(name, group, values, &shape)?,
             }
         }
-        Ok(Self { config, params, lora: None, precision, merged: None, place: Place::Host })
+        Ok(Self {
+            config,
+            params,
+            lora: None,
+            precision,
+            merged: None,
+            device: Device::Cpu,
+            place: Place::Host,
+        })
     }
 
     /// Gives a tied model an output head of its own, a copy of the embedding.
@@ -277,12 +308,8 @@ impl Decoder {
     }
 
     /// What passes run on.
-    pub fn device(&self) -> Device {
-        match &self.place {
-            Place::Host => Device::Cpu,
-            #[cfg(feature = "cuda")]
-            Place::Gpu(gpu) => gpu.device(),
-        }
+    pub fn device(&self) -> &Device {
+        &self.device
     }
 
     pub(crate) fn place(&self) -> &Place {
@@ -300,6 +327,7 @@ impl Decoder {
             #[cfg(feature = "cuda")]
             Device::Cuda(gpu) => Place::Gpu(Box::new(crate::machine::gpu::Gpu::new(gpu, &self.config)?)),
         };
+        self.device = device.clone();
         Ok(())
     }
 

@@ -12,6 +12,7 @@ use std::str::FromStr;
 #[cfg(feature = "cuda")]
 use std::sync::{Arc, OnceLock};
 
+use megacontext_kernels::gemm::{Products, measured_flops};
 use serde::{Deserialize, Serialize};
 
 use crate::error::{BaseError, Result};
@@ -89,6 +90,40 @@ pub enum Device {
 pub struct Gpu {
     pub(crate) device: megacontext_kernels::cuda::Device,
     pub(crate) products: megacontext_kernels::cuda::linear::Products,
+}
+
+#[cfg(feature = "cuda")]
+impl Gpu {
+    /// Of square products, made larger until one takes long enough to be told from its launch.
+    fn measured_flops<T: megacontext_kernels::cuda::Stored>(&self) -> Result<f64> {
+        use megacontext_kernels::cuda::linear::Layer;
+        use megacontext_kernels::error::KernelError;
+
+        const SIZES: [usize; 5] = [128, 512, 2048, 4096, 8192];
+        const LONG_ENOUGH: f64 = 2e-3;
+
+        let device = &self.device;
+        let mut speed = 0.0;
+        for n in SIZES {
+            let a = device.upload(&vec![T::put(0.5); n * n]).map_err(KernelError::from)?;
+            let mut out = device.zeros::<T>(n * n).map_err(KernelError::from)?;
+            let weight = a.slice(..);
+            let layer = Layer { weight: &weight, shape: [n, n], lora: None };
+            let mut seconds = f64::INFINITY;
+            for _ in 0..3 {
+                device.synchronize().map_err(KernelError::from)?;
+                let start = std::time::Instant::now();
+                layer.forward(device, &self.products, &a.slice(..), None, &mut out.slice_mut(..), false)?;
+                device.synchronize().map_err(KernelError::from)?;
+                seconds = seconds.min(start.elapsed().as_secs_f64());
+            }
+            speed = 2.0 * (n * n * n) as f64 / seconds.max(1e-9);
+            if seconds >= LONG_ENOUGH {
+                break;
+            }
+        }
+        Ok(speed)
+    }
 }
 
 /// A device, and what there is to say about how it was chosen.
@@ -197,6 +232,15 @@ impl Device {
         Ok(Self::Cuda(Arc::new(Gpu { device, products })))
     }
 
+    /// The kernels' device of a GPU; none for the processor.
+    #[cfg(feature = "cuda")]
+    pub fn kernels(&self) -> Option<&megacontext_kernels::cuda::Device> {
+        match self {
+            Self::Cpu => None,
+            Self::Cuda(gpu) => Some(&gpu.device),
+        }
+    }
+
     /// As [`DeviceChoice`] names it: `cpu`, `cuda:0`.
     pub fn name(&self) -> String {
         match self {
@@ -215,6 +259,68 @@ impl Device {
                 let (name, capability) = (gpu.device.name(), gpu.device.capability());
                 format!("{} ({name}, compute capability {capability})", self.name())
             }
+        }
+    }
+
+    /// A GPU's number and the bytes that are free on it now; none for the processor.
+    ///
+    /// # Errors
+    /// When the driver does not say.
+    pub fn memory(&self) -> Result<Option<(usize, u64)>> {
+        match self {
+            Self::Cpu => Ok(None),
+            #[cfg(feature = "cuda")]
+            Self::Cuda(gpu) => {
+                let number = gpu.device.ordinal();
+                let found = gpu.device.stream().context().mem_get_info();
+                let (free, _) = found.map_err(|error| BaseError::Device {
+                    message: format!("{}: asking for its free memory: {error}", self.name()),
+                })?;
+                Ok(Some((number, free as u64)))
+            }
+        }
+    }
+
+    /// The most bytes of a GPU's memory that were in use at one time since [`Device::forget_peak`]; none for the processor.
+    ///
+    /// # Errors
+    /// What the driver says.
+    pub fn peak_bytes(&self) -> Result<Option<u64>> {
+        match self {
+            Self::Cpu => Ok(None),
+            #[cfg(feature = "cuda")]
+            Self::Cuda(gpu) => {
+                Ok(gpu.device.most_bytes().map_err(megacontext_kernels::error::KernelError::from)?)
+            }
+        }
+    }
+
+    /// Counts a GPU's memory from what is in use now.
+    ///
+    /// # Errors
+    /// What the driver says.
+    pub fn forget_peak(&self) -> Result<()> {
+        match self {
+            Self::Cpu => Ok(()),
+            #[cfg(feature = "cuda")]
+            Self::Cuda(gpu) => {
+                Ok(gpu.device.forget_most_bytes().map_err(megacontext_kernels::error::KernelError::from)?)
+            }
+        }
+    }
+
+    /// Floating-point operations per second of matrix products on this device now, for planning.
+    ///
+    /// # Errors
+    /// When a GPU refuses a product.
+    pub fn measured_flops(&self, products: Products) -> Result<f64> {
+        match self {
+            Self::Cpu => Ok(measured_flops(products)),
+            #[cfg(feature = "cuda")]
+            Self::Cuda(gpu) => match products {
+                Products::F32 => gpu.measured_flops::<f32>(),
+                Products::Bf16 => gpu.measured_flops::<megacontext_kernels::store::bf16>(),
+            },
         }
     }
 

@@ -77,6 +77,9 @@ pub(crate) enum Teacher<'a, M: Machine, S: Activation> {
     RowsOf(&'a M::Buffer<S>, &'a [usize]),
 }
 
+/// A divergence's gradient, where it is wanted: its scale, weights of all entries, and what it is added to.
+pub(crate) type Wanted<'a, D> = Option<(f32, Option<&'a [f32]>, &'a mut D)>;
+
 /// Buffers, and what the decoder does with them.
 pub(crate) trait Machine: Sized {
     /// Values that were made by the machine, and stay in its memory.
@@ -349,7 +352,7 @@ pub(crate) trait Machine: Sized {
         hidden: &Self::Buffer<S>,
         scored: &[usize],
         teacher: Teacher<'_, Self, S>,
-        wanted: Option<(f32, Option<&[f32]>, &mut Self::Hidden)>,
+        wanted: Wanted<'_, Self::Hidden>,
     ) -> Result<Vec<f32>>;
     /// A gradient of hidden states that is 0.
     fn no_gradient(&self, len: usize) -> Result<Self::Hidden>;

@@ -37,6 +37,11 @@ impl OnDevice {
         Ok(Self { asked, device: opened.device })
     }
 
+    /// The device.
+    pub fn device(&self) -> &Device {
+        &self.device
+    }
+
     /// The decoder's passes run on the device from here on. Call it when the decoder is complete, LoRA included.
     ///
     /// # Errors

@@ -248,7 +248,7 @@ impl<'h> Run<'h> {
         let text = read_text(&config, &model, host)?;
         let tokens = text.stream.len() + text.held_out.iter().map(Vec::len).sum::<usize>();
         let program = plan::resident_bytes().unwrap_or(0).saturating_sub(4 * tokens as u64);
-        let plan = plan::plan_beside(&model.config, &config, tokens, program)?;
+        let plan = plan::plan_beside(&model.config, &config, tokens, program, on.device())?;
         host.event("plan", &plan_event(&plan, &config)?);
 
         let groups = config.groups();

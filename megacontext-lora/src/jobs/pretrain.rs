@@ -259,7 +259,7 @@ fn pretrain(c: &PretrainConfig, roots: &Roots, host: &dyn HostApi) -> Result<Val
     let groups = [Group::Base, Group::Embeddings, Group::Norms];
     let batch =
         BatchConfig { tokens_per_step: c.tokens_per_step, micro_batch_tokens: c.tokens_per_step.min(8192) };
-    check_training(&Load {
+    let load = Load {
         model: &model,
         lora: None,
         learning: &groups,
@@ -269,7 +269,9 @@ fn pretrain(c: &PretrainConfig, roots: &Roots, host: &dyn HostApi) -> Result<Val
         evaluated: batch_rows(c.context) * c.context,
         data_tokens: 0,
         program: resident_bytes().unwrap_or(0),
-    })?;
+        on_gpu: !on.device().is_cpu(),
+    };
+    check_training(&load, on.device())?;
     let mut decoder = Decoder::random(model.clone(), c.seed, c.dtype, &groups).map_err(model_error)?;
     on.take(&mut decoder, host)?;
     let stage = StageConfig {

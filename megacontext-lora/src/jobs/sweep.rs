@@ -17,6 +17,7 @@
 
 use std::path::{Path, PathBuf};
 
+use megacontext_base::device::Device;
 use megacontext_base::lora::LoraConfig;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
@@ -165,10 +166,10 @@ impl<'h> Sweep<'h> {
         config.eval.contexts = vec![config.context];
         let model = ModelDir::open(&config.base)?;
         // Before there is a folder; each run opens it for itself.
-        OnDevice::open(config.device, host)?;
+        let on = OnDevice::open(config.device, host)?;
         let taken_up = resume && config.out.join(CONFIG).is_file();
         if !taken_up {
-            config.steps = settings.steps(&config, &model)?;
+            config.steps = settings.steps(&config, &model, on.device())?;
         } else if config.steps.is_none() && config.stages.is_empty() {
             config.steps = began_with_steps(&config.out)?;
         }
@@ -176,7 +177,7 @@ impl<'h> Sweep<'h> {
         for &rank in &settings.ranks {
             let at = |e: PluginError| e.context(format!("rank {rank}"));
             let resolved = of_rank(&config, scale, rank, true).resolve(&model.config).map_err(at)?;
-            let plan = plan::plan(&model.config, &resolved, 0).map_err(at)?;
+            let plan = plan::plan(&model.config, &resolved, 0, on.device()).map_err(at)?;
             sum = (sum.0 + plan.seconds, sum.1.max(plan.memory.total));
         }
         let text = format!(
@@ -376,7 +377,7 @@ impl Settings {
     }
 
     /// Optimiser steps of each rank; none where the stages say it.
-    fn steps(&self, config: &ExtendConfig, model: &ModelDir) -> Result<Option<usize>> {
+    fn steps(&self, config: &ExtendConfig, model: &ModelDir, device: &Device) -> Result<Option<usize>> {
         let given = if config.stages.is_empty() { config.steps.map(|_| "steps") } else { Some("stages") };
         let budget =
             self.budget_steps.map(|_| "budget_steps").or(self.budget_seconds.map(|_| "budget_seconds"));
@@ -391,19 +392,25 @@ impl Settings {
         let count = self.ranks.len();
         match (self.budget_steps, self.budget_seconds) {
             (Some(steps), _) => Ok(Some(steps / count)),
-            (None, Some(seconds)) => self.steps_in(seconds, config, model).map(Some),
+            (None, Some(seconds)) => self.steps_in(seconds, config, model, device).map(Some),
             (None, None) => Ok(Some(STEPS_EACH)),
         }
     }
 
     /// Steps of each rank so that all take about so many seconds, by the plan's estimate.
-    fn steps_in(&self, seconds: f64, config: &ExtendConfig, model: &ModelDir) -> Result<usize> {
+    fn steps_in(
+        &self,
+        seconds: f64,
+        config: &ExtendConfig,
+        model: &ModelDir,
+        device: &Device,
+    ) -> Result<usize> {
         let mut of_a_step = 0.0;
         let mut of_evaluation = 0.0;
         for (at, &rank) in self.ranks.iter().enumerate() {
             let probe = ExtendConfig { steps: Some(STEPS_EACH), ..of_rank(config, 1.0, rank, at == 0) };
             let probe = probe.resolve(&model.config)?;
-            let step = plan::plan(&model.config, &probe, 0)?.seconds / STEPS_EACH as f64;
+            let step = plan::plan(&model.config, &probe, 0, device)?.seconds / STEPS_EACH as f64;
             of_a_step += step;
             // A forward pass is a third of a step at most; every token passes context / stride times.
             let (rows, micro) = probe.batch.shape(probe.context);

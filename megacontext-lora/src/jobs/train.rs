@@ -35,6 +35,7 @@ use lensnet_adapter::validate::Difference;
 use megacontext_base::buffers::Buffers;
 use megacontext_base::context::{BaseModel, Limits};
 use megacontext_base::decoder::Decoder;
+use megacontext_base::device::Device;
 use megacontext_base::params::{Group, ParamStore};
 use megacontext_base::rope::{RopeScaling, SigmaRule};
 use serde::{Deserialize, Serialize};
@@ -339,7 +340,8 @@ fn prepare(
     let on = if plan_only { None } else { Some(OnDevice::open(config.device, host)?) };
     let text = Text::read(&config, &model, host)?;
     let count = config.validation.histories + config.validation.test_histories;
-    let plan = CyclePlan::new(&config, &model.config, &lora, count)?;
+    let device = on.as_ref().map_or(Device::Cpu, |on| on.device().clone());
+    let plan = CyclePlan::new(&config, &model.config, &lora, count, &device)?;
     let mut told = to_value(&plan)?;
     told["text"] = json!(plan.text());
     host.event("plan", &told);

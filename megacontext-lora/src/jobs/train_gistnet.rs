@@ -238,7 +238,7 @@ fn prepare(config: GistRunConfig, resume: bool, host: &dyn HostApi) -> Result<Va
     let on = OnDevice::open(config.device, host)?;
     let GistText { train: text, validation: held_out, test } = read_text(&config, &model, host)?;
     let scarce = config.check_level2(&text)?;
-    let plan = GistPlan::new(&config, &adapted, &text, &held_out, &test)?;
+    let plan = GistPlan::new(&config, &adapted, &text, &held_out, &test, on.device())?;
     let mut told = to_value(plan)?;
     let parameters = config.network.of(&adapted.config).parameters();
     told["text"] = json!(plan.text(config.steps(), parameters));

@@ -201,7 +201,7 @@ fn prepare(config: LensRunConfig, resume: bool, host: &dyn HostApi) -> Result<Va
     let [text, held_out, test] = histories::read(&config, &model, block, host)?;
     let count = text.len() + held_out.len() + test.len();
     let gist_values = gistnet.config().parameters();
-    let plan = LensPlan::new(&config, &model.config, lora.as_ref(), gist_values, block, count)?;
+    let plan = LensPlan::new(&config, &model.config, lora.as_ref(), gist_values, block, count, on.device())?;
     let network = LensNet::new(config.network.of(&model.config, block), config.seed).map_err(model_error)?;
     let parameters = network.config().parameters();
     let mut told = to_value(plan)?;

@@ -12,16 +12,18 @@ use lensnet_adapter::allocator::AllocatorConfig;
 use lensnet_adapter::counterfactual::CounterfactualConfig;
 use lensnet_adapter::preference::PreferenceConfig;
 use lensnet_adapter::{Features, Head, Kind, LensNetConfig};
+use megacontext_base::buffers::gpu;
 use megacontext_base::buffers::{PassShape, evaluation_bytes, keys_values_bytes};
 use megacontext_base::config::DecoderConfig;
 use megacontext_base::context::Limits;
-use megacontext_base::device::DeviceChoice;
+use megacontext_base::device::{Device, DeviceChoice};
 use megacontext_base::lora::LoraModules;
 use megacontext_base::rope::SigmaRule;
 use megacontext_kernels::precision::Precision;
 use serde::{Deserialize, Serialize};
 
 use super::config::{CheckpointConfig, LONGEST_CONTEXT, MOST, OptimizerConfig, Schedule};
+use super::device_plan::{DevicePlan, with_device};
 use super::gistnet::PlaceSettings;
 use super::plan::{available_bytes, bytes, count, frozen_bytes, packed_bytes, resident_bytes};
 use crate::error::{PluginError, Result};
@@ -385,6 +387,8 @@ pub struct LensPlan {
     pub passes: u64,
     /// Of all kinds.
     pub total: u64,
+    /// What the run takes of a GPU, where its passes run on one.
+    pub device: Option<DevicePlan>,
 }
 
 /// Values of an entry that LensNet's graph keeps, in widths of the model and per block; see GistNet's. Features and scorer
@@ -403,6 +407,7 @@ impl LensPlan {
         gistnet: usize,
         block: usize,
         histories: usize,
+        device: &Device,
     ) -> Result<Self> {
         let e = model.hidden_size as u64;
         let (budget, history) = (config.budget.unwrap_or(0), config.history.unwrap_or(0));
@@ -410,9 +415,12 @@ impl LensPlan {
         // A context with room for one more expand, and its future.
         let entries = budget + block + config.horizon;
         let pass = |entries| PassShape { entries, precision: config.dtype, lora };
-        let passes = evaluation_bytes(model, pass(entries.max(512))).total()
-            + keys_values_bytes(model, config.dtype, entries)
-            + packed_bytes();
+        let (largest, kept) = (pass(entries.max(512)), keys_values_bytes(model, config.dtype, entries));
+        let device = DevicePlan::of(device, gpu::evaluation_bytes(model, largest), kept)?;
+        let passes = match device {
+            None => evaluation_bytes(model, largest).total() + kept,
+            Some(_) => 0,
+        } + packed_bytes();
         let rows = (config.batch * config.labels.contexts()) as u64;
         let graph = 4 * rows * (budget + block) as u64 * e * GRAPH_WIDTHS * (network.layers as u64 + 1);
         let nodes = (history / block * 2) as u64;
@@ -424,13 +432,17 @@ impl LensPlan {
             histories: histories as u64 * (4 * history as u64 + nodes * (4 * e + 2)),
             passes,
             total: 0,
+            device,
         };
         let total = plan.program + plan.weights + plan.network + plan.graph + plan.histories + plan.passes;
         let plan = Self { total, ..plan };
         let free = available_bytes().map(|free| free + plan.program);
         let allowed = config.memory_budget_bytes.or(free).unwrap_or(u64::MAX);
+        let mut help = vec!["a smaller batch", "a smaller budget of entries", "a smaller history"];
+        if let Some(plan) = &plan.device {
+            plan.check(config.dtype, &help)?;
+        }
         if total > allowed {
-            let mut help = vec!["a smaller batch", "a smaller budget of entries", "a smaller history"];
             help.extend((!config.dtype.stores_bf16()).then_some("--dtype bf16"));
             return Err(PluginError::memory(format!(
                 "the run needs about {}, but may use {}: {}. What would help: {}",
@@ -457,13 +469,14 @@ impl LensPlan {
 
     /// The plan in a sentence.
     pub fn text(&self, config: &LensRunConfig, parameters: usize) -> String {
-        format!(
+        let text = format!(
             "plan: at most about {} of memory ({}); {} rounds of labels and {} steps; {} parameters of LensNet learn",
             bytes(self.total),
             self.kinds(),
             config.labels.rounds,
             config.all_steps(),
             count(parameters as u64)
-        )
+        );
+        with_device(text, self.device.as_ref())
     }
 }

@@ -1,6 +1,7 @@
 //! Training: settings, memory plan, the step loop, and what is measured of a model: perplexity, passkeys.
 pub mod config;
 pub mod cycle;
+pub mod device_plan;
 pub mod eval;
 pub mod gistnet;
 pub mod histories;

@@ -11,17 +11,20 @@
 
 use std::time::Instant;
 
+use megacontext_base::buffers::gpu::{self, GpuBytes};
 use megacontext_base::buffers::{PassBytes, PassShape, evaluation_bytes, training_bytes};
 use megacontext_base::config::DecoderConfig;
 use megacontext_base::decoder::stored_narrow;
+use megacontext_base::device::Device;
 use megacontext_base::lora::LoraModules;
 use megacontext_base::params::Group;
-use megacontext_kernels::gemm::measured_flops;
 use megacontext_kernels::precision::Precision;
 use serde::Serialize;
 
 use crate::error::{PluginError, Result};
+use crate::jobs::model_error;
 use crate::train::config::{EmbeddingPolicy, ExtendConfig, Recompute};
+use crate::train::device_plan::{DevicePlan, with_device};
 use crate::train::eval::batch_rows;
 use crate::train::work;
 
@@ -99,6 +102,8 @@ pub(crate) struct Load<'a> {
     pub data_tokens: usize,
     /// What the process holds besides.
     pub program: u64,
+    /// Passes run on a GPU.
+    pub on_gpu: bool,
 }
 
 impl<'a> Load<'a> {
@@ -114,6 +119,7 @@ impl<'a> Load<'a> {
             evaluated: 0,
             data_tokens: 0,
             program: 0,
+            on_gpu: false,
         }
     }
 
@@ -156,6 +162,10 @@ impl<'a> Load<'a> {
             0 => PassBytes::default(),
             entries => evaluation_bytes(self.model, pass(entries)),
         };
+        // On a GPU they lie there; what arrives of the gradients is added to the host's when all of it has.
+        let step =
+            if self.on_gpu { PassBytes { workspace: learning * F32, ..PassBytes::default() } } else { step };
+        let evaluation = if self.on_gpu { PassBytes::default() } else { evaluation };
         let mut plan = MemoryPlan {
             program: self.program,
             data: (self.data_tokens + self.context * table_widths(self.model)) as u64 * F32,
@@ -175,10 +185,23 @@ impl<'a> Load<'a> {
         plan.total = plan.kinds().into_iter().map(|(_, bytes)| bytes).sum();
         plan
     }
+
+    /// What the fullest pass takes of a GPU.
+    fn on_gpu(&self, recompute: bool) -> GpuBytes {
+        let pass = |entries| PassShape { entries, precision: self.dtype, lora: self.lora };
+        let (walked, learning) = (self.walked(), self.learning);
+        let step = gpu::training_bytes(self.model, pass(self.entries), walked, recompute, learning);
+        // Its buffers are made when a step's have been let go.
+        let evaluation = gpu::evaluation_bytes(self.model, pass(self.evaluated));
+        if evaluation.total() > step.total() { evaluation } else { step }
+    }
 }
 
 /// Refuses to train without LoRA what does not fit; nothing is measured or planned for time.
-pub(crate) fn check_training(load: &Load) -> Result<()> {
+pub(crate) fn check_training(load: &Load, device: &Device) -> Result<()> {
+    if let Some(plan) = DevicePlan::of(device, load.on_gpu(false), 0)? {
+        plan.check(load.dtype, &["fewer tokens_per_step", "a smaller model"])?;
+    }
     let plan = load.memory(false);
     match available_bytes().map(|free| free + resident_bytes().unwrap_or(0)) {
         Some(budget) if plan.total > budget => Err(PluginError::memory(format!(
@@ -234,6 +257,7 @@ pub(crate) fn check_forward(
         evaluated: entries,
         data_tokens: 0,
         program: 0,
+        on_gpu: false,
     };
     let plan = load.memory(true);
     let needed = plan.total + extra;
@@ -300,6 +324,8 @@ pub struct Plan {
     pub parameters: u64,
     /// What each policy for the embeddings would take.
     pub embeddings: Vec<EmbeddingCost>,
+    /// What the run takes of a GPU, where its passes run on one.
+    pub device: Option<DevicePlan>,
 }
 
 /// What a policy for the embeddings takes, everything else as it is.
@@ -315,12 +341,17 @@ pub struct EmbeddingCost {
     pub trained: u64,
 }
 
-/// Plans a run whose text is not read yet, choosing recomputation when told `auto`.
+/// Plans a run on this device whose text is not read yet, choosing recomputation when told `auto`.
 ///
 /// # Errors
 /// When it cannot fit.
-pub fn plan(model: &DecoderConfig, config: &ExtendConfig, data_tokens: usize) -> Result<Plan> {
-    plan_beside(model, config, data_tokens, resident_bytes().unwrap_or(0))
+pub fn plan(
+    model: &DecoderConfig,
+    config: &ExtendConfig,
+    data_tokens: usize,
+    device: &Device,
+) -> Result<Plan> {
+    plan_beside(model, config, data_tokens, resident_bytes().unwrap_or(0), device)
 }
 
 /// [`plan`] beside `program` bytes that the process holds already, the tokens not among them.
@@ -329,6 +360,7 @@ pub fn plan_beside(
     config: &ExtendConfig,
     data_tokens: usize,
     program: u64,
+    device: &Device,
 ) -> Result<Plan> {
     let (entries, context) = config
         .stages
@@ -344,22 +376,39 @@ pub fn plan_beside(
     let resolved =
         |config: &ExtendConfig| config.lora.resolve(model).map_err(|e| PluginError::usage(e.to_string()));
     let evaluated = evaluated.max().unwrap_or(0);
+    let on_gpu = !device.is_cpu();
     let memory_of = |groups: &[Group], lora: &LoraModules, dtype, recompute| {
-        let lora = Some(lora);
-        let load =
-            Load { model, lora, learning: groups, dtype, entries, context, evaluated, data_tokens, program };
-        load.memory(recompute)
+        let load = Load {
+            model,
+            lora: Some(lora),
+            learning: groups,
+            dtype,
+            entries,
+            context,
+            evaluated,
+            data_tokens,
+            program,
+            on_gpu,
+        };
+        (load.memory(recompute), load.on_gpu(recompute))
     };
     let (groups, lora) = (config.groups(), resolved(config)?);
     // What the process holds is no longer free, and is part of the plan.
     let free = available_bytes().map(|free| free + resident_bytes().unwrap_or(0));
     let budget = config.memory_budget_bytes.or(free).unwrap_or(u64::MAX);
-    let with = |recompute| memory_of(&groups, &lora, config.dtype, recompute);
+    let with = |recompute| memory_of(&groups, &lora, config.dtype, recompute).0;
+    let of_device =
+        |recompute| DevicePlan::of(device, memory_of(&groups, &lora, config.dtype, recompute).1, 0);
     let memory = match config.activation_checkpointing {
         Recompute::On => with(true),
         Recompute::Off => with(false),
-        Recompute::Auto => Some(with(false)).filter(|p| p.total <= budget / 2).unwrap_or_else(|| with(true)),
+        // The passes are the GPU's, and so is the choice.
+        Recompute::Auto => match of_device(false)? {
+            Some(plan) => with(plan.total > plan.free / 2),
+            None => Some(with(false)).filter(|p| p.total <= budget / 2).unwrap_or_else(|| with(true)),
+        },
     };
+    let device_plan = of_device(memory.recompute)?;
     let mut embeddings = Vec::new();
     for policy in EmbeddingPolicy::ALL {
         if policy == EmbeddingPolicy::NewTokens && config.new_tokens.is_empty() {
@@ -368,7 +417,7 @@ pub fn plan_beside(
         // A policy that the other settings rule out, as DoRA does LoRA on the embedding, is no choice here.
         let Ok(other) = config.with_policy(policy, model) else { continue };
         let Ok(lora) = resolved(&other) else { continue };
-        let plan = memory_of(&other.groups(), &lora, config.dtype, memory.recompute);
+        let plan = memory_of(&other.groups(), &lora, config.dtype, memory.recompute).0;
         embeddings.push(EmbeddingCost {
             policy: policy.name(),
             chosen: policy == config.policy(),
@@ -377,7 +426,7 @@ pub fn plan_beside(
         });
     }
     if memory.total > budget {
-        let narrow = memory_of(&groups, &lora, Precision::Bf16, memory.recompute).total;
+        let narrow = memory_of(&groups, &lora, Precision::Bf16, memory.recompute).0.total;
         let mut help = vec!["a smaller --context".to_string()];
         if config.batch.shape(context).0 > 1 {
             help.push("a smaller batch.micro_batch_tokens".to_string());
@@ -399,7 +448,12 @@ pub fn plan_beside(
             help.join(", ")
         )));
     }
-    let speed = measured_flops(config.dtype.products());
+    if let Some(plan) = &device_plan {
+        let mut help = vec!["a smaller --context", "a smaller batch.micro_batch_tokens"];
+        help.extend((!memory.recompute).then_some("activation_checkpointing = \"on\""));
+        plan.check(config.dtype, &help)?;
+    }
+    let speed = device.measured_flops(config.dtype.products()).map_err(model_error)?;
     let head_learns = config.policy() == EmbeddingPolicy::Full && model.tie_word_embeddings;
     let seconds = config
         .stages
@@ -414,7 +468,8 @@ pub fn plan_beside(
         / speed
         * ALLOWANCE;
     let parameters = values(&model.tensors()) + lora.values() as u64;
-    Ok(Plan { trained: memory.trainables / F32, memory, budget, seconds, parameters, embeddings })
+    let trained = memory.trainables / F32;
+    Ok(Plan { trained, memory, budget, seconds, parameters, embeddings, device: device_plan })
 }
 
 /// Measured: a step takes about so many times as long as its products alone would.
@@ -427,7 +482,7 @@ impl Plan {
             let chosen = if cost.chosen { " (chosen)" } else { "" };
             format!("{}{chosen} {}, {} learn", cost.policy, bytes(cost.total), count(cost.trained))
         });
-        format!(
+        let text = format!(
             "plan: about {} of memory ({}), {} free; about {} of training; {} of {} parameters learn\n\
              embeddings: {}",
             bytes(self.memory.total),
@@ -437,7 +492,8 @@ impl Plan {
             count(self.trained),
             count(self.parameters),
             costs.collect::<Vec<_>>().join("; ")
-        )
+        );
+        with_device(text, self.device.as_ref())
     }
 }
 

@@ -6,7 +6,7 @@
 //! it may outlive every handle.
 //!
 //! The version line is an exported C symbol, [`VERSION_SYMBOL`], a NUL-terminated text such as
-//! `megacontext-lora-abi 0.1.0 revision 1`. It is read before anything that depends on a layout.
+//! `megacontext-lora-abi 0.1.0 revision 2`. It is read before anything that depends on a layout.
 //!
 //! The digest protects against a wrong or damaged file. It does not protect against someone who can replace the file
 //! between the check and the opening. Opening a library runs its code: load only what you trust.
@@ -283,7 +283,7 @@ fn check_version_line(line: &str, path: &Path) -> Result<(), LoadError> {
     Err(LoadError::Version { path: path.to_owned(), expected: VERSION_LINE.to_owned(), got: line.to_owned() })
 }
 
-/// (version, revision) of `megacontext-lora-abi 0.1.0 revision 1`.
+/// (version, revision) of `megacontext-lora-abi 0.1.0 revision 2`.
 fn parse_line(line: &str) -> Option<([u32; 3], u32)> {
     let words: Vec<_> = line.split(' ').collect();
     let ["megacontext-lora-abi", version, "revision", revision] = words[..] else { return None };

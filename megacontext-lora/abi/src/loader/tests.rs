@@ -139,10 +139,11 @@ fn version_lines_are_compared() {
     check_version_line(VERSION_LINE, path).unwrap();
     for other in [
         "megacontext-lora-abi 0.1.0 revision 999",
-        "megacontext-lora-abi 0.0.9 revision 1",
-        "megacontext-lora-abi 9.0.0 revision 1",
-        "megacontext-lora-abi 0.1 revision 1",
-        "another-abi 0.1.0 revision 1",
+        "megacontext-lora-abi 0.1.0 revision 1",
+        "megacontext-lora-abi 0.0.9 revision 2",
+        "megacontext-lora-abi 9.0.0 revision 2",
+        "megacontext-lora-abi 0.1 revision 2",
+        "another-abi 0.1.0 revision 2",
         "",
     ] {
         let error = check_version_line(other, path).unwrap_err();

@@ -8,7 +8,7 @@
 use std::ffi::c_void;
 use std::{mem, slice};
 
-use super::{DType, Device, DeviceKind, MAX_RANK, TensorError, TensorView, TensorViewMut};
+use super::{DType, Device, DeviceKind, MAX_RANK, Stream, TensorError, TensorView, TensorViewMut};
 
 /// Elements of the memory that views lie in.
 const ARENA: usize = 64;
@@ -32,8 +32,9 @@ impl Bytes<'_> {
     }
 }
 
-/// Makes a view of bytes: element type, device, address, rank, dimensions and strides, zeros where there are none left. It is
-/// checked, and read and filled where it lies in memory that is there.
+/// Makes a view of bytes: element type, device, address, rank, dimensions, strides, and a GPU's stream; zeros where there are
+/// none left. It is checked, and read and filled where it lies in memory that is there. A GPU's is checked for its own device too,
+/// and never followed.
 ///
 /// # Errors
 /// The check's.
@@ -65,10 +66,17 @@ pub fn view(bytes: &[u8]) -> Result<(), TensorError> {
         strides.push(i64::from_le_bytes(bytes.next()) as isize);
     }
     let expected = vec![None; rank];
-    // SAFETY: the view is read only where `inside` holds: then shape and strides reach into the arena alone, which lives on,
-    // holds initialised values and is used by no one else meanwhile.
-    let view = unsafe { TensorView::from_raw_parts(data, dtype, device, &dims, &strides) };
-    let checked = view.check("view", dtype, &expected);
+    let view = match kind {
+        // SAFETY: the view is read only where `inside` holds: then shape and strides reach into the arena alone, which lives
+        // on, holds initialised values and is used by no one else meanwhile.
+        DeviceKind::Cpu => unsafe { TensorView::from_raw_parts(data, dtype, device, &dims, &strides) },
+        DeviceKind::Cuda => {
+            let stream = Stream::new(u64::from_le_bytes(bytes.next()) as usize);
+            // SAFETY: nothing follows a GPU's view here.
+            unsafe { TensorView::from_cuda(data as usize, dtype, device.id, stream, &dims, &strides) }
+        }
+    };
+    let checked = view.check_on(device, "view", dtype, &expected);
     let count = dims.iter().try_fold(1i128, |n, d| n.checked_mul(*d as i128));
     // The span in elements; a dimension of 0 makes it empty whatever the others say.
     let last = dims.iter().zip(&strides).try_fold(0i128, |sum, (d, s)| {
@@ -76,7 +84,7 @@ pub fn view(bytes: &[u8]) -> Result<(), TensorError> {
     });
     let empty = dims.contains(&0);
     if checked.is_ok() {
-        assert!(rank <= MAX_RANK && device == Device::CPU && strides.iter().all(|s| *s >= 0));
+        assert!(rank <= MAX_RANK && strides.iter().all(|s| *s >= 0));
         assert!(empty || !data.is_null());
         assert_eq!(data as usize % dtype.size(), 0);
         let size = dtype.size() as i128;
@@ -85,6 +93,7 @@ pub fn view(bytes: &[u8]) -> Result<(), TensorError> {
             last.and_then(|last| (last + 1).checked_mul(size)).map(|bytes| data as usize as i128 + bytes);
         assert!(empty || end.is_some_and(|end| end <= usize::MAX as i128), "{dims:?} {strides:?}");
     }
+    let checked = if device == Device::CPU { checked } else { refused_on_the_host(&view, checked) };
     let copied = count.filter(|n| (0..=COPIED as i128).contains(n)).map(|n| n as usize);
     let from = (data as usize).wrapping_sub(start as usize) / mem::size_of::<f32>();
     let inside = dtype == DType::F32
@@ -94,7 +103,7 @@ pub fn view(bytes: &[u8]) -> Result<(), TensorError> {
         let read = view.read::<f32>("view", &expected)?.into_owned();
         assert_eq!(read.len(), count);
         assert_eq!(read, places(&dims, &strides).map(|at| (from + at) as f32).collect::<Vec<f32>>());
-        // SAFETY: as above; nothing reads the arena until the view has gone.
+        // SAFETY: as for the view; nothing reads the arena until the view has gone.
         let mut out = unsafe { TensorViewMut::from_raw_parts(data, DType::F32, device, &dims, &strides) };
         let filled = out.fill::<f32, _, TensorError>("out", &expected, |values| {
             values.iter_mut().zip(1..).for_each(|(v, n)| *v = -(n as f32));
@@ -109,6 +118,17 @@ pub fn view(bytes: &[u8]) -> Result<(), TensorError> {
         assert_eq!(now, wanted, "{dims:?} {strides:?}");
     }
     checked
+}
+
+/// The host's check of a view of another device, which has to refuse it and not to read it.
+fn refused_on_the_host(view: &TensorView, own: Result<(), TensorError>) -> Result<(), TensorError> {
+    let expected = vec![None; view.shape().len()];
+    assert!(view.check("view", view.dtype(), &expected).is_err());
+    assert!(view.read::<f32>("view", &expected).is_err());
+    if own.is_ok() {
+        return view.check("view", view.dtype(), &expected);
+    }
+    own
 }
 
 /// The place of every element in row-major order, in elements.

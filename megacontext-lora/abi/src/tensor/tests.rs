@@ -91,6 +91,92 @@ fn refuses_another_device() {
     assert_eq!(error.to_string(), "x: expected memory on cpu, got cuda:1");
 }
 
+/// Where a GPU's memory may be: no pointer of this process.
+const ADDRESS: usize = 0x7f00_0000_0100;
+
+fn on_gpu<'a>(address: usize, stream: Option<Stream>, shape: &[usize], strides: &[isize]) -> TensorView<'a> {
+    // SAFETY: nothing follows the address: these views are looked at and refused.
+    unsafe { TensorView::from_cuda(address, DType::F32, 1, stream, shape, strides) }
+}
+
+#[test]
+fn a_gpus_view_carries_address_and_stream() {
+    let stream = Stream::new(0x5555_0000).unwrap();
+    let view = on_gpu(ADDRESS, Some(stream), &[2, 3], &[3, 1]);
+    let cuda = Device { kind: DeviceKind::Cuda, id: 1 };
+    assert_eq!((view.device(), view.address(), view.stream()), (cuda, ADDRESS, Some(stream)));
+    assert_eq!((view.shape(), view.strides(), view.dtype()), (&[2, 3][..], &[3, 1][..], DType::F32));
+    assert_eq!(view.memory(), Memory { device: cuda, bytes: ADDRESS..ADDRESS + 24 });
+    view.check_on(cuda, "x", DType::F32, &[Some(2), Some(3)]).unwrap();
+    // SAFETY: as in `on_gpu`.
+    let out = unsafe { TensorViewMut::from_cuda(ADDRESS, DType::F32, 1, None, &[6], &[1]) };
+    assert_eq!((out.device(), out.address(), out.stream()), (cuda, ADDRESS, None));
+    out.check_on(cuda, "out", DType::F32, &[Some(6)]).unwrap();
+}
+
+#[test]
+fn streams_have_the_numbers_of_the_array_interface() {
+    assert_eq!((Stream::LEGACY_DEFAULT.number(), Stream::PER_THREAD_DEFAULT.number()), (1, 2));
+    assert_eq!(Stream::new(0), None);
+    let texts = [1, 2, 0x1000].map(|number| Stream::new(number).unwrap().to_string());
+    assert_eq!(texts, ["1 (the legacy default)", "2 (the thread's default)", "0x1000"]);
+}
+
+#[test]
+fn a_gpus_values_are_neither_read_nor_written_on_the_host() {
+    let expected = "x: expected memory on cpu, got cuda:1";
+    let view = on_gpu(ADDRESS, Some(Stream::LEGACY_DEFAULT), &[4], &[1]);
+    assert_eq!(view.read::<f32>("x", &[None]).unwrap_err().to_string(), expected);
+    let empty = on_gpu(0, None, &[0], &[1]);
+    assert_eq!(empty.read::<f32>("x", &[None]).unwrap_err().to_string(), expected);
+    // SAFETY: as in `on_gpu`.
+    let mut out = unsafe { TensorViewMut::from_cuda(ADDRESS, DType::F32, 1, None, &[4], &[1]) };
+    let filled = out.fill::<f32, (), TensorError>("x", &[None], |_| panic!("nothing may be filled"));
+    assert_eq!(filled.unwrap_err().to_string(), expected);
+}
+
+#[test]
+fn what_is_refused_on_the_host_is_refused_on_a_gpu() {
+    let cuda = |id| Device { kind: DeviceKind::Cuda, id };
+    let check = |view: TensorView, dims: &[Option<usize>]| view.check_on(cuda(1), "x", DType::F32, dims);
+    let error = |address, shape: &[usize], strides: &[isize]| {
+        check(on_gpu(address, None, shape, strides), &vec![None; shape.len()]).unwrap_err()
+    };
+    assert!(matches!(error(0, &[1], &[1]), TensorError::Null { .. }));
+    assert!(matches!(error(ADDRESS + 2, &[1], &[1]), TensorError::Alignment { .. }));
+    assert!(matches!(error(usize::MAX - 7, &[1024], &[1]), TensorError::Overflow { .. }));
+    assert!(matches!(error(ADDRESS, &[usize::MAX, 2], &[2, 1]), TensorError::Overflow { .. }));
+    assert!(matches!(error(ADDRESS, &[4], &[-1]), TensorError::Stride { .. }));
+    assert!(matches!(error(ADDRESS, &[1; 7], &[1; 7]), TensorError::Rank { .. }));
+    let other = on_gpu(ADDRESS, None, &[4], &[1]).check_on(cuda(0), "x", DType::F32, &[None]).unwrap_err();
+    assert_eq!(other.to_string(), "x: expected memory on cuda:0, got cuda:1");
+    let data = [0f32; 2];
+    let host = TensorView::of(&data).check_on(cuda(0), "x", DType::F32, &[None]).unwrap_err();
+    assert_eq!(host.to_string(), "x: expected memory on cuda:0, got cpu");
+    // SAFETY: as in `on_gpu`.
+    let out = unsafe { TensorViewMut::from_cuda(ADDRESS, DType::F32, 1, None, &[2, 3], &[1, 1]) };
+    assert!(matches!(out.check_on(cuda(1), "x", DType::F32, &ANY), Err(TensorError::Overlap { .. })));
+}
+
+#[test]
+fn refuses_a_stream_under_the_cpus_memory() {
+    let data = [0f32; 2];
+    let mut view = TensorView::of(&data);
+    view.layout.stream = 2;
+    let error = view.check("x", DType::F32, &[None]).unwrap_err();
+    assert_eq!(error.to_string(), "x: expected no stream for memory on cpu, got 2 (the thread's default)");
+}
+
+#[test]
+fn equal_addresses_of_two_devices_are_not_shared_memory() {
+    let data = [0f32; 4];
+    let host = TensorView::of(&data);
+    let gpu = on_gpu(host.address(), None, &[4], &[1]);
+    check_disjoint(&[("out", host.memory())], &[("x", gpu.memory())]).unwrap();
+    let error = check_disjoint(&[("out", gpu.memory())], &[("x", gpu.memory())]).unwrap_err();
+    assert_eq!(error.to_string(), "out and x share memory");
+}
+
 #[test]
 fn refuses_a_negative_stride() {
     let data = [0f32; 4];
@@ -175,7 +261,7 @@ fn refuses_a_slice_of_another_length() {
 fn refuses_arguments_that_share_memory() {
     let data = [0f32; 8];
     let (low, high) = data.split_at(4);
-    let range = |s| TensorView::of::<f32>(s).byte_range();
+    let range = |s| TensorView::of::<f32>(s).memory();
     check_disjoint(&[("cos", range(low)), ("sin", range(high))], &[]).unwrap();
     let error = check_disjoint(&[("cos", range(&data[..5]))], &[("mu", range(high))]).unwrap_err();
     assert_eq!(error.to_string(), "cos and mu share memory");

@@ -9,6 +9,7 @@
 
 use megacontext_kernels::linear::LoraShape;
 use megacontext_kernels::precision::Precision;
+use serde::Serialize;
 
 use super::{PassShape, Sizes};
 use crate::config::DecoderConfig;
@@ -28,7 +29,7 @@ pub fn chunk_rows(vocab: usize) -> usize {
 }
 
 /// Bytes on a GPU, by kind.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct GpuBytes {
     /// Copies of parameters, what learns among them, and what products work in.
     pub weights: u64,
@@ -43,6 +44,17 @@ pub struct GpuBytes {
 }
 
 impl GpuBytes {
+    /// The greater of two, kind by kind: of passes that use the same buffers.
+    pub fn most(self, other: Self) -> Self {
+        Self {
+            weights: self.weights.max(other.weights),
+            gradients: self.gradients.max(other.gradients),
+            activations: self.activations.max(other.activations),
+            workspace: self.workspace.max(other.workspace),
+            passing: self.passing.max(other.passing),
+        }
+    }
+
     /// Of all kinds.
     pub fn total(self) -> u64 {
         self.weights + self.gradients + self.activations + self.workspace + self.passing

@@ -32,13 +32,13 @@ use self::buffer::{GpuBuffer, LinearRooms};
 use self::linear::{GpuLinear, GpuNorm};
 use self::parameters::Parameters;
 use super::host::no_local_tables;
-use super::{AttentionSpec, Loss, Machine, Scored, Teacher};
+use super::{AttentionSpec, Loss, Machine, Scored, Teacher, Wanted};
 use crate::architecture::{Mlp, NormKind, Rotation};
 use crate::block::Tables;
 use crate::buffers::{Activation, Buffers, KeysValues, Scratch};
 use crate::config::DecoderConfig;
 use crate::decoder::{Decoder, Document, Ran};
-use crate::device::{Device, Gpu as Opened};
+use crate::device::Gpu as Opened;
 use crate::error::{BaseError, Result};
 use crate::gradients::Gradients;
 use crate::params::ParamStore;
@@ -66,11 +66,6 @@ impl Gpu {
             return Err(BaseError::Device { message });
         }
         Ok(Self { opened: opened.clone(), parameters: Parameters::default() })
-    }
-
-    /// The device.
-    pub fn device(&self) -> Device {
-        Device::Cuda(self.opened.clone())
     }
 
     fn kernels(&self) -> &Kernels {
@@ -514,7 +509,7 @@ impl Machine for Gpu {
         hidden: &GpuBuffer<S>,
         scored: &[usize],
         teacher: Teacher<'_, Self, S>,
-        wanted: Option<(f32, Option<&[f32]>, &mut GpuBuffer<f32>)>,
+        wanted: Wanted<'_, GpuBuffer<f32>>,
     ) -> Result<Vec<f32>> {
         self.divergence_from(decoder, hidden, scored, teacher, wanted)
     }

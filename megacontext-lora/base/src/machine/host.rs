@@ -9,7 +9,7 @@ use megacontext_kernels::gelu::{
 use megacontext_kernels::loss::Gradient;
 use megacontext_kernels::{linear, mlp, rope, rows};
 
-use super::{AttentionSpec, Loss, Machine, Scored, Teacher};
+use super::{AttentionSpec, Loss, Machine, Scored, Teacher, Wanted};
 use crate::architecture::{Mlp, NormKind, Rotation};
 use crate::block::Tables;
 use crate::buffers::{Activation, Buffer, Buffers, KeysValues, Scratch};
@@ -396,7 +396,7 @@ impl Machine for Host {
         hidden: &Buffer<S>,
         scored: &[usize],
         teacher: Teacher<'_, Self, S>,
-        wanted: Option<(f32, Option<&[f32]>, &mut Vec<f32>)>,
+        wanted: Wanted<'_, Vec<f32>>,
     ) -> Result<Vec<f32>> {
         let width = decoder.config().hidden_size;
         let student = rows_of(hidden, scored.iter().copied(), width);

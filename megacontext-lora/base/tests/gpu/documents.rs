@@ -26,7 +26,7 @@ fn continued(decoder: &Decoder, pattern: Pattern, kl: bool) -> Result<(Vec<f32>,
     let mut buffers = Buffers::default();
     let rope = c.rope(&c.rope_scaling).sequence(T)?;
     let document = decoder.run_document(&tokens, pattern, &rope, kl, &mut buffers)?;
-    ensure!((document.device_bytes() > 0) == !decoder.device().is_cpu(), "the document lies elsewhere");
+    ensure!((document.device_bytes() > 0) != decoder.device().is_cpu(), "the document lies elsewhere");
 
     let prefix = [4usize, 11, 17];
     let lengths = [R, R - 2, R];
@@ -39,7 +39,7 @@ fn continued(decoder: &Decoder, pattern: Pattern, kl: bool) -> Result<(Vec<f32>,
     let scored = |row: usize, i: usize| i >= 3 && i < lengths[row];
     let at = |i: usize| (i / R, i % R);
     let targets: Vec<u32> = (0..3 * R)
-        .map(|i| at(i))
+        .map(at)
         .map(|(row, i)| if scored(row, i) { tokens[prefix[row] + i + 1] } else { IGNORE })
         .collect();
     let teacher: Vec<usize> = (0..3 * R).map(|i| prefix[i / R] + i % R).collect();

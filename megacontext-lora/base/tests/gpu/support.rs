@@ -47,20 +47,11 @@ pub struct Lease {
 pub struct Memory(&'static Library);
 
 impl Memory {
-    fn ask(&self, function: &[u8]) -> Result<u64> {
-        // SAFETY: the library is `cu/emulate/driver.cpp`, and this is the functions' type.
-        let asked = unsafe { self.0.get::<extern "C" fn() -> usize>(function) }?;
-        Ok(asked() as u64)
-    }
-
     /// Bytes that live.
     pub fn now(&self) -> Result<u64> {
-        self.ask(b"emulated_bytes")
-    }
-
-    /// The most that did since this was asked for last.
-    pub fn most(&self) -> Result<u64> {
-        self.ask(b"emulated_most_bytes")
+        // SAFETY: the library is `cu/emulate/driver.cpp`, and this is the function's type.
+        let bytes = unsafe { self.0.get::<extern "C" fn() -> usize>(b"emulated_bytes") }?;
+        Ok(bytes() as u64)
     }
 }
 
@@ -111,8 +102,12 @@ pub fn device() -> Result<Option<Lease>> {
     }
 }
 
+/// Where the models are: on another machine than this program was built on, a folder that the environment names.
+const FIXTURES: &str = "MEGACONTEXT_FIXTURES";
+
 pub fn open(folder: &str, precision: Precision, learning: &[Group]) -> Result<Decoder> {
-    let dir = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../../integration-tests/fixtures").join(folder);
+    let own = || PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../../integration-tests/fixtures");
+    let dir = std::env::var_os(FIXTURES).map_or_else(own, PathBuf::from).join(folder);
     let mut decoder =
         Decoder::from_weights(DecoderConfig::from_dir(&dir)?, &Weights::open(&dir)?, precision, learning)?;
     decoder.params_mut().set_learning(learning.iter().copied())?;

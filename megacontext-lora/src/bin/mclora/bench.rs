@@ -42,6 +42,8 @@ pub enum BenchCommand {
 }
 
 /// Attention, forward and backward, on random q, k and v.
+///
+/// On the processor unless --device names a GPU; there in f32 or bf16.
 #[derive(Debug, Clone, Args)]
 #[command(after_help = "Examples:
   mclora bench attention --n 2048,4096,8192 --heads 9,3 --threads 2
@@ -224,9 +226,9 @@ pub struct LensArgs {
 }
 
 impl BenchCommand {
-    /// Does it run passes of a decoder? The others measure operations and networks on the processor.
+    /// Can it measure a GPU? The others measure operations and networks on the processor.
     pub fn has_passes(&self) -> bool {
-        matches!(self, Self::Step(_) | Self::Gist(_))
+        matches!(self, Self::Attention(_) | Self::Step(_) | Self::Plan(_) | Self::Gist(_))
     }
 }
 
@@ -256,6 +258,7 @@ fn attention(args: &AttentionArgs, global: &Global) -> Result<Params> {
     params.set_some("head_dim", args.head_dim);
     params.set_some("group", args.group.as_deref().map(params::group).transpose()?);
     params.set_some("batch", args.batch);
+    params.set_some("device", global.device.as_deref());
     set_common(&mut params, &args.common);
     Ok(params)
 }

@@ -1,18 +1,21 @@
 //! Attention alone, forward and backward.
 //!
-//! Shapes: q [B, n, H, d], k and v [B, n, Hkv, d] as a projection leaves them; gradients of all three.
+//! Shapes: q [B, n, H, d], k and v [B, n, Hkv, d] as a projection leaves them; gradients of all three. On the processor unless a
+//! GPU is named ([`super::attention_cuda`]).
 
+use megacontext_base::device::{Device, DeviceChoice};
 use megacontext_kernels::attention::slices::{Gradients, Mixed, Prepared};
 use megacontext_kernels::attention::{Pattern, Rows};
 use megacontext_kernels::precision::Precision;
 use megacontext_kernels::store::{Store, bf16};
 use serde::{Deserialize, Serialize};
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
 
 use super::measure::{Memory, Times, megabytes, rounded};
-use super::{add, begin, check_common, group, kind, normals, within};
+use super::{add, add_device, begin, check_common, group, kind, normals, within};
 use crate::error::{PluginError, Result};
 use crate::host::HostApi;
+use crate::jobs::device::OnDevice;
 use crate::jobs::with_threads;
 use crate::train::config::{self, Attention, GroupSize};
 use crate::train::work::{ATTENTION_BACKWARD, attention_forward};
@@ -39,6 +42,8 @@ pub struct AttentionBench {
     pub reps: usize,
     /// Threads; none means all.
     pub threads: Option<usize>,
+    /// What it runs on: `cpu`, `cuda:N` or `auto`; none means the processor.
+    pub device: Option<DeviceChoice>,
 }
 
 impl Default for AttentionBench {
@@ -53,6 +58,7 @@ impl Default for AttentionBench {
             batch: 1,
             reps: 3,
             threads: None,
+            device: None,
         }
     }
 }
@@ -75,6 +81,13 @@ pub fn run(bench: &AttentionBench, host: &dyn HostApi) -> Result<Value> {
     check_common(bench.n, bench.batch, bench.reps)?;
     let [heads, kv_heads] = head_counts(&bench.heads)?;
     let pattern = config::pattern(bench.pattern, bench.group, bench.n)?;
+    // Nobody is told of a device that nobody named.
+    let on = bench.device.map(|device| OnDevice::open(device, host)).transpose()?;
+    #[cfg(feature = "cuda")]
+    if let Some(on) = on.as_ref().filter(|on| !on.device().is_cpu()) {
+        return super::attention_cuda::run(bench, pattern, [heads, kv_heads], on.device(), host);
+    }
+    drop(on);
     let scale = 1.0 / (bench.head_dim as f64).sqrt();
     let sizes = [bench.batch, bench.n, heads, kv_heads, bench.head_dim];
     let prepared = Prepared::new(sizes, scale, pattern, &Rows::default())
@@ -114,20 +127,32 @@ fn measured<S: Store>(
         prepared.forward_into(&q, &k, &v, &mut mixed);
         Ok(())
     })?;
-    let flops = bench.batch as f64
-        * attention_forward(pattern, bench.n, heads, bench.head_dim)
-        * (1.0 + ATTENTION_BACKWARD);
     let mut result = begin("attention", bench.dtype)?;
-    add(
-        &mut result,
-        json!({
-            "kind": kind(bench.pattern), "B": bench.batch, "H": heads, "Hkv": kv_heads, "d": bench.head_dim,
-            "n": bench.n, "G": group(pattern, bench.n),
+    add_device(&mut result, &Device::Cpu)?;
+    bench.describe(&mut result, pattern, [heads, kv_heads], [&both, &forward], extra);
+    Ok(Value::Object(result))
+}
+
+impl AttentionBench {
+    /// The fields of forward and backward together, and of forward alone.
+    pub(super) fn describe(
+        &self,
+        result: &mut Map<String, Value>,
+        pattern: Pattern,
+        [heads, kv_heads]: [usize; 2],
+        [both, forward]: [&Times; 2],
+        extra: Option<u64>,
+    ) {
+        let forward_flops = attention_forward(pattern, self.n, heads, self.head_dim);
+        let flops = self.batch as f64 * forward_flops * (1.0 + ATTENTION_BACKWARD);
+        let fields = json!({
+            "kind": kind(self.pattern), "B": self.batch, "H": heads, "Hkv": kv_heads, "d": self.head_dim,
+            "n": self.n, "G": group(pattern, self.n),
             "fb_ms": rounded(both.median() * 1e3, 3), "best_ms": rounded(both.best() * 1e3, 3),
             "fwd_ms": rounded(forward.median() * 1e3, 3), "peak_extra_MB": megabytes(extra),
             "gflops": rounded(flops / both.median() / 1e9, 1), "gflop_total": rounded(flops / 1e9, 3),
-        }),
-    );
-    both.describe(&mut result);
-    Ok(Value::Object(result))
+        });
+        add(result, fields);
+        both.describe(result);
+    }
 }

@@ -7,7 +7,8 @@
 //! its horizon, and one forward and backward over the same context with the block replaced. Blocks at an eighth, three, five and
 //! seven eighths of the document are measured so and stand for all.
 //!
-//! `fb_ms` and `apart_ms` are for all blocks; memory is what each way takes beyond the model.
+//! `fb_ms` and `apart_ms` are for all blocks; memory is what each way takes beyond the model. `peak_device_MB` is of the first way,
+//! with the model's copies on a GPU.
 
 use megacontext_base::buffers::Buffers;
 use megacontext_base::decoder::{Decoder, Forward};
@@ -27,7 +28,7 @@ use gistnet_adapter::delta_nll::{DeltaNll, Span, StandIn, Substitution};
 
 use super::measure::{Memory, Times, megabytes, rounded};
 use super::step::llama;
-use super::{add, begin, check_common, group, kind, normals, within};
+use super::{add, add_device, begin, check_common, group, kind, normals, within};
 use crate::error::{PluginError, Result};
 use crate::host::HostApi;
 use crate::jobs::device::OnDevice;
@@ -117,6 +118,7 @@ fn measured(
     let replaced: Vec<Vec<Span>> = spans.iter().map(|span| vec![*span]).collect();
     let pattern = config::pattern(bench.attn, bench.group, bench.n)?;
 
+    decoder.device().forget_peak().map_err(model_error)?;
     let memory = Memory::start();
     let mut buffers = Buffers::default();
     let shared = Times::of(bench.reps, host, || {
@@ -127,6 +129,8 @@ fn measured(
         Ok(())
     })?;
     let extra = memory.extra();
+    let mut result = begin("gist", bench.dtype)?;
+    add_device(&mut result, decoder.device())?;
     drop(buffers);
 
     let apart = Apart { decoder, tokens: &tokens, rule, pattern, horizon: bench.horizon };
@@ -143,12 +147,11 @@ fn measured(
     }
     let apart_extra = memory.extra();
     let all = seconds * spans.len() as f64;
-    let mut result = begin("gist", bench.dtype)?;
     let shape: Vec<String> = bench.shape.iter().map(usize::to_string).collect();
     add(
         &mut result,
         json!({
-            "device": decoder.device().describe(), "shape": shape.join(","), "attn": kind(bench.attn), "B": spans.len(), "n": bench.n,
+            "shape": shape.join(","), "attn": kind(bench.attn), "B": spans.len(), "n": bench.n,
             "G": group(pattern, bench.n), "horizon": bench.horizon, "K": bench.block,
             "fb_ms": rounded(shared.median() * 1e3, 3), "best_ms": rounded(shared.best() * 1e3, 3),
             "block_ms": rounded(shared.median() * 1e3 / spans.len() as f64, 3),

@@ -6,14 +6,16 @@
 //! | field | |
 //! |---|---|
 //! | `lib`, `what`, `dtype`, `threads` | what was measured |
-//! | `device` | of `step` and `gist`: what passes ran on |
+//! | `device` | of `step`, `gist`, `plan` and `attention`: what passes ran on |
+//! | `peak_device_MB` | where that is a GPU: the most of its memory that was in use, copies of the parameters among it |
 //! | `B`, `H`, `Hkv`, `d`, `n`, `G` | rows, query heads, kv heads, head width, entries, group (n for dense) |
 //! | `fb_ms`, `fwd_ms`, `best_ms` | median forward and backward, forward alone, best forward and backward |
 //! | `step_s`, `best_s`, `tok_s` | a whole step, tokens per second |
 //! | `block_ms` | of `gist`: for each replaced block |
 //! | `apart_ms`, `cheaper`, `apart_extra_MB` | of `gist`: the same as two whole passes per block, how many times that costs, its memory |
 //! | `dense_ms`, `pearson`, `spearman`, `mean_apart`, `most_apart`, `dense_size`, `top_overlap` | of `lens` with `compare`, see `bench/lens.rs` |
-//! | `peak_extra_MB` | most memory of forward and backward beyond the idle inputs, 10⁶ bytes |
+//! | `device_bytes` | of `plan` on a GPU: bytes there by kind, and what is free |
+//! | `peak_extra_MB` | most memory of forward and backward beyond the idle inputs, 10⁶ bytes; the GPU's where one was measured |
 //! | `peak_rss_MB`, `idle_rss_MB` | most memory of the process in a step; before the first one |
 //! | `gflops`, `gflop_total`, `tflop`, `tflop_parts` | FLOPs by [`crate::train::work`], per second of the median |
 //! | `n_clean`, `other` | samples that other processes left alone; cores that those used |
@@ -24,6 +26,7 @@
 //!
 //! Errors: sizes that do not fit, by key. Left out: GistNet itself.
 
+use megacontext_base::device::Device;
 use megacontext_base::random::{Random, mix};
 use megacontext_kernels::attention::Pattern;
 use megacontext_kernels::cpu;
@@ -34,10 +37,12 @@ use serde_json::{Map, Value, json};
 
 use crate::error::{PluginError, Result};
 use crate::host::HostApi;
-use crate::jobs::parse;
+use crate::jobs::{model_error, parse};
 use crate::train::config::{Attention, LONGEST_CONTEXT};
 
 mod attention;
+#[cfg(feature = "cuda")]
+mod attention_cuda;
 mod gist;
 mod lens;
 pub mod measure;
@@ -64,7 +69,7 @@ pub fn run(params: Value, host: &dyn HostApi) -> Result<Value> {
         Some("linear") => ops::linear(&parse(params)?, host),
         Some("gist") => gist::run(&parse(params)?, host),
         Some("lens") => lens::run(&parse(params)?, host),
-        Some("plan") => step::plan(&parse(params)?),
+        Some("plan") => step::plan(&parse(params)?, host),
         _ => Err(PluginError::usage(format!("what: expected one of {WHATS:?}, got {what}"))),
     }
 }
@@ -79,6 +84,15 @@ fn begin(what: &str, dtype: Precision) -> Result<Map<String, Value>> {
         Value::Object(map) => Ok(map),
         _ => Err(PluginError::internal("bench: the fields are an object")),
     }
+}
+
+/// What was measured on, and the most of a GPU's memory that was in use since `Device::forget_peak`.
+fn add_device(map: &mut Map<String, Value>, device: &Device) -> Result<()> {
+    add(map, json!({ "device": device.describe() }));
+    if let Some(peak) = device.peak_bytes().map_err(model_error)? {
+        add(map, json!({ "peak_device_MB": measure::megabytes(Some(peak)) }));
+    }
+    Ok(())
 }
 
 /// Adds fields to a result.

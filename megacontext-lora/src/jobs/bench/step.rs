@@ -4,7 +4,8 @@
 //! and norms learn. A step is the trainer's own: clear the gradients, embed, forward, loss over all positions, backward,
 //! AdamW. It is what `mclora extend` runs, with random tokens in place of text.
 //!
-//! `idle_rss_MB` is before the first step, with the model in memory; `peak_rss_MB` is the most since then.
+//! `idle_rss_MB` is before the first step, with the model in memory; `peak_rss_MB` is the most since then. `peak_device_MB` is the
+//! same of a GPU, copies of the parameters among it.
 
 use std::path::Path;
 
@@ -19,7 +20,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
 use super::measure::{Memory, Times, megabytes, rounded};
-use super::{add, begin, check_common, group, kind, within};
+use super::{add, add_device, begin, check_common, group, kind, within};
 use crate::error::{PluginError, Result};
 use crate::host::HostApi;
 use crate::jobs::device::OnDevice;
@@ -54,7 +55,7 @@ pub struct StepBench {
     pub batch: usize,
     /// Threads; none means all.
     pub threads: Option<usize>,
-    /// What a step's passes run on: `cpu`, `cuda:N`, or `auto`. A plan is of the host's memory whatever it says.
+    /// What a step's passes run on: `cpu`, `cuda:N`, or `auto`.
     pub device: DeviceChoice,
 }
 
@@ -179,6 +180,7 @@ fn measured(
         0,
         bench.checkpointing,
     )?;
+    trainer.decoder.device().forget_peak().map_err(model_error)?;
     let memory = Memory::start();
     let mut loss = None;
     let times = Times::of(bench.steps, host, || {
@@ -188,6 +190,7 @@ fn measured(
     })?;
     let tokens = (bench.n * bench.batch) as f64;
     let mut result = bench.begin("lora_step")?;
+    add_device(&mut result, trainer.decoder.device())?;
     let tera = |flops: f64| rounded(flops / 1e12, 6);
     let parts = json!({
         "linear": tera(work.linear), "lora": tera(work.lora), "lm_head": tera(work.lm_head), "attn": tera(work.attn),
@@ -195,7 +198,7 @@ fn measured(
     add(
         &mut result,
         json!({
-            "device": trainer.decoder.device().describe(), "step_s": rounded(times.median(), 4), "best_s": rounded(times.best(), 4),
+            "step_s": rounded(times.median(), 4), "best_s": rounded(times.best(), 4),
             "tok_s": rounded(tokens / times.median(), 1),
             "peak_rss_MB": megabytes(memory.peak()), "idle_rss_MB": megabytes(memory.idle()),
             "tflop": tera(work.total()), "tflop_parts": parts,
@@ -206,10 +209,12 @@ fn measured(
     Ok(Value::Object(result))
 }
 
-/// Plans a run of such steps, evaluations apart, without making the model.
-pub fn plan(bench: &StepBench) -> Result<Value> {
+/// Plans a run of such steps, evaluations apart, without making the model. What the process has no room for is said like
+/// everything else; what a GPU has no room for is refused, with the numbers.
+pub fn plan(bench: &StepBench, host: &dyn HostApi) -> Result<Value> {
     bench.check()?;
     let model = bench.model()?;
+    let on = OnDevice::open(bench.device, host)?;
     let run = ExtendConfig {
         context: bench.n,
         lora: bench.lora(&model)?.0,
@@ -222,15 +227,19 @@ pub fn plan(bench: &StepBench) -> Result<Value> {
         ..ExtendConfig::default()
     };
     let tokens = bench.n * bench.batch;
-    let plan = with_threads(bench.threads, || plan::plan(&model, &run, tokens))??;
+    let plan = with_threads(bench.threads, || plan::plan(&model, &run, tokens, on.device()))??;
     let mut result = bench.begin("plan")?;
     add(
         &mut result,
         json!({
-            "peak_rss_MB": megabytes(Some(plan.memory.total)), "step_s": rounded(plan.seconds / bench.steps as f64, 4),
+            "device": on.device().describe(), "peak_rss_MB": megabytes(Some(plan.memory.total)), "step_s": rounded(plan.seconds / bench.steps as f64, 4),
             "trained": plan.trained, "parameters": plan.parameters, "bytes": to_value(&plan.memory)?,
             "free_MB": megabytes(plan::available_bytes()),
         }),
     );
+    if let Some(plan) = &plan.device {
+        let peak = megabytes(Some(plan.total));
+        add(&mut result, json!({ "peak_device_MB": peak, "device_bytes": to_value(plan)? }));
+    }
     Ok(Value::Object(result))
 }

@@ -11,18 +11,21 @@
 //! Units: bytes, seconds. Errors: a plan beyond the budget, with the numbers and what would help.
 
 use gistnet_adapter::Mode;
+use megacontext_base::buffers::gpu;
 use megacontext_base::buffers::{PassBytes, PassShape, evaluation_bytes, keys_values_bytes, training_bytes};
 use megacontext_base::config::DecoderConfig;
 use megacontext_base::context::ENTRIES_AT_ONCE;
 use megacontext_base::decoder::DocumentShape;
+use megacontext_base::device::Device;
 use megacontext_base::lora::LoraModules;
 use megacontext_base::params::Group;
 use megacontext_kernels::attention::Pattern;
-use megacontext_kernels::gemm::measured_flops;
 use serde::Serialize;
 
 use super::{CycleConfig, PhaseKind};
 use crate::error::{PluginError, Result};
+use crate::jobs::model_error;
+use crate::train::device_plan::{DevicePlan, with_device};
 use crate::train::gistnet::{LEARNING, Rows, graph_bytes};
 use crate::train::plan::{
     ALLOWANCE, F32, available_bytes, bytes, count, duration, frozen_bytes, packed_bytes, resident_bytes,
@@ -65,6 +68,8 @@ pub struct CyclePlan {
     pub total: u64,
     /// Seconds of all phases, about.
     pub seconds: f64,
+    /// What the run takes of a GPU, where its passes run on one.
+    pub device: Option<DevicePlan>,
 }
 
 /// Values of an entry that LensNet's graph keeps, in widths of the model and per block.
@@ -80,6 +85,7 @@ impl CyclePlan {
         model: &DecoderConfig,
         lora: &LoraModules,
         histories: usize,
+        device: &Device,
     ) -> Result<Self> {
         let e = model.hidden_size as u64;
         let context = config.longest();
@@ -97,16 +103,21 @@ impl CyclePlan {
 
         // Bytes.
         let pass = |entries| PassShape { entries, precision: config.dtype, lora: Some(lora) };
-        let passage = DocumentShape { entries: context, precision: config.dtype, hidden: true }.bytes(model)
-            + F32 * context as u64 * e;
+        let values = F32 * context as u64 * e;
+        let passage =
+            values + DocumentShape { entries: context, precision: config.dtype, hidden: true }.bytes(model);
         let held = |bytes: PassBytes| bytes.activations + bytes.workspace;
         // Buffers that all phases use one after another: of whole histories, and of contexts that are measured together.
         let shown = budget + config.horizon;
         let together = (ENTRIES_AT_ONCE / shown).max(1) * shown;
         let read = evaluation_bytes(model, pass((context + config.horizon).max(together)));
-        let passes = held(read) + read.loss;
+        let on_gpu = !device.is_cpu();
+        let passes = if on_gpu { 0 } else { held(read) + read.loss };
         // What walking back takes besides.
         let trained = |entries: usize| {
+            if on_gpu {
+                return 0;
+            }
             let (own, trained) = (
                 evaluation_bytes(model, pass(entries)),
                 training_bytes(model, pass(entries), model.num_hidden_layers, true),
@@ -123,7 +134,7 @@ impl CyclePlan {
                 };
                 let padded = block as u64 + u64::from(gist.mode == Mode::Transformer);
                 let spans = phase.batch * phase.spans.max(of_whole);
-                phase.batch as u64 * passage
+                phase.batch as u64 * if on_gpu { values } else { passage }
                     + graph_bytes(&gist, e, spans as u64 * padded)
                     + (phase.batch as u64 + 1) * rows.bytes(e)
                     + trained(rows.at_once())
@@ -144,8 +155,17 @@ impl CyclePlan {
             }
         };
 
+        // Passes over histories, over contexts that are measured together, over contexts that are learned from.
+        let groups: Vec<Group> = config.jt3.groups.iter().copied().filter(|group| learns(*group)).collect();
+        let step =
+            gpu::training_bytes(model, pass(shown.max(together)), model.num_hidden_layers, true, &groups);
+        let read_there = gpu::evaluation_bytes(model, pass((context + config.horizon).max(together)));
+        // Histories that a step of GistNet runs, or the labels of one.
+        let documents = config.jt1.batch.max(1) as u64 * passage;
+        let device_plan = DevicePlan::of(device, step.most(read_there), documents)?;
+
         // Time.
-        let speed = measured_flops(config.dtype.products());
+        let speed = device.measured_flops(config.dtype.products()).map_err(model_error)?;
         let seconds = |flops: f64| flops / speed * ALLOWANCE;
         let read = |entries: usize| forward_flops(model, entries);
         let step = |entries| {
@@ -216,12 +236,16 @@ impl CyclePlan {
             phases,
             total: 0,
             seconds,
+            device: device_plan,
         };
         plan.total = plan.sum();
         let free = available_bytes().map(|free| free + plan.program);
         let allowed = config.memory_budget_bytes.or(free).unwrap_or(u64::MAX);
+        let mut help = vec!["smaller batches", "a smaller budget of entries", "shorter contexts"];
+        if let Some(plan) = &plan.device {
+            plan.check(config.dtype, &help)?;
+        }
         if plan.total > allowed {
-            let mut help = vec!["smaller batches", "a smaller budget of entries", "shorter contexts"];
             help.extend((!config.dtype.stores_bf16()).then_some("--dtype bf16"));
             return Err(PluginError::memory(format!(
                 "the run needs about {}, but may use {}: {}. What would help: {}",
@@ -258,12 +282,13 @@ impl CyclePlan {
 
     /// The plan for people: memory, then a line for each kind of phase.
     pub fn text(&self) -> String {
-        let mut text = format!(
+        let text = format!(
             "plan: at most about {} of memory ({}); about {} of training",
             bytes(self.total),
             self.kinds(),
             duration(self.seconds)
         );
+        let mut text = with_device(text, self.device.as_ref());
         for phase in &self.phases {
             text += &format!(
                 "\n  {:<13} {} steps, about {:.3} s each",

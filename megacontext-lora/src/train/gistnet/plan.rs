@@ -17,13 +17,16 @@ use gistnet_adapter::delta_nll::ENTRIES_AT_ONCE;
 use gistnet_adapter::{CHUNK_ENTRIES, GistNetConfig, Mode};
 
 use gistnet_adapter::validate::{Baseline, LOOKED_AT};
+use megacontext_base::buffers::gpu;
 use megacontext_base::buffers::{PassShape, evaluation_bytes, training_bytes};
 use megacontext_base::decoder::DocumentShape;
+use megacontext_base::device::Device;
 use serde::Serialize;
 
 use super::{GistRunConfig, Passages};
 use crate::error::{PluginError, Result};
 use crate::jobs::Adapted;
+use crate::train::device_plan::{DevicePlan, with_device};
 use crate::train::plan::{F32, Load, available_bytes, bytes, count, resident_bytes};
 
 /// Bytes that a run takes, by kind.
@@ -49,6 +52,8 @@ pub struct GistPlan {
     pub validation: u64,
     /// The most there is at one time.
     pub total: u64,
+    /// What the run takes of a GPU, where its passes run on one.
+    pub device: Option<DevicePlan>,
 }
 
 /// Values that GistNet's graph keeps of an entry and block of the transformer, in widths of the model: the stream and its
@@ -84,16 +89,20 @@ impl GistPlan {
         text: &Passages,
         held_out: &[Vec<u32>],
         test: &[Vec<u32>],
+        device: &Device,
     ) -> Result<Self> {
         let tokens: usize = text.tokens.iter().chain(held_out).chain(test).map(Vec::len).sum();
         let program = resident_bytes().unwrap_or(0).saturating_sub(F32 * tokens as u64);
-        let plan = Self::beside(config, adapted, text, held_out, tokens, program);
+        let plan = Self::beside(config, adapted, text, held_out, tokens, program, device)?;
         // What the process holds is no longer free, and is part of the plan.
         let free = available_bytes().map(|free| free + resident_bytes().unwrap_or(0));
         let budget = config.memory_budget_bytes.or(free).unwrap_or(u64::MAX);
+        let mut help = vec!["fewer passages_per_step", "fewer spans_per_passage", "a smaller context"];
+        help.extend((config.passage_bytes > 0).then_some("fewer passage_bytes"));
+        if let Some(plan) = &plan.device {
+            plan.check(config.dtype, &help)?;
+        }
         if plan.total > budget {
-            let mut help = vec!["fewer passages_per_step", "fewer spans_per_passage", "a smaller context"];
-            help.extend((plan.passages > 0).then_some("fewer passage_bytes"));
             help.extend((!config.dtype.stores_bf16()).then_some("--dtype bf16"));
             return Err(PluginError::memory(format!(
                 "the run needs about {}, but may use {}: {}. What would help: {}",
@@ -114,7 +123,8 @@ impl GistPlan {
         held_out: &[Vec<u32>],
         tokens: usize,
         program: u64,
-    ) -> Self {
+        device: &Device,
+    ) -> Result<Self> {
         let (model, e) = (&adapted.config, adapted.config.hidden_size as u64);
         let context = config.context.unwrap_or(0);
         let load = Load {
@@ -127,6 +137,7 @@ impl GistPlan {
             evaluated: 0,
             data_tokens: tokens,
             program,
+            on_gpu: !device.is_cpu(),
         };
         let base = load.memory(true);
         let network = config.network.of(model);
@@ -185,6 +196,17 @@ impl GistPlan {
             .map(|entries| evaluation_bytes(model, pass(entries)));
         let held = trained.activations + trained.workspace + larger.activations + larger.workspace;
         let passes = held - own.activations - own.workspace + trained.loss.max(larger.loss);
+        let on_gpu = gpu::training_bytes(model, pass(learned), model.num_hidden_layers, true, &[])
+            .most(gpu::evaluation_bytes(model, pass(context.max(learned).max(measured.at_once()))));
+        // Documents of a step, or of a validation, beside those that are kept; their entries' values stay on the host.
+        let values = |entries: usize| F32 * entries as u64 * e;
+        let documents = kept + fresh.max(patterns * passage(context, false));
+        let device = DevicePlan::of(device, on_gpu, documents)?;
+        // Of what is kept no more than the entries' values is left here.
+        let (passes, kept) = match device {
+            None => (passes, kept),
+            Some(_) => (0, kept.div_ceil(passage(context, hidden).max(1)) * values(context)),
+        };
 
         let mut plan = Self {
             program,
@@ -197,12 +219,13 @@ impl GistPlan {
             step,
             validation,
             total: 0,
+            device,
         };
         let model = plan.program + plan.data + plan.weights;
         let running =
             plan.network + plan.passages + plan.passes + plan.packed + plan.step.max(plan.validation);
         plan.total = model + running.max(adapted.read);
-        plan
+        Ok(plan)
     }
 
     fn kinds(&self) -> String {
@@ -220,12 +243,13 @@ impl GistPlan {
 
     /// The plan in a sentence.
     pub fn text(&self, steps: usize, parameters: usize) -> String {
-        format!(
+        let text = format!(
             "plan: at most about {} of memory ({}); {steps} steps; {} parameters of GistNet learn",
             bytes(self.total),
             self.kinds(),
             count(parameters as u64)
-        )
+        );
+        with_device(text, self.device.as_ref())
     }
 }
 

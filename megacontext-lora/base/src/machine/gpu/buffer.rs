@@ -34,7 +34,7 @@ impl<X: Activation> GpuBuffer<X> {
     pub fn size(&mut self, device: &Device, len: usize) -> Result<()> {
         if self.memory.as_ref().is_none_or(|memory| memory.len() < len) {
             self.memory = None;
-            self.memory = Some(device.zeros(len.max(1)).map_err(KernelError::from)?);
+            self.memory = Some(device.room(len.max(1)).map_err(KernelError::from)?);
         }
         self.len = len;
         Ok(())

@@ -23,11 +23,8 @@ use crate::buffers::gpu::chunk_rows;
 use crate::decoder::Decoder;
 use crate::error::{BaseError, Result};
 use crate::lora::LoraModules;
-use crate::machine::{Loss, Machine, Scored, Teacher};
+use crate::machine::{Loss, Machine, Scored, Teacher, Wanted};
 use crate::params::Group;
-
-/// What wants a divergence's gradient: scale, weights of all entries, and where it is added.
-pub(crate) type Wanted<'a> = Option<(f32, Option<&'a [f32]>, &'a mut GpuBuffer<f32>)>;
 
 fn places(scored: &[usize]) -> Result<Vec<u32>> {
     let place = |at: &usize| {
@@ -216,7 +213,7 @@ impl Gpu {
         hidden: &GpuBuffer<S>,
         scored: &[usize],
         teacher: Teacher<'_, Self, S>,
-        wanted: Wanted<'_>,
+        wanted: Wanted<'_, GpuBuffer<f32>>,
     ) -> Result<Vec<f32>> {
         if Self::head_adapted(decoder) || decoder.config().architecture.softcap.is_some() {
             return self.divergence_on_host(decoder, hidden, scored, teacher, wanted);
@@ -233,7 +230,7 @@ impl Gpu {
         hidden: &GpuBuffer<S>,
         scored: &[usize],
         teacher: Teacher<'_, Self, S>,
-        mut wanted: Wanted<'_>,
+        mut wanted: Wanted<'_, GpuBuffer<f32>>,
     ) -> Result<Vec<f32>> {
         let (vocab, width) = (decoder.config().vocab_size, decoder.config().hidden_size);
         let device = self.kernels();
@@ -279,7 +276,7 @@ impl Gpu {
         hidden: &GpuBuffer<S>,
         scored: &[usize],
         teacher: Teacher<'_, Self, S>,
-        wanted: Wanted<'_>,
+        wanted: Wanted<'_, GpuBuffer<f32>>,
     ) -> Result<Vec<f32>> {
         let (width, scored_places) = (decoder.config().hidden_size, places(scored)?);
         let mut rows = GpuBuffer::default();

@@ -12,7 +12,7 @@ use megacontext_kernels::error::KernelError;
 use std::sync::Arc;
 
 use super::buffer::{GpuBuffer, LinearRooms, stored_as};
-use super::parameters::Copied;
+use super::parameters::{Copied, Scales};
 use super::{Gpu, GpuGradients};
 use crate::architecture::NormKind;
 use crate::buffers::Activation;
@@ -40,7 +40,7 @@ struct LoraOperands<P> {
     factors: [Arc<CudaSlice<P>>; 2],
     initial: Option<[Arc<CudaSlice<P>>; 2]>,
     /// DoRA's c = m/n and n.
-    dora: Option<[CudaSlice<f32>; 2]>,
+    dora: Option<Scales>,
 }
 
 impl<'a> GpuLinear<'a> {
@@ -79,7 +79,9 @@ impl<'a> GpuLinear<'a> {
         };
         let mut operands = Operands { weight, lora: Some(LoraOperands { factors, initial, dora: None }) };
         if module.dora {
-            let dora = self.scales(gpu, &operands)?;
+            let of = [self.weight(), module.a_name(), module.b_name(), module.magnitude_name()];
+            let versions = of.map(|name| params.version(&name));
+            let dora = gpu.parameters.scales(&self.name, versions, || self.scales(gpu, &operands))?;
             if let Some(lora) = &mut operands.lora {
                 lora.dora = Some(dora);
             }

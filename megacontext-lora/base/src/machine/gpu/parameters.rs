@@ -33,11 +33,15 @@ pub(crate) struct Copy<P> {
 
 pub(crate) type Copies<P> = Mutex<BTreeMap<(String, Form), Copy<P>>>;
 
+/// DoRA's c = m/n and n of a layer, and the versions of what they were made of.
+pub(crate) type Scales = Arc<[CudaSlice<f32>; 2]>;
+
 /// Copies of parameters, by name and storage.
 #[derive(Default)]
 pub(crate) struct Parameters {
     f32: Copies<f32>,
     bf16: Copies<bf16>,
+    scales: Mutex<BTreeMap<String, ([u64; 4], Scales)>>,
 }
 
 /// A storage that copies may have.
@@ -98,6 +102,25 @@ impl Parameters {
         self.copy(0, (&name, Form::Values), |into| upload(device, &vec![1f32; count], into))
     }
 
+    /// DoRA's scales of the layer `name`; `make` finds them where there are none of these versions.
+    ///
+    /// # Errors
+    /// Those of `make`.
+    pub fn scales(
+        &self,
+        name: &str,
+        versions: [u64; 4],
+        make: impl FnOnce() -> Result<[CudaSlice<f32>; 2]>,
+    ) -> Result<Scales> {
+        let mut all = self.scales.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some((_, scales)) = all.get(name).filter(|(of, _)| *of == versions) {
+            return Ok(scales.clone());
+        }
+        let scales = Arc::new(make()?);
+        all.insert(name.to_string(), (versions, scales.clone()));
+        Ok(scales)
+    }
+
     /// The copy of this name and form; `upload` makes it where there is none of this version.
     fn copy<P: Copied>(
         &self,
@@ -127,7 +150,7 @@ fn upload<A: Product, P: Product>(
     let uploaded = device.upload(values).map_err(KernelError::from)?;
     let mut into = match before.filter(|before| before.len() == values.len()) {
         Some(before) => before,
-        None => device.zeros(values.len()).map_err(KernelError::from)?,
+        None => device.room(values.len()).map_err(KernelError::from)?,
     };
     rows::convert(device, &uploaded, &mut into)?;
     Ok(into)
