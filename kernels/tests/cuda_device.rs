@@ -15,6 +15,8 @@ mod inside;
 mod layers;
 #[path = "cuda_device/linear.rs"]
 mod linear;
+#[path = "cuda_device/opening.rs"]
+mod opening;
 #[path = "cuda_device/ops.rs"]
 mod ops;
 #[path = "cuda_device/probing.rs"]

@@ -1,0 +1,25 @@
+//! The program on a GPU, from its command line to its files, against the same program on the processor.
+//!
+//! The GPU is the emulated one of `kernels/cu/emulate`, in a process that knows nothing of emulation: the loader finds its driver,
+//! compiler and cuBLASLt under their names. It needs a C++ compiler and is skipped with a line where there is none.
+//!
+//! Bounds: losses and perplexities of f32 1e-3, tensors of adapters 1e-3 of their greatest value; a cycle, in which what was learned
+//! decides what is learned next, 1e-2 of each value.
+
+// A test stops at the first thing that is not as it should be.
+#![allow(clippy::unwrap_used)]
+
+mod common;
+#[path = "../../kernels/tests/emulated/compiler.rs"]
+mod compiler;
+#[path = "../../kernels/tests/emulated/libraries.rs"]
+mod libraries;
+
+#[path = "gpu/choosing.rs"]
+mod choosing;
+#[path = "gpu/cycle.rs"]
+mod cycle;
+#[path = "gpu/extending.rs"]
+mod extending;
+#[path = "gpu/support.rs"]
+mod support;
