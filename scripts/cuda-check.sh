@@ -51,7 +51,7 @@ pack() {
     mkdir -p "$into/peer" "$into/fixtures" "$(dirname "$file")"
     # One build for both, so that what they share is built once.
     # shellcheck disable=SC2086 # Two words.
-    text=$(cargo test --workspace $cuda --test cuda_device --test gpu --no-run 2>&1) || fail "$text"
+    text=$(cargo test -p megacontext-kernels -p megacontext-base $cuda --test cuda_device --test gpu --no-run 2>&1) || fail "$text"
     cp "$(named 'tests\/cuda_device\.rs' "$text")" "$into/cuda_device"
     cp "$(named 'tests\/gpu\.rs' "$text")" "$into/cuda_decoder"
     # shellcheck disable=SC2086

@@ -79,7 +79,7 @@ fn extend_reaches_what_the_processor_does() {
     let fixture = &machine.fixture;
     let on_cpu = mclora(&extend(fixture, "cpu", "cpu")).success();
     assert_eq!(first_line(&on_cpu), "device: cpu");
-    let on_gpu = machine.launches(&extend(fixture, "gpu", "cuda:0"), 500);
+    let on_gpu = machine.launches(&extend(fixture, "gpu", "cuda:0"), 300);
     assert_eq!(first_line(&on_gpu), format!("device: {GPU}"));
     let (cpu, gpu) = (fixture.path("cpu"), fixture.path("gpu"));
     assert_eq!(read_json(&cpu.join("summary.json"))["device"], "cpu");
@@ -98,7 +98,7 @@ fn extend_reaches_what_the_processor_does() {
         "--json", "--device",
     ];
     let expected = mclora(&[&ppl[..], &["cpu"]].concat()).success().json();
-    let got = machine.launches(&[&ppl[..], &["cuda:0"]].concat(), 50).json();
+    let got = machine.launches(&[&ppl[..], &["cuda:0"]].concat(), 30).json();
     assert_eq!((&expected["device"], &got["device"]), (&"cpu".into(), &GPU.into()));
     let [got, expected] = [&got, &expected].map(|told| told["results"].as_array().unwrap());
     assert_eq!((got.len(), expected.len()), (2, 2));
