@@ -29,39 +29,38 @@ fail() {
     exit 1
 }
 
-# named PATTERN TEXT: the program that cargo says it built: "Executable tests/cuda_device.rs (PATH)".
-named() {
-    local program
-    program=$(sed -n "s/.*$1 (\(.*\))\$/\1/p" <<<"$2")
-    [ -x "$program" ] || fail "expected the name of a program from cargo, got: $2"
+# built SOURCE COMMAND...: the program of that source, as the cargo command says in its JSON lines.
+built() {
+    local source=$1 program
+    shift
+    program=$("$@" --message-format=json-render-diagnostics) || fail "$* failed"
+    program=$(sed -n "s#.*\"src_path\":\"[^\"]*/$source\".*\"executable\":\"\([^\"]*\)\".*#\1#p" <<<"$program")
+    [ -x "$program" ] || fail "expected the program of $source from cargo, got: ${program:-nothing}"
     echo "$program"
 }
 
 pack() {
-    local root file folder into text built cuda="--features megacontext-kernels/cuda,megacontext-base/cuda"
+    local root file folder into name source tests=(cargo test --workspace --all-features --test cuda_device --test gpu --no-run)
     root=$(cd "$here/.." && pwd)
-    file=${1:-$root/target/cuda-check.tar.gz}
+    file=$(realpath -m "${1:-$root/target/cuda-check.tar.gz}")
     folder=$(mktemp -d)
     into=$folder/cuda-check
     cd "$root"
-    built=${CARGO_TARGET_DIR:-target}
     if [ -z "${MEGACONTEXT_CUDA_FATBINS:-}" ]; then
         echo "cuda-check: without MEGACONTEXT_CUDA_FATBINS the other machine needs NVRTC of CUDA 12 or 13" >&2
     fi
     mkdir -p "$into/peer" "$into/fixtures" "$(dirname "$file")"
-    # One build for both, so that what they share is built once.
-    # shellcheck disable=SC2086 # Two words.
-    text=$(cargo test -p megacontext-kernels -p megacontext-base $cuda --test cuda_device --test gpu --no-run 2>&1) || fail "$text"
-    cp "$(named 'tests\/cuda_device\.rs' "$text")" "$into/cuda_device"
-    cp "$(named 'tests\/gpu\.rs' "$text")" "$into/cuda_decoder"
-    # shellcheck disable=SC2086
-    text=$(cargo build --workspace $cuda --example cuda_bench 2>&1) || fail "$text"
-    cp "$built/debug/examples/cuda_bench" "$into/" || fail "expected cuda_bench from cargo, found none"
-    text=$(cargo build --release -p megacontext-lora --features megacontext-lora/cuda 2>&1) || fail "$text"
-    cp "$built/release/mclora" "$built/release/libmegacontext_lora.so" "$into/" || fail "expected mclora from cargo, found none"
-    strip "$into"/cuda_device "$into"/cuda_decoder "$into"/cuda_bench "$into"/mclora
-    # The plugin's dynamic symbols are how it is loaded.
-    strip --strip-unneeded "$into"/libmegacontext_lora.so
+    # What cargo has built it only names the second time.
+    for name in cuda_device=kernels/tests/cuda_device.rs cuda_decoder=base/tests/gpu.rs; do
+        source=$(built "${name#*=}" "${tests[@]}")
+        strip -o "$into/${name%=*}" "$source"
+    done
+    source=$(built kernels/examples/cuda_bench.rs cargo build --workspace --all-features --example cuda_bench)
+    strip -o "$into/cuda_bench" "$source"
+    source=$(built src/bin/mclora/main.rs cargo build --release -p megacontext-lora --features cuda)
+    strip -o "$into/mclora" "$source"
+    # It is loaded by its dynamic symbols.
+    strip --strip-unneeded -o "$into/libmegacontext_lora.so" "$(dirname "$source")/libmegacontext_lora.so"
     cp -r integration-tests/fixtures/llama integration-tests/fixtures/families "$into/fixtures/"
     cp "$here"/peer/*.py "$into/peer/"
     cp "$here/bench_against_torch.py" "$here/cuda-check.sh" "$into/"

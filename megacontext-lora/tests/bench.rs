@@ -146,6 +146,20 @@ fn a_plan_grows_with_the_length_and_makes_no_model() {
 }
 
 #[test]
+fn the_processor_is_named_and_has_no_memory_of_a_device() {
+    let shape = "--shape 16,1,2,1,32,64 --device cpu";
+    for line in [
+        one("attention --n 64 --heads 2,1 --head-dim 8 --reps 1 --device cpu"),
+        one(&format!("step {shape} --n 64 --steps 1")),
+        one(&format!("plan {shape} --n 64")),
+        one(&format!("gist {shape} --n 64 --horizon 8 --blocks 1 --block 8 --reps 1")),
+    ] {
+        assert_eq!(line["device"], "cpu", "{line}");
+        assert!(line.get("peak_device_MB").is_none() && line.get("device_bytes").is_none(), "{line}");
+    }
+}
+
+#[test]
 fn loss_tells_sizes_times_and_work() {
     let line = one("loss --n 64 --width 32 --vocab 100 --reps 1 --threads 2");
     common_fields(&line, "loss");

@@ -274,6 +274,7 @@ API Result cuMemPoolGetAttribute(void* pool, int attribute, void* value) {
         default: return INVALID_VALUE;
     }
 }
+API Result cuMemPoolTrimTo(void* pool, size_t) { return pool ? SUCCESS : INVALID_VALUE; }
 API Result cuMemPoolSetAttribute(void* pool, int attribute, void* value) {
     std::lock_guard<std::mutex> guard(state().lock);
     if (!pool || !value) return INVALID_VALUE;

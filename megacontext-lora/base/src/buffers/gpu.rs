@@ -153,7 +153,7 @@ impl Sizes {
         let of = |shape: &LoraShape| {
             let (out, rank) = (shape.out as u64, shape.rank as u64);
             let reduced = product * self.n * rank * if backward || shape.initial { 2 } else { 1 };
-            let part = (PART / out.max(1)).clamp(1, self.n);
+            let part = (PART / out.max(1)).max(1).min(self.n);
             let narrow = precision.stores_bf16() || shape.dora;
             let sums = if narrow { 4 * part * out } else { 0 };
             let scaled = if shape.dora && backward { product * self.n * out } else { 0 };
