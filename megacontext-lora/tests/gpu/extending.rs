@@ -79,7 +79,7 @@ fn extend_reaches_what_the_processor_does() {
     let fixture = &machine.fixture;
     let on_cpu = mclora(&extend(fixture, "cpu", "cpu")).success();
     assert_eq!(first_line(&on_cpu), "device: cpu");
-    let on_gpu = machine.launches(&extend(fixture, "gpu", "cuda:0"), 300);
+    let on_gpu = machine.launches(&extend(fixture, "gpu", "cuda:0"), 150);
     assert_eq!(first_line(&on_gpu), format!("device: {GPU}"));
     let (cpu, gpu) = (fixture.path("cpu"), fixture.path("gpu"));
     assert_eq!(read_json(&cpu.join("summary.json"))["device"], "cpu");

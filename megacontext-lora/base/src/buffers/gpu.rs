@@ -214,12 +214,12 @@ fn bytes(
     } else {
         0
     };
-    // The head's copy may be made anew while the loss is.
+    // The head's copy may be made anew before the logits are.
     let copied = match pass.precision {
         Precision::F32 => 0,
         _ => 4 * (PIECE as u64).min((config.vocab_size * config.hidden_size) as u64),
     };
-    let loss = s.losing(pass.precision, config.vocab_size, backward) + of_head + copied;
+    let loss = s.losing(pass.precision, config.vocab_size, backward).max(copied) + of_head;
     GpuBytes {
         weights: weights_bytes(config, pass.precision, pass.lora),
         gradients: all,
