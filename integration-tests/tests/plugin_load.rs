@@ -3,14 +3,18 @@
 
 #![allow(clippy::unwrap_used)] // Helpers of tests, which the lint does not see as tests.
 
-use integration_tests::{example_library, fixture, model_with_tokenizer, plugin};
+use integration_tests::{fixture, model_with_tokenizer, plugin};
 use megacontext_lora_abi::{
     ABI_REVISION, AbiError, Answer, ContextView, DType, Device, EntriesView, ErrorKind, Host, JobParameters,
-    LoadError, LoadOptions, NO_TARGET, Plugin, Session, Stream, TensorView, TensorViewMut, VERSION_LINE,
+    LoadOptions, NO_TARGET, Plugin, Session, TensorView, TensorViewMut, VERSION_LINE,
 };
 use serde_json::{Value, json};
-use std::path::Path;
 use std::sync::{Arc, Mutex};
+
+#[path = "plugin_load/gpu.rs"]
+mod gpu;
+#[path = "plugin_load/refusing.rs"]
+mod refusing;
 
 fn load() -> Plugin {
     Plugin::load(plugin().unwrap(), &LoadOptions::default()).unwrap()
@@ -40,13 +44,6 @@ fn largest_difference(a: &[f32], b: &[f32]) -> f32 {
     a.iter().zip(b).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max)
 }
 
-fn refused(path: &Path, options: &LoadOptions) -> LoadError {
-    let error = Plugin::load(path, options).expect_err("must be refused");
-    let message = error.to_string();
-    assert!(message.starts_with(&path.display().to_string()) && !message.contains('\n'), "{message}");
-    error
-}
-
 #[test]
 fn the_plugin_says_what_it_is() {
     let plugin = load();
@@ -72,44 +69,6 @@ fn loading_twice_gives_the_same_plugin() {
     assert_eq!(one.build_info(), two.build_info());
     two.open_session(&json!({}), ()).unwrap().describe().unwrap();
     one.open_session(&json!({}), ()).unwrap().describe().unwrap();
-}
-
-#[test]
-fn a_truncated_plugin_is_refused() {
-    let whole = std::fs::read(plugin().unwrap()).unwrap();
-    let folder = tempfile::tempdir().unwrap();
-    for length in [100, 4096, whole.len() / 2, whole.len() - 1] {
-        let path = folder.path().join("half.so");
-        std::fs::write(&path, &whole[..length]).unwrap();
-        let error = refused(&path, &LoadOptions::default());
-        assert!(matches!(error, LoadError::Truncated { .. }), "{length}: {error}");
-    }
-}
-
-#[test]
-fn a_plugin_of_another_version_is_refused() {
-    let error = refused(&example_library("plugin_other_version").unwrap(), &LoadOptions::default());
-    assert!(matches!(&error, LoadError::Version { got, .. } if got.ends_with("revision 999999")), "{error}");
-}
-
-#[test]
-fn a_plugin_of_another_layout_is_refused_without_a_type_dump() {
-    let error = refused(&example_library("plugin_other_layout").unwrap(), &LoadOptions::default());
-    assert!(matches!(error, LoadError::Layout { .. }), "{error}");
-    assert!(error.to_string().len() < 400, "{error}");
-    assert!(
-        error.details().contains("abi_revision"),
-        "the findings are there for who asks: {}",
-        error.details()
-    );
-}
-
-#[test]
-fn the_digest_is_insisted_on() {
-    let path = plugin().unwrap();
-    let wrong = LoadOptions { sha256: Some([7; 32]), ..LoadOptions::default() };
-    let LoadError::Digest { got, .. } = refused(&path, &wrong) else { panic!("expected a digest error") };
-    Plugin::load(&path, &LoadOptions::default().with_sha256_hex(&got).unwrap()).unwrap();
 }
 
 #[test]
@@ -569,64 +528,6 @@ fn a_session_serves_several_threads() {
     });
 }
 
-/// A view of a GPU's memory that nobody has.
-fn on_gpu<'a>(dtype: DType, shape: &[usize], strides: &[isize]) -> TensorView<'a> {
-    // SAFETY: the plugin refuses the view and follows no address; this is what the test shows.
-    unsafe { TensorView::from_cuda(0x7f00_0000_0100, dtype, 0, Some(Stream::LEGACY_DEFAULT), shape, strides) }
-}
-
-#[test]
-fn a_gpus_tensors_are_refused_before_anything_is_changed() {
-    let (_folder, session) = open("llama/tied_f32");
-    let ids = [1u32, 5, 9];
-    let width = session.describe().unwrap()["hidden_size"].as_u64().unwrap() as usize;
-    let (mut embedded, mut losses) = (vec![7f32; 3 * width], [7f32; 3]);
-    let (mut cos, mut logits) = ([7f32; 3 * 2], [7f32; 3 * 64]);
-    // SAFETY: as in `on_gpu`.
-    let out = |shape: &[usize], strides: &[isize]| unsafe {
-        TensorViewMut::from_cuda(0x7f00_0000_1000, DType::F32, 0, None, shape, strides)
-    };
-    let tokens = on_gpu(DType::U32, &[3], &[1]);
-    let places = on_gpu(DType::F64, &[3], &[1]);
-    let mu = [0f64, 1.0, 2.0];
-    let none: [f64; 0] = [];
-    let context = ContextView::tokens(&ids);
-    let entries = EntriesView::Embeddings(on_gpu(DType::F32, &[3, width], &[width as isize, 1]));
-    let refused = [
-        ("tokens", session.embed(tokens, TensorViewMut::new(&mut embedded, &[3, width]).unwrap())),
-        ("out", session.embed(TensorView::of(&ids), out(&[3, width], &[width as isize, 1]))),
-        ("out", session.logits(context, out(&[3, 64], &[64, 1]))),
-        (
-            "embeddings",
-            session.logits(ContextView::new(entries), TensorViewMut::new(&mut logits, &[3, 64]).unwrap()),
-        ),
-        (
-            "tokens",
-            session.nll(ContextView::new(EntriesView::Tokens(tokens)), TensorViewMut::of(&mut losses)),
-        ),
-        ("mu", session.nll(context.with_mu(places), TensorViewMut::of(&mut losses))),
-        ("sigma", session.nll(context.with_sigma(places), TensorViewMut::of(&mut losses))),
-        ("lod", session.nll(context.with_lod(tokens), TensorViewMut::of(&mut losses))),
-        ("targets", session.nll(context.with_targets(tokens), TensorViewMut::of(&mut losses))),
-        (
-            "out_sin",
-            session.rope_tables(
-                TensorView::of(&mu),
-                TensorView::of(&none),
-                TensorViewMut::new(&mut cos, &[3, 2]).unwrap(),
-                out(&[3, 2], &[2, 1]),
-            ),
-        ),
-    ];
-    for (what, answer) in refused {
-        let error = answer.unwrap_err();
-        assert_eq!(error.kind(), ErrorKind::Usage, "{what}: {error}");
-        assert_eq!(error.message(), format!("{what}: expected memory on cpu, got cuda:0"));
-    }
-    assert!(embedded.iter().chain(&losses).chain(&cos).chain(&logits).all(|value| *value == 7.0));
-    session.embed(TensorView::of(&ids), TensorViewMut::new(&mut embedded, &[3, width]).unwrap()).unwrap();
-}
-
 #[test]
 fn a_hosts_history_becomes_gists() {
     let (folder, session) = open("llama/tied_f32");
@@ -648,7 +549,7 @@ fn a_hosts_history_becomes_gists() {
     let strided = unsafe {
         TensorView::from_raw_parts(spread.as_ptr().cast(), DType::U32, Device::CPU, &[ids.len()], &[2])
     };
-    let error = session.tree_append(on_gpu(DType::U32, &[22], &[1])).unwrap_err();
+    let error = session.tree_append(gpu::on_gpu(DType::U32, &[22], &[1])).unwrap_err();
     assert_eq!(error.message(), "tokens: expected memory on cpu, got cuda:0");
     assert_eq!(session.tree_append(strided).unwrap()["made"], json!([5, 1]));
     assert_eq!(

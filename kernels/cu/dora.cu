@@ -1,10 +1,9 @@
-// DoRA: results scaled by columns, the gradient of the magnitudes, lengths of rows.
+// DoRA: results scaled by columns, lengths of rows. The gradient of the magnitudes is a sum of rows.cu.
 //
 // Source: Liu et al. 2024, W' = diag(m/n)·(W + s·B·A), n the lengths of the rows of W + s·B·A, a constant in the backward pass.
 // With c = m/n, z = x·Wᵀ + s·drop(x)·Aᵀ·Bᵀ, y = c∘z and g the gradient of y, dm_o = Σ_n g_no·z_no / n_o.
 //
-// Shapes: x, y, g [n, O] in their storage types, z [n, O], c, n and m [O] in f32. The gradient is summed in pieces of rows whose
-// partial sums [pieces, O] are added in the order of pieces; lengths are summed in f64.
+// Shapes: x and y [n, O] in their storage types, c and n [O] in f32. Lengths are summed in f64.
 #include "device.cuh"
 
 struct ColumnsArgs {
@@ -34,50 +33,6 @@ __device__ void columns(const ColumnsArgs& a) {
     store(y, out);
 }
 
-struct MagnitudeArgs {
-    const void* g;
-    const float* z;
-    const float* norms;
-    float* partials;
-    float* sum;
-    long long rows, width, rows_per_piece;
-    int pieces;
-};
-
-// Σ g∘z over a piece of rows. Grid: enough threads for O / V, pieces.
-template <class G, int V>
-__device__ void products(const MagnitudeArgs& a) {
-    const long long column = ((long long)blockIdx.x * blockDim.x + threadIdx.x) * V;
-    if (column >= a.width) return;
-    const long long first = blockIdx.y * a.rows_per_piece, end = min(first + a.rows_per_piece, a.rows);
-    const G* g = static_cast<const G*>(a.g) + first * a.width + column;
-    const float* z = a.z + first * a.width + column;
-    float sums[V] = {};
-    for (long long row = first; row < end; ++row, g += a.width, z += a.width) {
-        const Vector<G, V> values = load<V>(g);
-        // z is read in pieces of 16 bytes at most.
-        constexpr int W = V < 4 ? V : 4;
-#pragma unroll
-        for (int from = 0; from < V; from += W) {
-            const Vector<float, W> others = load<W>(z + from);
-#pragma unroll
-            for (int i = 0; i < W; ++i) sums[from + i] += get(values.values[from + i]) * others.values[i];
-        }
-    }
-    float* const partials = a.partials + blockIdx.y * a.width + column;
-#pragma unroll
-    for (int e = 0; e < V; ++e) partials[e] = sums[e];
-}
-
-// Adds the pieces, by n, to the gradient of m. Grid: enough threads for O.
-extern "C" __global__ void __launch_bounds__(256) dora_magnitude(const MagnitudeArgs a) {
-    const long long column = (long long)blockIdx.x * blockDim.x + threadIdx.x;
-    if (column >= a.width) return;
-    float sum = 0.0f;
-    for (int piece = 0; piece < a.pieces; ++piece) sum += a.partials[piece * a.width + column];
-    a.sum[column] += sum / a.norms[column];
-}
-
 // Lengths of rows of `width` values. Grid: rows. Threads: a power of two; shared memory: one double each.
 __device__ __forceinline__ void length(const float* rows, long long width, float* lengths) {
     SHARED(memory);
@@ -105,18 +60,10 @@ extern "C" __global__ void __launch_bounds__(256) dora_lengths(const float* rows
     extern "C" __global__ void __launch_bounds__(256) dora_columns_vectors_##name(const ColumnsArgs a) {     \
         columns<X, Y, V>(a);                                                                                 \
     }
-#define DORA_KIND(T, name, V)                                                                                \
-    DORA_COLUMNS(T, T, name, V)                                                                              \
-    extern "C" __global__ void __launch_bounds__(256) dora_products_##name(const MagnitudeArgs a) {          \
-        products<T, 1>(a);                                                                                   \
-    }                                                                                                        \
-    extern "C" __global__ void __launch_bounds__(256) dora_products_vectors_##name(const MagnitudeArgs a) {  \
-        products<T, V>(a);                                                                                   \
-    }
 
-DORA_KIND(float, f32, 4)
-DORA_KIND(Bf16, bf16, 8)
-DORA_KIND(F16, f16, 8)
+DORA_COLUMNS(float, float, f32, 4)
+DORA_COLUMNS(Bf16, Bf16, bf16, 8)
+DORA_COLUMNS(F16, F16, f16, 8)
 DORA_COLUMNS(float, Bf16, f32_to_bf16, 4)
 DORA_COLUMNS(float, F16, f32_to_f16, 4)
 DORA_COLUMNS(Bf16, float, bf16_to_f32, 4)

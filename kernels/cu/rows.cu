@@ -5,7 +5,7 @@
 // same as on the CPU. Queries, keys and values of each head may lie side by side, [N, H, 3, D] (GPT-NeoX):
 // `split` takes them apart into three [N, H, D], `join` is its transpose.
 //
-// Shapes: x and y of one length, or x [O] beside y [n, O], in their storage types; sums over rows of g [n, O] are f32, made in
+// Shapes: x and y of one length, or x [O] beside y [n, O], in their storage types; sums over rows of g [n, O], or of g∘z, are f32, made in
 // pieces of rows whose partial sums [pieces, O] are added in the order of pieces.
 #include "device.cuh"
 
@@ -52,28 +52,51 @@ __device__ void each(const RowsArgs& a) {
 
 struct SumArgs {
     const void* g;
+    // Null, or what g is multiplied by, [n, O].
+    const float* z;
+    // Null, or what the sums are divided by, [O].
+    const float* norms;
     float* partials;
     float* sum;
     long long rows, width, rows_per_piece;
     int pieces;
 };
 
-// Partial sums of a piece of rows. Grid: enough threads for O / V, pieces.
-template <class G, int V>
-__device__ void sum_piece(const SumArgs& a) {
-    const long long column = ((long long)blockIdx.x * blockDim.x + threadIdx.x) * V;
-    if (column >= a.width) return;
+template <bool TIMES, class G, int V>
+__device__ __forceinline__ void sum_some(const SumArgs& a, long long column) {
     const long long first = blockIdx.y * a.rows_per_piece, end = min(first + a.rows_per_piece, a.rows);
-    const G* g = static_cast<const G*>(a.g) + first * a.width + column;
+    long long at = first * a.width + column;
     float sums[V] = {};
-    for (long long row = first; row < end; ++row, g += a.width) {
-        const Vector<G, V> values = load<V>(g);
+    for (long long row = first; row < end; ++row, at += a.width) {
+        const Vector<G, V> values = load<V>(static_cast<const G*>(a.g) + at);
+        if constexpr (TIMES) {
+            // z is read in pieces of 16 bytes at most.
+            constexpr int W = V < 4 ? V : 4;
 #pragma unroll
-        for (int e = 0; e < V; ++e) sums[e] += get(values.values[e]);
+            for (int from = 0; from < V; from += W) {
+                const Vector<float, W> others = load<W>(a.z + at + from);
+#pragma unroll
+                for (int i = 0; i < W; ++i) sums[from + i] += get(values.values[from + i]) * others.values[i];
+            }
+        } else {
+#pragma unroll
+            for (int e = 0; e < V; ++e) sums[e] += get(values.values[e]);
+        }
     }
     float* const partials = a.partials + blockIdx.y * a.width + column;
 #pragma unroll
     for (int e = 0; e < V; ++e) partials[e] = sums[e];
+}
+
+// Partial sums of a piece of rows of g, or of g∘z. Grid: enough threads for O / V, pieces.
+template <class G, int V>
+__device__ void sum_piece(const SumArgs& a) {
+    const long long column = ((long long)blockIdx.x * blockDim.x + threadIdx.x) * V;
+    if (column >= a.width) return;
+    if (a.z)
+        sum_some<true, G, V>(a, column);
+    else
+        sum_some<false, G, V>(a, column);
 }
 
 // Adds the pieces to the sum. Grid: enough threads for O.
@@ -82,7 +105,7 @@ extern "C" __global__ void __launch_bounds__(256) rows_sum(const SumArgs a) {
     if (column >= a.width) return;
     float sum = 0.0f;
     for (int piece = 0; piece < a.pieces; ++piece) sum += a.partials[piece * a.width + column];
-    a.sum[column] += sum;
+    a.sum[column] += a.norms ? sum / a.norms[column] : sum;
 }
 
 struct HeadsArgs {

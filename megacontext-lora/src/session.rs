@@ -216,9 +216,9 @@ impl Session {
             positions.check(model.config.architecture.rotary_width / 2).map_err(PluginError::usage)?;
             model.config.positions = positions;
         }
-        let on = OnDevice::open(config.device, &*host)?;
+        let on = OnDevice::open(config.device, &*host)?.running(&model.config, &*host)?;
         let (mut decoder, scaling, adapter) = model.decoder_with(config.adapter.as_deref(), config.dtype)?;
-        on.take(&mut decoder, &*host)?;
+        on.take(&mut decoder)?;
         let own = adapter.as_ref().and_then(|a| a.config.megacontext.as_ref());
         let context_length = own.map_or(model.config.context(), |own| own.context_length);
         let changed = adapter

@@ -99,8 +99,8 @@ inline std::map<std::string, Kernel>& kernels() {
         BOTH(KINDS_256, "mlp", mlp_forward) BOTH(KINDS_256, "mlp", mlp_backward)
         BOTH(PAIRS, "embedding", embedding_gather)
         KERNEL("embedding", embedding_scatter, 256) KERNEL("embedding", embedding_scatter_vectors, 256)
-        BOTH(PAIRS, "dora", dora_columns) BOTH(KINDS_256, "dora", dora_products)
-        KERNEL("dora", dora_magnitude, 256) KERNEL("dora", dora_lengths, 256)
+        BOTH(PAIRS, "dora", dora_columns)
+        KERNEL("dora", dora_lengths, 256)
     };
     return table;
 }

@@ -60,7 +60,7 @@ int main() {
     FIELD(R, x), FIELD(R, y), FIELD(R, count), FIELD(R, width), FIELD(R, factor);
     using S = streams::SumArgs;
     STRUCT("SumArgs", S);
-    FIELD(S, g), FIELD(S, partials), FIELD(S, sum), FIELD(S, rows), FIELD(S, width), FIELD(S, rows_per_piece), FIELD(S, pieces);
+    FIELD(S, g), FIELD(S, z), FIELD(S, norms), FIELD(S, partials), FIELD(S, sum), FIELD(S, rows), FIELD(S, width), FIELD(S, rows_per_piece), FIELD(S, pieces);
     using H = streams::HeadsArgs;
     STRUCT("HeadsArgs", H);
     FIELD(H, fused), FIELD(H, q), FIELD(H, k), FIELD(H, v), FIELD(H, heads), FIELD(H, width);
@@ -79,9 +79,5 @@ int main() {
     using K = ColumnsArgs;
     STRUCT("ColumnsArgs", K);
     FIELD(K, x), FIELD(K, c), FIELD(K, y), FIELD(K, count), FIELD(K, width), FIELD(K, add);
-    using G = MagnitudeArgs;
-    STRUCT("MagnitudeArgs", G);
-    FIELD(G, g), FIELD(G, z), FIELD(G, norms), FIELD(G, partials), FIELD(G, sum), FIELD(G, rows), FIELD(G, width);
-    FIELD(G, rows_per_piece), FIELD(G, pieces);
     std::printf("\n");
 }

@@ -80,7 +80,8 @@ void check_scale_and_sums(int rows, int width, int rows_per_piece) {
     const int pieces = (rows + rows_per_piece - 1) / rows_per_piece;
     Guarded<T> device_x(x, false);
     Guarded<float> partials(size_t(pieces) * width, run.at_end()), got(start, run.at_end());
-    const streams::SumArgs args{device_x.data(), partials.data(), got.data(), rows, width, rows_per_piece, pieces};
+    const streams::SumArgs args{device_x.data(), nullptr, nullptr,        partials.data(), got.data(),
+                                rows,            width,   rows_per_piece, pieces};
     over(run, width / V, [&] { streams::sum_piece<T, V>(args); }, unsigned(pieces));
     over(run, width, [&] { streams::rows_sum(args); });
     close<float>(std::string("sum of rows of ") + name<T>(), text, got, sums);
@@ -274,10 +275,10 @@ void check_magnitudes(int rows, int width, int rows_per_piece) {
     Guarded<G> device_g(g, at_end);
     Guarded<float> device_z(z, at_end), device_norms(norms, at_end), partials(size_t(pieces) * width, at_end);
     Guarded<float> got(start, at_end), got_lengths(rows, at_end);
-    const magnitudes::MagnitudeArgs args{device_g.data(), device_z.data(), device_norms.data(), partials.data(), got.data(),
+    const streams::SumArgs args{device_g.data(), device_z.data(), device_norms.data(), partials.data(), got.data(),
                                          rows,            width,           rows_per_piece,      pieces};
-    over(run, width / V, [&] { magnitudes::products<G, V>(args); }, unsigned(pieces));
-    over(run, width, [&] { magnitudes::dora_magnitude(args); });
+    over(run, width / V, [&] { streams::sum_piece<G, V>(args); }, unsigned(pieces));
+    over(run, width, [&] { streams::rows_sum(args); });
     close<float>(std::string("gradient of magnitudes of ") + name<G>(), text, got, sums);
     emulated::launch(dim3(rows), dim3(64), 64 * sizeof(double),
                      [&] { magnitudes::dora_lengths(device_z.data(), width, got_lengths.data()); }, run.order());

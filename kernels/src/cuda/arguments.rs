@@ -151,6 +151,8 @@ pub(super) struct RowsArgs {
 #[repr(C)]
 pub(super) struct SumArgs {
     pub g: CUdeviceptr,
+    pub z: CUdeviceptr,
+    pub norms: CUdeviceptr,
     pub partials: CUdeviceptr,
     pub sum: CUdeviceptr,
     pub rows: i64,
@@ -224,20 +226,6 @@ pub(super) struct ColumnsArgs {
     pub add: i32,
 }
 
-#[derive(Clone, Copy, Debug, Default)]
-#[repr(C)]
-pub(super) struct MagnitudeArgs {
-    pub g: CUdeviceptr,
-    pub z: CUdeviceptr,
-    pub norms: CUdeviceptr,
-    pub partials: CUdeviceptr,
-    pub sum: CUdeviceptr,
-    pub rows: i64,
-    pub width: i64,
-    pub rows_per_piece: i64,
-    pub pieces: i32,
-}
-
 // SAFETY: these are plain C structs of numbers and device addresses, as the kernels declare them.
 unsafe impl DeviceRepr for AttentionArgs {}
 // SAFETY: as above.
@@ -268,5 +256,3 @@ unsafe impl DeviceRepr for ScatterArgs {}
 unsafe impl DeviceRepr for DropoutArgs {}
 // SAFETY: as above.
 unsafe impl DeviceRepr for ColumnsArgs {}
-// SAFETY: as above.
-unsafe impl DeviceRepr for MagnitudeArgs {}

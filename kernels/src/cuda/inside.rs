@@ -4,7 +4,7 @@ use std::mem::offset_of;
 
 use super::arguments::{
     AdamWArgs, AttentionArgs, BoundsArgs, ColumnsArgs, DampingArgs, DropoutArgs, GatherArgs, HeadsArgs,
-    LossArgs, MagnitudeArgs, MlpArgs, NormArgs, Operand, RopeArgs, RowsArgs, ScatterArgs, SumArgs,
+    LossArgs, MlpArgs, NormArgs, Operand, RopeArgs, RowsArgs, ScatterArgs, SumArgs,
 };
 use super::attention::sizes::{Sizes, WIDTHS};
 
@@ -29,14 +29,13 @@ pub fn layouts() -> Vec<String> {
         layout!(AdamWArgs: p g m v count decay beta1 beta2 step_size root_scale eps gradient_scale ids touched width
             step_untouched),
         layout!(RowsArgs: x y count width factor),
-        layout!(SumArgs: g partials sum rows width rows_per_piece pieces),
+        layout!(SumArgs: g z norms partials sum rows width rows_per_piece pieces),
         layout!(HeadsArgs: fused q k v heads width),
         layout!(MlpArgs: gate up out gradient count activation),
         layout!(GatherArgs: table ids out count width),
         layout!(ScatterArgs: rows table ids starts places width),
         layout!(DropoutArgs: x y count first seed threshold),
         layout!(ColumnsArgs: x c y count width add),
-        layout!(MagnitudeArgs: g z norms partials sum rows width rows_per_piece pieces),
     ]
 }
 

@@ -57,8 +57,6 @@ pub(super) struct RowsKernels {
 /// Those of dora.cu.
 pub(super) struct DoraKernels {
     pub columns: Pairs,
-    pub products: [Forms; 3],
-    pub magnitude: CudaFunction,
     pub lengths: CudaFunction,
 }
 
@@ -185,8 +183,6 @@ impl Kernels {
             scatter: [get(&embedding, "embedding_scatter")?, get(&embedding, "embedding_scatter_vectors")?],
             dora: DoraKernels {
                 columns: by_pair(&dora, "dora_columns")?,
-                products: by_kind(&dora, "dora_products")?,
-                magnitude: get(&dora, "dora_magnitude")?,
                 lengths: get(&dora, "dora_lengths")?,
             },
         })

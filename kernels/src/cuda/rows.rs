@@ -145,10 +145,24 @@ pub fn sum_rows<G: Stored>(
     g: &impl DevicePtr<G>,
     sum: &mut impl DevicePtrMut<f32>,
 ) -> Result<()> {
+    add_sums(device, g, None, sum)
+}
+
+/// `sum` \[O\] += Σ of the rows of `g` [n, O]; or, for z [n, O] and n \[O\], of those of g∘z by n.
+pub(super) fn add_sums<G: Stored>(
+    device: &Device,
+    g: &impl DevicePtr<G>,
+    weighted: Option<(&CudaView<'_, f32>, &CudaView<'_, f32>)>,
+    sum: &mut impl DevicePtrMut<f32>,
+) -> Result<()> {
     let (width, vector) = (sum.len(), vector::<G>());
     let count = rows(OP, "g", g.len(), width)?;
     here(OP, "g", g, device)?;
     here(OP, "the sum", sum, device)?;
+    if let Some((z, norms)) = weighted {
+        values(OP, "z", g.len(), z, device)?;
+        values(OP, "what sums are divided by", width, norms, device)?;
+    }
     if count == 0 {
         return Ok(());
     }
@@ -156,12 +170,17 @@ pub fn sum_rows<G: Stored>(
     let pieces = count.div_ceil(rows_per_piece);
     // SAFETY: every piece writes its part of it before rows_sum reads it.
     let mut partials = unsafe { device.unset::<f32>(product(OP, "partial sums", &[pieces, width])?)? };
-    let (g, _g) = g.device_ptr(device.stream());
-    let (sum, _sum) = sum.device_ptr_mut(device.stream());
-    let (partials, _partials) = partials.device_ptr_mut(device.stream());
-    let vectors = width.is_multiple_of(vector) && fits::<G>(g, vector);
+    let stream = device.stream();
+    let (g, _g) = g.device_ptr(stream);
+    let weighted = weighted.map(|(z, norms)| (z.device_ptr(stream), norms.device_ptr(stream)));
+    let [z, norms] = weighted.as_ref().map_or([0, 0], |((z, _), (norms, _))| [*z, *norms]);
+    let (sum, _sum) = sum.device_ptr_mut(stream);
+    let (partials, _partials) = partials.device_ptr_mut(stream);
+    let vectors = width.is_multiple_of(vector) && fits::<G>(g, vector) && fits::<f32>(z, 4);
     let arguments = SumArgs {
         g,
+        z,
+        norms,
         partials,
         sum,
         rows: count as i64,
@@ -172,10 +191,10 @@ pub fn sum_rows<G: Stored>(
     let columns = |per_thread: usize| blocks(OP, width, THREADS as usize * per_thread);
     let launch = config([columns(if vectors { vector } else { 1 })?, arguments.pieces as u32, 1], THREADS, 0);
     let function = &device.kernels.rows.sum_piece[G::KIND as usize][usize::from(vectors)];
-    // SAFETY: g is [rows, O] and there is a partial sum for each piece and column; vectors are used where O and g's address
-    // are multiples of them.
+    // SAFETY: g is [rows, O] and so is z, where it is; there is a partial sum for each piece and column; vectors are used where O
+    // and addresses are multiples of them.
     unsafe { device.launch(function, launch, &arguments)? };
-    // SAFETY: as above, and the sum has O values.
+    // SAFETY: as above; the sum has O values, and so has what it is divided by, where it is.
     unsafe { device.launch(&device.kernels.rows.sum, config([columns(1)?, 1, 1], THREADS, 0), &arguments)? };
     Ok(())
 }

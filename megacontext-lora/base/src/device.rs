@@ -98,24 +98,22 @@ impl Gpu {
     /// Of square products, made larger until one takes long enough to be told from its launch.
     fn measured_flops<T: megacontext_kernels::cuda::Stored>(&self) -> Result<f64> {
         use megacontext_kernels::cuda::linear::Layer;
-        use megacontext_kernels::error::KernelError;
-
         const SIZES: [usize; 5] = [128, 512, 2048, 4096, 8192];
         const LONG_ENOUGH: f64 = 2e-3;
 
         let device = &self.device;
         let mut speed = 0.0;
         for n in SIZES {
-            let a = device.upload(&vec![T::put(0.5); n * n]).map_err(KernelError::from)?;
-            let mut out = device.zeros::<T>(n * n).map_err(KernelError::from)?;
+            let a = device.upload(&vec![T::put(0.5); n * n])?;
+            let mut out = device.zeros::<T>(n * n)?;
             let weight = a.slice(..);
             let layer = Layer { weight: &weight, shape: [n, n], lora: None };
             let mut seconds = f64::INFINITY;
             for _ in 0..3 {
-                device.synchronize().map_err(KernelError::from)?;
+                device.synchronize()?;
                 let start = std::time::Instant::now();
                 layer.forward(device, &self.products, &a.slice(..), None, &mut out.slice_mut(..), false)?;
-                device.synchronize().map_err(KernelError::from)?;
+                device.synchronize()?;
                 seconds = seconds.min(start.elapsed().as_secs_f64());
             }
             speed = 2.0 * (n * n * n) as f64 / seconds.max(1e-9);
@@ -289,7 +287,7 @@ impl Device {
             #[cfg(feature = "cuda")]
             Self::Cuda(gpu) => {
                 let number = gpu.device.ordinal();
-                let free = gpu.device.free_bytes().map_err(megacontext_kernels::error::KernelError::from)?;
+                let free = gpu.device.free_bytes()?;
                 Ok(Some((number, free)))
             }
         }
@@ -303,9 +301,7 @@ impl Device {
         match self {
             Self::Cpu => Ok(None),
             #[cfg(feature = "cuda")]
-            Self::Cuda(gpu) => {
-                Ok(gpu.device.most_bytes().map_err(megacontext_kernels::error::KernelError::from)?)
-            }
+            Self::Cuda(gpu) => Ok(gpu.device.most_bytes()?),
         }
     }
 
@@ -317,9 +313,7 @@ impl Device {
         match self {
             Self::Cpu => Ok(()),
             #[cfg(feature = "cuda")]
-            Self::Cuda(gpu) => {
-                Ok(gpu.device.forget_most_bytes().map_err(megacontext_kernels::error::KernelError::from)?)
-            }
+            Self::Cuda(gpu) => Ok(gpu.device.forget_most_bytes()?),
         }
     }
 

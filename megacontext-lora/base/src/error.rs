@@ -130,6 +130,13 @@ pub enum BaseError {
     Candle(#[from] candle_core::Error),
 }
 
+#[cfg(feature = "cuda")]
+impl From<megacontext_kernels::cuda::CudaError> for BaseError {
+    fn from(error: megacontext_kernels::cuda::CudaError) -> Self {
+        Self::Kernel(error.into())
+    }
+}
+
 /// Result of this crate.
 pub type Result<T> = std::result::Result<T, BaseError>;
 

@@ -19,19 +19,10 @@ use megacontext_kernels::attention::{Pattern, Rows};
 use megacontext_kernels::loss::IGNORE;
 use megacontext_kernels::precision::Precision;
 
-const FOLDERS: [&str; 11] = [
-    "llama/tied_f32",
-    "llama/untied_f32_linear",
-    "families/llama_bias_f16",
-    "families/mistral_window_bf16",
-    "families/qwen2_f16",
-    "families/qwen3_bf16_sharded",
-    "families/smollm3_bf16",
-    "families/gpt_neox_f32",
-    "families/gpt_neox_sequential_f16",
-    "families/gemma3_bf16",
-    "families/nanochat_bf16",
-];
+mod models;
+
+use models::FOLDERS;
+
 /// Tokens of the document, of a replaced block, and behind it.
 const T: usize = 40;
 const K: usize = 4;

@@ -16,6 +16,7 @@ mod documents;
 mod emulated;
 #[path = "gpu/memory.rs"]
 mod memory;
+mod models;
 #[path = "gpu/steps.rs"]
 mod steps;
 #[path = "gpu/support.rs"]

@@ -59,20 +59,12 @@ impl OnDevice {
         &self.device
     }
 
-    /// The decoder's passes run on the device from here on. Call it when the decoder is complete, LoRA included.
+    /// The decoder's passes run on the device from here on.
     ///
     /// # Errors
-    /// When a device that was named cannot run this model. Under `auto` it stays on the processor, and the host is told why.
-    pub fn take(&self, decoder: &mut Decoder, host: &dyn HostApi) -> Result<()> {
-        match decoder.set_device(&self.device) {
-            Err(error) if self.asked == DeviceChoice::Auto => {
-                decoder.set_device(&Device::Cpu).map_err(model_error)?;
-                let note = format!("not on {}: {error}", self.device.describe());
-                tell(self.asked, &Device::Cpu, Some(note), host);
-                Ok(())
-            }
-            taken => taken.map_err(model_error),
-        }
+    /// When it cannot run this model: ask [`OnDevice::running`] before anything is planned.
+    pub fn take(&self, decoder: &mut Decoder) -> Result<()> {
+        decoder.set_device(&self.device).map_err(model_error)
     }
 }
 

@@ -221,9 +221,9 @@ fn evaluate(job: &EvalGist, text: Text, host: &dyn HostApi) -> Result<Value> {
         ));
     }
     let places = job.places.or(trained_with).unwrap_or_default();
-    let on = OnDevice::open(job.device, host)?;
+    let on = OnDevice::open(job.device, host)?.running(&model.config, host)?;
     let (mut decoder, scaling, adapter) = model.decoder_with(job.adapter.as_deref(), job.dtype)?;
-    on.take(&mut decoder, host)?;
+    on.take(&mut decoder)?;
     let on_base = model.adapter_fingerprint(&decoder, &scaling, adapter.as_ref())?;
     if !job.other_adapter {
         loaded.identity.check_adapter(&on_base, "GistNet", &job.network).map_err(|error| {

@@ -120,7 +120,7 @@ impl Measurement<'_> {
         check_forward("the evaluation", &model.config, dtype, entries, 0, on.device())?;
         let documents = super::extend::load_data(&self.text.data, host)?;
         let (mut decoder, own, _) = model.decoder_with(adapter, dtype)?;
-        on.take(&mut decoder, host)?;
+        on.take(&mut decoder)?;
         let scaling = self.model.asked_scaling(&model.config, longest)?.unwrap_or(own);
         let tokens = select(&tokenize(&documents, &model.encoder())?, longest, *max_tokens, *seed);
         let data = Some(hash_of(&tokens));

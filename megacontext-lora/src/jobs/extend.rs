@@ -254,7 +254,7 @@ impl<'h> Run<'h> {
         let groups = config.groups();
         let mut decoder = model.decoder(config.dtype, &groups)?;
         decoder.attach_lora(config.lora.clone(), config.seed).map_err(model_error)?;
-        on.take(&mut decoder, host)?;
+        on.take(&mut decoder)?;
         let inputs =
             Inputs::of(&model, decoder.device(), std::iter::once(&text.stream).chain(&text.held_out));
         let mut trainer = Trainer::new(

@@ -89,7 +89,7 @@ pub fn run(params: Value, host: &dyn HostApi) -> Result<Value> {
     let on = OnDevice::open(job.device, host)?.running(&model.config, host)?;
     check_forward("the job", &model.config, job.dtype, flat.len(), held, on.device())?;
     let (mut decoder, scaling, _) = model.decoder_with(job.adapter.as_deref(), job.dtype)?;
-    on.take(&mut decoder, host)?;
+    on.take(&mut decoder)?;
     let c = decoder.config();
     let rope = c.rope(&scaling).sequence(length)?;
     let all = Rows::default();

@@ -273,7 +273,7 @@ fn pretrain(c: &PretrainConfig, roots: &Roots, host: &dyn HostApi) -> Result<Val
     };
     check_training(&load, on.device())?;
     let mut decoder = Decoder::random(model.clone(), c.seed, c.dtype, &groups).map_err(model_error)?;
-    on.take(&mut decoder, host)?;
+    on.take(&mut decoder)?;
     let stage = StageConfig {
         context: c.context,
         attention: crate::train::config::Attention::Dense,

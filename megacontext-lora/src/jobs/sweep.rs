@@ -27,7 +27,7 @@ use crate::host::{Answer, HostApi};
 use crate::jobs::device::OnDevice;
 use crate::jobs::{ModelDir, extend, parse, to_value, with_threads};
 use crate::report::sweep::render;
-use crate::run::folder::{CONFIG, RunFolder, config_hash, config_toml, expect_run};
+use crate::run::folder::{CONFIG, RunFolder, config_hash_without, config_toml, expect_run};
 use crate::run::summary::{SUMMARY, Summary};
 use crate::train::config::ExtendConfig;
 use crate::train::eval::batch_rows;
@@ -213,16 +213,11 @@ impl<'h> Sweep<'h> {
         let path = self.folder.path().join(CONFIG);
         let began = std::fs::read_to_string(&path).at(&path)?;
         let hash = |text: &str| -> Result<String> {
-            let mut value: Value = toml::from_str(text)
+            let value: Value = toml::from_str(text)
                 .map_err(|e| PluginError::data(format!("{}: {}", path.display(), e.message())))?;
-            if let Value::Object(map) = &mut value {
-                // What may differ from one machine to the next; each run checks what these name.
-                map.retain(|key, _| {
-                    !["base", "data", "out", "threads", "device", "memory_budget_bytes"]
-                        .contains(&key.as_str())
-                });
-            }
-            config_hash(&value)
+            // What may differ from one machine to the next; each run checks what these name.
+            let beside = ["base", "data", "out", "threads", "device", "memory_budget_bytes"];
+            config_hash_without(&value, &beside)
         };
         if hash(&began)? != hash(toml)? {
             return Err(PluginError::usage(format!(

@@ -359,7 +359,7 @@ fn prepare(
     if config.jt3.groups.contains(&Group::Sigma) && decoder.sigma_scales().is_none() {
         decoder.attach_sigma(SIGMA_LEVELS).map_err(model_error)?;
     }
-    on.take(&mut decoder, host)?;
+    on.take(&mut decoder)?;
     // What will learn is stored as what learns is, from the start.
     decoder.params_mut().set_learning(config.jt3.groups.iter().copied()).map_err(model_error)?;
     decoder.params_mut().freeze();

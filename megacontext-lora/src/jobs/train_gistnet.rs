@@ -245,7 +245,7 @@ fn prepare(config: GistRunConfig, resume: bool, host: &dyn HostApi) -> Result<Va
     host.event("plan", &told);
 
     let (mut decoder, scaling, adapter) = model.decoder_with(config.adapter.as_deref(), config.dtype)?;
-    on.take(&mut decoder, host)?;
+    on.take(&mut decoder)?;
     let identity = Identity {
         adapter_fingerprint: Some(model.adapter_fingerprint(&decoder, &scaling, adapter.as_ref())?),
         place_rule: Some(config.rule()),

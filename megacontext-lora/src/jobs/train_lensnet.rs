@@ -209,7 +209,7 @@ fn prepare(config: LensRunConfig, resume: bool, host: &dyn HostApi) -> Result<Va
     host.event("plan", &told);
 
     let (mut decoder, scaling, adapter) = model.decoder_with(config.adapter.as_deref(), config.dtype)?;
-    on.take(&mut decoder, host)?;
+    on.take(&mut decoder)?;
     let on_base = model.adapter_fingerprint(&decoder, &scaling, adapter.as_ref())?;
     drop(adapter);
     let objective =

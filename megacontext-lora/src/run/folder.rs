@@ -119,6 +119,15 @@ pub fn config_hash(config: &impl Serialize) -> Result<String> {
     Ok(Stamp::of(value.to_string().as_bytes()).sha256)
 }
 
+/// [`config_hash`] of what decides a result: without the keys `beside`, which say where things are and how they are run.
+pub fn config_hash_without(config: &impl Serialize, beside: &[&str]) -> Result<String> {
+    let mut value = to_value(config)?;
+    if let Value::Object(map) = &mut value {
+        map.retain(|key, _| !beside.contains(&key.as_str()));
+    }
+    config_hash(&value)
+}
+
 fn to_value(config: &impl Serialize) -> Result<Value> {
     serde_json::to_value(config).map_err(|e| PluginError::internal(format!("settings as JSON: {e}")))
 }

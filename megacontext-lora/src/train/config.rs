@@ -20,7 +20,7 @@ use megacontext_kernels::precision::Precision;
 use serde::{Deserialize, Serialize};
 
 use crate::error::{PluginError, Result};
-use crate::run::folder::config_hash;
+use crate::run::folder::config_hash_without;
 
 /// The longest context: what a merged model's `config.json` may state. Beyond it a number is a slip of the pen.
 pub const LONGEST_CONTEXT: usize = 1 << 24;
@@ -690,11 +690,7 @@ impl ExtendConfig {
         decisive.checkpoint = CheckpointConfig::default();
         decisive.memory_budget_bytes = None;
         decisive.threads = None;
-        let mut value = crate::jobs::to_value(&decisive)?;
-        if let serde_json::Value::Object(map) = &mut value {
-            map.shift_remove("device");
-        }
-        config_hash(&value)
+        config_hash_without(&decisive, &["device"])
     }
 }
 

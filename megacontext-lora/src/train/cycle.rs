@@ -32,7 +32,7 @@ use super::gistnet::{NetworkSettings, PlaceSettings};
 use super::lensnet::{LabelSettings, LensSettings};
 use crate::error::{PluginError, Result};
 use crate::jobs::model_error;
-use crate::run::folder::config_hash;
+use crate::run::folder::config_hash_without;
 
 mod plan;
 #[cfg(test)]
@@ -672,21 +672,17 @@ impl CycleConfig {
     /// # Errors
     /// When the settings are no JSON.
     pub fn identity(&self) -> Result<String> {
-        let mut value = crate::jobs::to_value(self)?;
-        if let Value::Object(map) = &mut value {
-            let beside = [
-                "base",
-                "adapter",
-                "gistnet",
-                "lensnet",
-                "data",
-                "out",
-                "threads",
-                "device",
-                "memory_budget_bytes",
-            ];
-            map.retain(|key, _| !beside.contains(&key.as_str()));
-        }
-        config_hash(&value)
+        let beside = [
+            "base",
+            "adapter",
+            "gistnet",
+            "lensnet",
+            "data",
+            "out",
+            "threads",
+            "device",
+            "memory_budget_bytes",
+        ];
+        config_hash_without(self, &beside)
     }
 }

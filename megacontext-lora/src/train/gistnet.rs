@@ -25,7 +25,7 @@ use super::config::{
     Attention, CheckpointConfig, GroupSize, LONGEST_CONTEXT, MOST, OptimizerConfig, Schedule, pattern,
 };
 use crate::error::{PluginError, Result};
-use crate::run::folder::config_hash;
+use crate::run::folder::config_hash_without;
 
 mod plan;
 
@@ -464,21 +464,9 @@ impl GistRunConfig {
     /// # Errors
     /// When the settings are no JSON.
     pub fn identity(&self) -> Result<String> {
-        let mut value = crate::jobs::to_value(self)?;
-        if let serde_json::Value::Object(map) = &mut value {
-            let beside = [
-                "base",
-                "adapter",
-                "data",
-                "out",
-                "threads",
-                "device",
-                "memory_budget_bytes",
-                "passage_bytes",
-            ];
-            map.retain(|key, _| !beside.contains(&key.as_str()));
-        }
-        config_hash(&value)
+        let beside =
+            ["base", "adapter", "data", "out", "threads", "device", "memory_budget_bytes", "passage_bytes"];
+        config_hash_without(self, &beside)
     }
 }
 

@@ -28,7 +28,7 @@ use super::gistnet::PlaceSettings;
 use super::plan::{available_bytes, bytes, count, frozen_bytes, packed_bytes, resident_bytes};
 use crate::error::{PluginError, Result};
 use crate::jobs::model_error;
-use crate::run::folder::config_hash;
+use crate::run::folder::config_hash_without;
 
 /// Begins the name of a source of planted facts; how many documents follows.
 pub const PLANTED: &str = "planted:";
@@ -360,13 +360,9 @@ impl LensRunConfig {
     /// # Errors
     /// When the settings are no JSON.
     pub fn identity(&self) -> Result<String> {
-        let mut value = crate::jobs::to_value(self)?;
-        if let serde_json::Value::Object(map) = &mut value {
-            let beside =
-                ["base", "adapter", "gistnet", "data", "out", "threads", "device", "memory_budget_bytes"];
-            map.retain(|key, _| !beside.contains(&key.as_str()));
-        }
-        config_hash(&value)
+        let beside =
+            ["base", "adapter", "gistnet", "data", "out", "threads", "device", "memory_budget_bytes"];
+        config_hash_without(self, &beside)
     }
 }
 

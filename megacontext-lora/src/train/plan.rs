@@ -198,7 +198,7 @@ impl<'a> Load<'a> {
     }
 
     /// What the fullest pass takes of a GPU.
-    fn on_gpu(&self, recompute: bool) -> GpuBytes {
+    fn device_bytes(&self, recompute: bool) -> GpuBytes {
         let pass = |entries| PassShape { entries, precision: self.dtype, lora: self.lora };
         let (walked, learning) = (self.walked(), self.learning);
         let step = gpu::training_bytes(self.model, pass(self.entries), walked, recompute, learning);
@@ -210,7 +210,7 @@ impl<'a> Load<'a> {
 
 /// Refuses to train without LoRA what does not fit; nothing is measured or planned for time.
 pub(crate) fn check_training(load: &Load, device: &Device) -> Result<()> {
-    if let Some(plan) = DevicePlan::of(device, load.on_gpu(false), 0)? {
+    if let Some(plan) = DevicePlan::of(device, load.device_bytes(false), 0)? {
         plan.check(load.dtype, &["fewer tokens_per_step", "a smaller model"])?;
     }
     let plan = load.memory(false);
@@ -406,7 +406,7 @@ pub fn plan_beside(
             program,
             on_gpu,
         };
-        (load.memory(recompute), load.on_gpu(recompute))
+        (load.memory(recompute), load.device_bytes(recompute))
     };
     let (groups, lora) = (config.groups(), resolved(config)?);
     // What the process holds is no longer free, and is part of the plan.

@@ -10,16 +10,14 @@ use cudarc::driver::{CudaView, CudaViewMut, DevicePtr, DevicePtrMut, PushKernelA
 
 use super::products::{Products, plain, values_of};
 use super::{Layer, Lora, OP};
-use crate::cuda::arguments::{ColumnsArgs, MagnitudeArgs};
-use crate::cuda::check::{blocks, fits, int, pair, product, values};
+use crate::cuda::arguments::ColumnsArgs;
+use crate::cuda::check::{blocks, fits, pair, values};
 use crate::cuda::device::{Device, config, launched};
 use crate::cuda::rows;
 use crate::cuda::stored::Stored;
 use crate::error::Result;
 
 const THREADS: u32 = 256;
-/// Pieces of rows at most, in a sum over them.
-const PIECES: usize = 256;
 
 /// DoRA's magnitudes beside a layer, as what the results are multiplied by.
 #[derive(Clone, Copy)]
@@ -58,50 +56,6 @@ impl Dora<'_> {
         unsafe { device.launch(function, config([grid, 1, 1], THREADS, 0), &arguments)? };
         Ok(())
     }
-
-    /// `sum` \[O\] += Σ of the rows of g∘z, by n.
-    fn add_products<G: Stored>(
-        &self,
-        device: &Device,
-        g: &CudaView<'_, G>,
-        z: &CudaView<'_, f32>,
-        sum: &mut CudaViewMut<'_, f32>,
-    ) -> Result<()> {
-        let (width, vector) = (sum.len(), 16 / size_of::<G>());
-        let count = g.len() / width;
-        let rows_per_piece = count.div_ceil(PIECES);
-        let pieces = count.div_ceil(rows_per_piece);
-        // SAFETY: every piece writes its part of it before dora_magnitude reads it.
-        let mut partials = unsafe { device.unset::<f32>(product(OP, "partial sums", &[pieces, width])?)? };
-        values(OP, "z", g.len(), z, device)?;
-        let (g, _g) = g.device_ptr(device.stream());
-        let (z, _z) = z.device_ptr(device.stream());
-        let (norms, _norms) = self.norms.device_ptr(device.stream());
-        let (sum, _sum) = sum.device_ptr_mut(device.stream());
-        let (partials, _partials) = partials.device_ptr_mut(device.stream());
-        let vectors = width.is_multiple_of(vector) && fits::<G>(g, vector) && fits::<f32>(z, 4);
-        let arguments = MagnitudeArgs {
-            g,
-            z,
-            norms,
-            partials,
-            sum,
-            rows: count as i64,
-            width: width as i64,
-            rows_per_piece: rows_per_piece as i64,
-            pieces: int(OP, "pieces", pieces)?,
-        };
-        let columns = |per_thread: usize| blocks(OP, width, THREADS as usize * per_thread);
-        let grid = [columns(if vectors { vector } else { 1 })?, arguments.pieces as u32, 1];
-        let kernels = &device.kernels.dora;
-        let function = &kernels.products[G::KIND as usize][usize::from(vectors)];
-        // SAFETY: g and z are [rows, O], and there is a partial sum for each piece and column; vectors are used where O and
-        // addresses are multiples of them.
-        unsafe { device.launch(function, config(grid, THREADS, 0), &arguments)? };
-        // SAFETY: as above; n and the sum have O values.
-        unsafe { device.launch(&kernels.magnitude, config([columns(1)?, 1, 1], THREADS, 0), &arguments)? };
-        Ok(())
-    }
 }
 
 impl<T: Stored> Layer<'_, T> {
@@ -123,7 +77,8 @@ impl<T: Stored> Layer<'_, T> {
             let x = x.slice(values_of(&part, inp));
             let h = h.slice(values_of(&part, lora.rank));
             self.add_up(device, products, &x, (lora, &h, None), &mut z, false)?;
-            dora.add_products(device, &g.slice(values_of(&part, out)), &z.as_view(), dm)?;
+            let weighted = Some((&z.as_view(), dora.norms));
+            rows::add_sums(device, &g.slice(values_of(&part, out)), weighted, dm)?;
         }
         Ok(())
     }

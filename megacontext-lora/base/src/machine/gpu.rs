@@ -23,7 +23,6 @@ use megacontext_kernels::attention::prefix::Continuations;
 use megacontext_kernels::cuda::cudarc::driver::CudaSlice;
 use megacontext_kernels::cuda::linear::Products as Blas;
 use megacontext_kernels::cuda::{Device as Kernels, embedding, mlp, rope, rows};
-use megacontext_kernels::error::KernelError;
 use megacontext_kernels::gemm::Products;
 use megacontext_kernels::store::bf16;
 
@@ -78,7 +77,7 @@ impl GpuGradients {
     fn take(&mut self, device: &Kernels, name: &str, len: usize) -> Result<CudaSlice<f32>> {
         match self.on_device.remove(name) {
             Some(buffer) => Ok(buffer),
-            None => Ok(device.zeros(len).map_err(KernelError::from)?),
+            None => Ok(device.zeros(len)?),
         }
     }
 
@@ -142,7 +141,7 @@ impl Machine for Gpu {
         let result = step(&mut made)?;
         let mut arrived = Vec::with_capacity(made.on_device.len());
         for (name, gradient) in &made.on_device {
-            arrived.push((name, self.kernels().download(gradient).map_err(KernelError::from)?));
+            arrived.push((name, self.kernels().download(gradient)?));
         }
         for (name, gradient) in arrived {
             host.add(name, &gradient);
@@ -191,7 +190,7 @@ impl Machine for Gpu {
         if values.is_empty() {
             return Ok(());
         }
-        let given = self.kernels().upload(values).map_err(KernelError::from)?;
+        let given = self.kernels().upload(values)?;
         Ok(rows::convert(self.kernels(), &given, &mut into.view_mut()?)?)
     }
 
@@ -209,7 +208,7 @@ impl Machine for Gpu {
     fn to_host<X: Activation>(&self, buffer: &GpuBuffer<X>) -> Result<Vec<f32>> {
         let mut wide = GpuBuffer::<f32>::default();
         let values = buffer::stored_as::<_, f32>(self.kernels(), buffer.view()?, &mut wide)?;
-        Ok(self.kernels().download(&values).map_err(KernelError::from)?)
+        Ok(self.kernels().download(&values)?)
     }
 
     fn norm<'a>(
@@ -365,7 +364,7 @@ impl Machine for Gpu {
                 // A model without rotation has tables of no width.
                 let none = [0f32];
                 let values = if values.is_empty() { &none } else { values };
-                Ok(self.kernels().upload(values).map_err(KernelError::from)?)
+                Ok(self.kernels().upload(values)?)
             };
             Ok([upload(cos)?, upload(sin)?])
         };
@@ -400,12 +399,12 @@ impl Machine for Gpu {
     ) -> Result<()> {
         let Some(omega_squared) = spread.omega_squared(rotation) else { return Ok(()) };
         let device = self.kernels();
-        let omega_squared = device.upload(omega_squared).map_err(KernelError::from)?;
-        let mut sums = device.zeros::<f64>(spread.entries()).map_err(KernelError::from)?;
+        let omega_squared = device.upload(omega_squared)?;
+        let mut sums = device.zeros::<f64>(spread.entries())?;
         let mut room = GpuBuffer::<f32>::default();
         let d = buffer::stored_as::<_, f32>(device, d.view()?, &mut room)?;
         rope::damping_gradient(device, &turned.view()?, &d, heads, width, &omega_squared, &mut sums)?;
-        spread.add(&device.download(&sums).map_err(KernelError::from)?, &mut gradients.host);
+        spread.add(&device.download(&sums)?, &mut gradients.host);
         Ok(())
     }
 

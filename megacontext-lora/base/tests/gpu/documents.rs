@@ -13,7 +13,8 @@ use megacontext_kernels::attention::Pattern;
 use megacontext_kernels::loss::IGNORE;
 use megacontext_kernels::precision::Precision;
 
-use crate::support::{Case, FOLDERS, close, close_gradients, device, distance, open};
+use crate::models::FOLDERS;
+use crate::support::{Case, close, close_gradients, device, distance, open};
 
 const T: usize = 30;
 const R: usize = 9;

@@ -8,7 +8,8 @@ use megacontext_base::params::Group;
 use megacontext_kernels::attention::{Pattern, Rows};
 use megacontext_kernels::precision::Precision;
 
-use crate::support::{Case, FOLDERS, close, close_gradients, device, distance, open};
+use crate::models::FOLDERS;
+use crate::support::{Case, close, close_gradients, device, distance, open};
 
 const WHOLE: [Group; 3] = [Group::Base, Group::Embeddings, Group::Norms];
 

@@ -21,21 +21,6 @@ use megacontext_kernels::precision::Precision;
 
 use crate::emulated::{compiled, driver, emulated_image, preload};
 
-/// Every family, and each kind of block among them.
-pub const FOLDERS: [&str; 11] = [
-    "llama/tied_f32",
-    "llama/untied_f32_linear",
-    "families/llama_bias_f16",
-    "families/mistral_window_bf16",
-    "families/qwen2_f16",
-    "families/qwen3_bf16_sharded",
-    "families/smollm3_bf16",
-    "families/gpt_neox_f32",
-    "families/gpt_neox_sequential_f16",
-    "families/gemma3_bf16",
-    "families/nanochat_bf16",
-];
-
 /// A device for one test at a time.
 pub struct Lease {
     pub device: Device,

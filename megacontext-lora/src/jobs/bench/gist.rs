@@ -94,9 +94,9 @@ pub fn run(bench: &GistBench, host: &dyn HostApi) -> Result<Value> {
     let model = llama(&bench.shape, bench.n)?;
     let pattern = config::pattern(bench.attn, bench.group, bench.n)?;
     let rule = SigmaRule { block: bench.block, ..SigmaRule::default() };
-    let on = OnDevice::open(bench.device, host)?;
+    let on = OnDevice::open(bench.device, host)?.running(&model, host)?;
     let mut decoder = Decoder::random(model, 0, bench.dtype, &[]).map_err(model_error)?;
-    on.take(&mut decoder, host)?;
+    on.take(&mut decoder)?;
     let delta = DeltaNll::new(&decoder, &RopeScaling::None, rule, pattern, bench.horizon)
         .map_err(|e| PluginError::usage(e.to_string()))?;
     let spans: Vec<Span> = (0..bench.blocks).map(|at| found[at * found.len() / bench.blocks]).collect();

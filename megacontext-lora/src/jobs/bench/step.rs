@@ -166,10 +166,10 @@ fn measured(
     let mut random = Random::new(5);
     let stream = (0..bench.n * bench.batch + 1).map(|_| random.below(model.vocab_size) as u32).collect();
     let learning = [Group::Lora, Group::Embeddings, Group::Norms];
-    let on = OnDevice::open(bench.device, host)?;
+    let on = OnDevice::open(bench.device, host)?.running(&model, host)?;
     let mut decoder = Decoder::random(model, 0, bench.dtype, &learning).map_err(model_error)?;
     decoder.attach_lora(lora, 0).map_err(model_error)?;
-    on.take(&mut decoder, host)?;
+    on.take(&mut decoder)?;
     let mut trainer = Trainer::new(
         decoder,
         &learning,
@@ -214,7 +214,7 @@ fn measured(
 pub fn plan(bench: &StepBench, host: &dyn HostApi) -> Result<Value> {
     bench.check()?;
     let model = bench.model()?;
-    let on = OnDevice::open(bench.device, host)?;
+    let on = OnDevice::open(bench.device, host)?.running(&model, host)?;
     let run = ExtendConfig {
         context: bench.n,
         lora: bench.lora(&model)?.0,

@@ -2,7 +2,6 @@
 
 use megacontext_kernels::cuda::cudarc::driver::{CudaSlice, CudaView, CudaViewMut};
 use megacontext_kernels::cuda::{Device, Stored};
-use megacontext_kernels::error::KernelError;
 use megacontext_kernels::store::bf16;
 
 use crate::buffers::Activation;
@@ -34,7 +33,7 @@ impl<X: Activation> GpuBuffer<X> {
     pub fn size(&mut self, device: &Device, len: usize) -> Result<()> {
         if self.memory.as_ref().is_none_or(|memory| memory.len() < len) {
             self.memory = None;
-            self.memory = Some(device.room(len.max(1)).map_err(KernelError::from)?);
+            self.memory = Some(device.room(len.max(1))?);
         }
         self.len = len;
         Ok(())

@@ -10,7 +10,6 @@ use megacontext_kernels::cuda::cudarc::driver::{CudaSlice, CudaView, CudaViewMut
 use megacontext_kernels::cuda::linear::{Layer, LayerGradients, Saved};
 use megacontext_kernels::cuda::loss::{Targets, cross_entropy, divergence};
 use megacontext_kernels::cuda::{embedding, rows};
-use megacontext_kernels::error::KernelError;
 use megacontext_kernels::gemm::Products;
 use megacontext_kernels::loss::{Gradient, IGNORE};
 use megacontext_kernels::store::bf16;
@@ -177,9 +176,8 @@ impl Gpu {
                 let x = head.rows(hidden, &part_places)?;
                 let x = x.view()?;
                 let mut logits = head.logits(&x)?;
-                let part_scales =
-                    device.upload(&scales[first..first + part.len()]).map_err(KernelError::from)?;
-                let mut losses = device.zeros::<f32>(part.len()).map_err(KernelError::from)?;
+                let part_scales = device.upload(&scales[first..first + part.len()])?;
+                let mut losses = device.zeros::<f32>(part.len())?;
                 cross_entropy(
                     device,
                     &mut logits.view_mut()?,
@@ -193,7 +191,7 @@ impl Gpu {
                     let d_weight = d_weight.as_mut().map(|d_weight| d_weight.slice_mut(..));
                     head.back(&x, &logits, d_weight, &part_places, &mut d_hidden)?;
                 }
-                let losses = device.download(&losses).map_err(KernelError::from)?;
+                let losses = device.download(&losses)?;
                 for (at, loss) in part.iter().zip(losses) {
                     nll[*at] = loss;
                 }
@@ -258,14 +256,14 @@ impl Gpu {
                     head.logits(&head.rows(values, &places(&all[first..first + part.len()])?)?.view()?)?
                 }
             };
-            let part_scales = device.upload(&scales[first..first + part.len()]).map_err(KernelError::from)?;
-            let mut losses = device.zeros::<f32>(part.len()).map_err(KernelError::from)?;
+            let part_scales = device.upload(&scales[first..first + part.len()])?;
+            let mut losses = device.zeros::<f32>(part.len())?;
             let (said, cap) = (said.view()?, None);
             divergence(device, &mut logits.view_mut()?, vocab, &said, &part_scales, cap, &mut losses)?;
             if let Some((.., into)) = &mut wanted {
                 head.back(&x, &logits, None, &part_places, into)?;
             }
-            kl.extend(device.download(&losses).map_err(KernelError::from)?);
+            kl.extend(device.download(&losses)?);
         }
         Ok(kl)
     }
@@ -298,7 +296,7 @@ impl Gpu {
         let found = decoder.head_divergence(&student, &teacher, weights.as_deref(), gradient)?;
         if let (Some((.., into)), Some(d)) = (wanted, &found.d_hidden) {
             let device = self.kernels();
-            let d = device.upload(d).map_err(KernelError::from)?;
+            let d = device.upload(d)?;
             embedding::scatter_add(device, &d, width, &scored_places, &mut into.view_mut()?)?;
         }
         Ok(found.kl)

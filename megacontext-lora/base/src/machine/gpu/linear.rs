@@ -8,7 +8,6 @@ use megacontext_kernels::cuda::linear::{
     Dora, FactorGradients, Factors, Layer, LayerGradients, Lora, Saved, row_norms,
 };
 use megacontext_kernels::cuda::{Device, norm, rows};
-use megacontext_kernels::error::KernelError;
 use std::sync::Arc;
 
 use super::buffer::{GpuBuffer, LinearRooms, stored_as};
@@ -93,15 +92,15 @@ impl<'a> GpuLinear<'a> {
     fn scales<P: Copied>(&self, gpu: &Gpu, operands: &Operands<P>) -> Result<[CudaSlice<f32>; 2]> {
         let [out, _] = self.shape;
         let device = gpu.kernels();
-        let mut norms = device.zeros::<f32>(out).map_err(KernelError::from)?;
+        let mut norms = device.zeros::<f32>(out)?;
         self.layer(operands, false, |layer| {
             Ok(row_norms(device, gpu.products(), &layer, &mut norms.slice_mut(..))?)
         })?;
         let name = self.module.map(LoraModule::magnitude_name).unwrap_or_default();
         let magnitudes = self.setting.params.values(&name)?;
-        let lengths = device.download(&norms).map_err(KernelError::from)?;
+        let lengths = device.download(&norms)?;
         let scale: Vec<f32> = magnitudes.f32()?.iter().zip(&lengths).map(|(m, n)| m / n).collect();
-        Ok([device.upload(&scale).map_err(KernelError::from)?, norms])
+        Ok([device.upload(&scale)?, norms])
     }
 
     /// Calls `f` with the layer, in training with its dropout.

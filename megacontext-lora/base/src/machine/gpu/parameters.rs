@@ -8,7 +8,6 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use megacontext_kernels::cuda::cudarc::driver::CudaSlice;
 use megacontext_kernels::cuda::{Device, rows};
-use megacontext_kernels::error::KernelError;
 use megacontext_kernels::linear::Weight;
 use megacontext_kernels::store::bf16;
 
@@ -151,14 +150,14 @@ fn upload<A: Product, P: Product>(
     if A::KIND == P::KIND {
         // Let go first, so that both are never there.
         drop(before);
-        return Ok(device.upload(bytemuck::cast_slice::<A, P>(values)).map_err(KernelError::from)?);
+        return Ok(device.upload(bytemuck::cast_slice::<A, P>(values))?);
     }
     let mut into = match before.filter(|before| before.len() == values.len()) {
         Some(before) => before,
-        None => device.room(values.len()).map_err(KernelError::from)?,
+        None => device.room(values.len())?,
     };
     for (at, piece) in values.chunks(PIECE).enumerate() {
-        let uploaded = device.upload(piece).map_err(KernelError::from)?;
+        let uploaded = device.upload(piece)?;
         let first = at * PIECE;
         rows::convert(device, &uploaded, &mut into.slice_mut(first..first + piece.len()))?;
     }
