@@ -62,6 +62,8 @@ fn a_gpu_that_cannot_be_had_is_refused_before_anything_is_written() {
         [&["bench", "plan", "--n", "16"][..], &shape].concat(),
         [&bench_gist[..], &shape].concat(),
         vec!["bench", "attention", "--n", "16", "--heads", "2,1", "--head-dim", "8"],
+        vec!["generate", "--base", &base, "--prompt", "Anna", "--max-new-tokens", "2"],
+        vec!["eval", "passkey", "--base", &base, "--lengths", "512", "--out", &out],
         vec!["logits", "--base", &base, "--tokens", &tokens, "--out", &out],
     ];
     let extend = fixture.extend("out");
@@ -81,24 +83,6 @@ fn a_name_of_no_device_is_refused_by_its_key() {
         let expected = format!("error: device: expected auto, cpu, cuda or cuda:N, got {name:?}");
         let said = mclora(&ppl(&base, &data, &["--device", name])).refused(2, &[]);
         assert_eq!(said, expected);
-    }
-}
-
-#[test]
-fn generation_stays_on_the_processor_and_says_so() {
-    let fixture = Fixture::new();
-    let base = fixture.at("base");
-    let generate = ["generate", "--base", &base, "--prompt", "Anna", "--max-new-tokens", "2"];
-    let said = mclora(&[&generate[..], &["--device", "cuda:0"]].concat()).refused(2, &[]);
-    assert_eq!(
-        said,
-        "error: device: expected cpu or auto, since text is generated on the processor, got cuda:0"
-    );
-    let passkey = ["eval", "passkey", "--base", &base, "--lengths", "512", "--device", "cuda"];
-    mclora(&passkey).refused(2, &["since answers are generated on the processor, got cuda:0"]);
-    for device in ["cpu", "auto"] {
-        let args = [&generate[..], &["--device", device, "--json"]].concat();
-        assert_eq!(mclora(&args).success().json()["device"], "cpu");
     }
 }
 

@@ -21,5 +21,7 @@ mod choosing;
 mod cycle;
 #[path = "gpu/extending.rs"]
 mod extending;
+#[path = "gpu/generating.rs"]
+mod generating;
 #[path = "gpu/support.rs"]
 mod support;

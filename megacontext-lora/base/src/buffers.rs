@@ -24,6 +24,7 @@ use crate::architecture::{QkNorm, Residual};
 use crate::config::DecoderConfig;
 use crate::decoder::{Ran, RanAs};
 use crate::error::{BaseError, Result};
+use crate::generate::{Held, HeldAs};
 use crate::lora::{LoraKind, LoraModules};
 use crate::machine::{Host, Machine};
 
@@ -271,6 +272,8 @@ pub(crate) trait Activation: Store + bytemuck::Pod {
     fn ran<M: Machine>(of: &RanAs<M>) -> &Ran<M, Self>;
     /// Where it leaves that.
     fn ran_mut<M: Machine>(of: &mut RanAs<M>) -> &mut Ran<M, Self>;
+    /// What a cache holds in this storage.
+    fn held<M: Machine>(of: &mut HeldAs<M>) -> &mut Held<M, Self>;
 }
 
 macro_rules! activation {
@@ -288,6 +291,10 @@ macro_rules! activation {
             }
 
             fn ran_mut<M: Machine>(of: &mut RanAs<M>) -> &mut Ran<M, Self> {
+                &mut of.$stored
+            }
+
+            fn held<M: Machine>(of: &mut HeldAs<M>) -> &mut Held<M, Self> {
                 &mut of.$stored
             }
         }

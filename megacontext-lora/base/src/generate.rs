@@ -19,6 +19,7 @@ use crate::error::{BaseError, Result};
 use crate::rope::RopeScaling;
 
 pub use cache::KvCache;
+pub(crate) use cache::{Held, HeldAs};
 pub use sampling::Sampling;
 pub use step::{Addition, PASS, PIECE, generation_bytes, pass_entries};
 
@@ -108,8 +109,7 @@ impl Decoder {
         }
         with.sampling.check()?;
         let rooms: Vec<usize> = prompts.iter().map(|p| room(p.len(), with.max_new_tokens)).collect();
-        let mut cache =
-            KvCache::new(self.config(), self.precision(), self.config().rope(with.scaling), &rooms)?;
+        let mut cache = KvCache::new(self, self.config().rope(with.scaling), &rooms)?;
         let whole: Vec<&[u32]> = prompts.iter().map(Vec::as_slice).collect();
         let Some(mut logits) = self.prefill(&mut cache, &whole, going)? else { return Ok(None) };
         let mut rows = vec![Continuation::default(); prompts.len()];

@@ -13,6 +13,7 @@
 pub(crate) mod gpu;
 mod host;
 
+use megacontext_kernels::attention::decode::CachedRow;
 use megacontext_kernels::attention::prefix::Continuations;
 use megacontext_kernels::attention::{Pattern, Rows};
 use megacontext_kernels::gemm::Products;
@@ -22,6 +23,7 @@ use crate::block::Tables;
 use crate::buffers::{Activation, Buffers, KeysValues, Scratch};
 use crate::decoder::{Decoder, Document, Ran};
 use crate::error::Result;
+use crate::generate::{Held, KvCache};
 use crate::gradients::Gradients;
 use crate::params::ParamStore;
 use crate::projection::Setting;
@@ -100,6 +102,8 @@ pub(crate) trait Machine: Sized {
     type Within;
     /// Attention of rows that continue a document, checked.
     type Continuing;
+    /// Attention of new entries over the caches of their rows, checked.
+    type Cached;
     /// Gradients by parameter, while a step runs.
     type Gradients;
     /// Storage of the gradients of queries, keys and values.
@@ -113,6 +117,8 @@ pub(crate) trait Machine: Sized {
     fn ran<S: Activation>(document: &Document) -> &Ran<Self, S>;
     /// Where it leaves that.
     fn ran_mut<S: Activation>(document: &mut Document) -> &mut Ran<Self, S>;
+    /// What a cache holds on this machine in this storage.
+    fn held<S: Activation>(cache: &mut KvCache) -> &mut Held<Self, S>;
     /// Runs a step whose gradients are added to the host's when all of it has gone well.
     fn with_gradients<R>(
         &self,
@@ -225,6 +231,9 @@ pub(crate) trait Machine: Sized {
         entries: usize,
         rows: &Continuations,
     ) -> Result<Self::Continuing>;
+    /// Checks attention of the new entries of `rows`, N of them in all one after the other, over caches of `capacity` entries
+    /// together.
+    fn caching(&self, spec: &AttentionSpec, capacity: usize, rows: &[CachedRow]) -> Result<Self::Cached>;
     /// What attention within rows mixes of q, k, v, and each query's log-sum-exp.
     fn attend<S: Activation>(
         &self,
@@ -260,6 +269,16 @@ pub(crate) trait Machine: Sized {
         mixed: (&Self::Buffer<S>, &Self::Buffer<f32>),
         d_mixed: &Self::Buffer<f32>,
         into: [&mut Self::Buffer<Self::Heads<S>>; 3],
+    ) -> Result<()>;
+    /// Puts the new entries' k and v into the caches, and attends over them as [`Machine::attend`]. Log-sum-exps are written where the
+    /// machine makes them.
+    fn attend_cached<S: Activation>(
+        &self,
+        how: &Self::Cached,
+        qkv: [&Self::Buffer<S>; 3],
+        cache: &mut KeysValues<Self, S>,
+        out: &mut Self::Buffer<S>,
+        lse: &mut Self::Buffer<f32>,
     ) -> Result<()>;
 
     /// Tables where the machine reads them.

@@ -40,7 +40,7 @@ fn open(name: &str, precision: Precision) -> Decoder {
 
 fn cache(decoder: &Decoder, rooms: &[usize]) -> Result<KvCache> {
     let c = decoder.config();
-    Ok(KvCache::new(c, decoder.precision(), c.rope(&c.rope_scaling), rooms)?)
+    Ok(KvCache::new(decoder, c.rope(&c.rope_scaling), rooms)?)
 }
 
 fn greedy<'a>(decoder: &'a Decoder, max_new_tokens: usize, end: &'a [u32]) -> Generation<'a> {
@@ -264,7 +264,7 @@ fn a_scaling_by_length_is_that_of_the_rows_room() -> Result<()> {
         Ok(decoder.logits(&decoder.embed(&tokens, 1)?, &with)?.squeeze(0)?.to_vec2()?)
     };
     // Rows of other lengths beside each other, and the prompt is shorter than what the row comes to.
-    let mut cache = KvCache::new(c, Precision::F32, rope.clone(), &[80, 200])?;
+    let mut cache = KvCache::new(&decoder, rope.clone(), &[80, 200])?;
     let got = decoder.prefill(&mut cache, &[&tokens[..40], &tokens[..70]], &mut |_| true)?.unwrap();
     close("prompt", &got[..64], &want(80)?[39], 2e-5);
     close("longer row", &got[64..], &want(200)?[69], 2e-5);

@@ -1,4 +1,5 @@
-//! The decoder on a GPU against the same decoder on the processor: losses, gradients, training, rows that continue documents.
+//! The decoder on a GPU against the same decoder on the processor: losses, gradients, training, rows that continue documents,
+//! generation.
 //!
 //! Runs on the first GPU where there is one, otherwise on the emulated device of `kernels/cu/emulate`, which needs a C++
 //! compiler and is skipped with a line where there is none.
@@ -14,6 +15,8 @@ mod adapters;
 mod documents;
 #[path = "../../../kernels/tests/emulated/mod.rs"]
 mod emulated;
+#[path = "gpu/generating.rs"]
+mod generating;
 #[path = "gpu/memory.rs"]
 mod memory;
 mod models;

@@ -5,7 +5,7 @@
 //! cannot run this model. A device that was named and cannot be had is an error.
 //!
 //! Parameters, optimiser and files stay on the host, so a run may go on on another device; its settings' hash does not know the
-//! device. Networks (GistNet, LensNet) and generation run on the processor.
+//! device. Networks (GistNet, LensNet) run on the processor.
 //!
 //! The event `device` says `device` (`cpu`, `cuda:0`), `description`, `asked`, `note` and `text`, a line for people.
 //!
@@ -16,7 +16,7 @@ use megacontext_base::decoder::Decoder;
 use megacontext_base::device::{Device, DeviceChoice, gpus};
 use serde_json::{Value, json};
 
-use crate::error::{PluginError, Result};
+use crate::error::Result;
 use crate::host::HostApi;
 use crate::jobs::model_error;
 
@@ -101,19 +101,6 @@ pub(crate) fn capabilities() -> Vec<String> {
     names.map(|name| format!("device:{name}")).chain(built).collect()
 }
 
-/// Refuses a GPU for a job that runs on the processor whatever there is; `why` says what in it does.
-///
-/// # Errors
-/// When a GPU was named.
-pub(crate) fn on_processor(asked: DeviceChoice, why: &str) -> Result<()> {
-    match asked {
-        DeviceChoice::Auto | DeviceChoice::Cpu => Ok(()),
-        DeviceChoice::Cuda(_) => Err(PluginError::usage(format!(
-            "device: expected cpu or auto, since {why} on the processor, got {asked}"
-        ))),
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use std::sync::Mutex;
@@ -166,16 +153,5 @@ mod tests {
         assert_eq!(error.kind, crate::error::Kind::Usage);
         assert!(error.message.contains("built with the feature cuda for cuda:0"), "{error}");
         assert!(events.is_empty());
-    }
-
-    #[test]
-    fn a_gpu_is_refused_where_the_processor_does_it() {
-        on_processor(DeviceChoice::Auto, "text is generated").unwrap();
-        on_processor(DeviceChoice::Cpu, "text is generated").unwrap();
-        let error = on_processor(DeviceChoice::Cuda(1), "text is generated").unwrap_err();
-        assert_eq!(
-            error.to_string(),
-            "device: expected cpu or auto, since text is generated on the processor, got cuda:1"
-        );
     }
 }

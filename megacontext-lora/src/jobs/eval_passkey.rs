@@ -5,16 +5,15 @@
 
 use std::time::Instant;
 
-use megacontext_base::buffers::PassShape;
 use megacontext_base::decoder::Decoder;
 use megacontext_base::device::Device;
-use megacontext_base::generate::{Generation, KvCache, Sampling, generation_bytes, pass_entries, room};
+use megacontext_base::generate::{Generation, Sampling, room};
 use megacontext_base::rope::RopeScaling;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
-use super::device::on_processor;
-use super::evaluation::{dense_name, identity};
+use super::device::OnDevice;
+use super::evaluation::{another_device, dense_name, identity};
 use super::generate::end_tokens;
 use super::parameters::{Kept, Model, Parameters};
 use crate::error::{PluginError, Result};
@@ -24,7 +23,7 @@ use crate::report::evaluation::{Measured, Page, render};
 use crate::run::cells::Cells;
 use crate::train::config::LONGEST_CONTEXT;
 use crate::train::passkey::{ANSWER, Answer, Cell, Passkeys};
-use crate::train::plan::check_beside_weights;
+use crate::train::plan::Generated;
 
 /// What a right answer is.
 pub const SCORING: &str =
@@ -139,7 +138,6 @@ struct Run<'a> {
 fn evaluate(job: &EvalPasskey, host: &dyn HostApi) -> Result<Value> {
     let EvalPasskey { model: used, asked, kept } = job;
     asked.check()?;
-    on_processor(used.device, "answers are generated")?;
     let model = ModelDir::open(&used.base)?;
     let passkeys = Passkeys::new(&model.tokenizer)?;
     let least = passkeys.least()?;
@@ -150,13 +148,19 @@ fn evaluate(job: &EvalPasskey, host: &dyn HostApi) -> Result<Value> {
     }
     let longest = asked.lengths.iter().copied().max().unwrap_or(0);
     let scaling = used.asked_scaling(&model.config, longest)?;
-    check_memory(job, &model)?;
+    let on = OnDevice::open(used.device, host)?.running(&model.config, host)?;
+    check_memory(job, &model, on.device())?;
     let end = end_tokens(&model, &used.base);
-    let identity = identity("eval_passkey", job, &model, used.adapter.as_deref(), &Device::Cpu, None)?;
+    let identity = identity("eval_passkey", job, &model, used.adapter.as_deref(), on.device(), None)?;
     // An adapter that does not fit is refused before a folder is made.
-    let (decoder, own, _) = model.decoder_with(used.adapter.as_deref(), used.dtype)?;
+    let (mut decoder, own, _) = model.decoder_with(used.adapter.as_deref(), used.dtype)?;
+    on.take(&mut decoder)?;
     let scaling = scaling.unwrap_or(own);
     let mut cells: Cells<Cell> = Cells::open(kept.out.as_deref(), kept.resume, &identity)?;
+    let now = decoder.device().describe();
+    if let Some(warning) = cells.began_on().and_then(|began| another_device(began, &now)) {
+        host.event("log", &json!({ "message": warning }));
+    }
 
     let grid: Vec<(usize, f64)> =
         asked.lengths.iter().flat_map(|length| asked.depths.iter().map(|depth| (*length, *depth))).collect();
@@ -190,7 +194,7 @@ fn evaluate(job: &EvalPasskey, host: &dyn HostApi) -> Result<Value> {
         "base": used.base,
         "adapter": used.adapter,
         "dtype": used.dtype,
-        "device": decoder.device().describe(),
+        "device": now,
         "rope": scaling.to_string(),
         "attention": dense_name(&model.config),
         "scoring": SCORING,
@@ -215,18 +219,19 @@ fn summary(cell: &Cell) -> Value {
 }
 
 /// Refuses lengths whose batches do not fit.
-fn check_memory(job: &EvalPasskey, model: &ModelDir) -> Result<()> {
+fn check_memory(job: &EvalPasskey, model: &ModelDir, device: &Device) -> Result<()> {
     let lora = model.lora_of(job.model.adapter.as_deref())?;
     for &length in &job.asked.lengths {
         let rows = job.asked.rows(length);
-        let prompts = vec![length - ANSWER; rows];
-        let rooms = vec![room(length - ANSWER, ANSWER); rows];
-        let pass =
-            PassShape { entries: pass_entries(&prompts), precision: job.model.dtype, lora: lora.as_ref() };
-        let needed = generation_bytes(&model.config, pass, &rooms);
-        let cache = KvCache::planned_bytes(&model.config, job.model.dtype, rooms.iter().sum());
-        let what = format!("the evaluation of {rows} prompts of {length} tokens at a time");
-        check_beside_weights(&what, &model.config, lora.as_ref(), job.model.dtype, needed, cache)?;
+        let generated = Generated {
+            what: format!("the evaluation of {rows} prompts of {length} tokens at a time"),
+            model: &model.config,
+            lora: lora.as_ref(),
+            dtype: job.model.dtype,
+            prompts: &vec![length - ANSWER; rows],
+            rooms: &vec![room(length - ANSWER, ANSWER); rows],
+        };
+        generated.check(device)?;
     }
     Ok(())
 }

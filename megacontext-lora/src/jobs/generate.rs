@@ -9,18 +9,17 @@
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-use megacontext_base::buffers::PassShape;
-use megacontext_base::generate::{Generation, KvCache, Sampling, generation_bytes, pass_entries, room};
+use megacontext_base::generate::{Generation, Sampling, room};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
-use super::device::on_processor;
+use super::device::OnDevice;
 use super::evaluation::dense_name;
 use super::parameters::{Model, Parameters};
 use crate::error::{IoResultExt, PluginError, Result};
 use crate::host::HostApi;
 use crate::jobs::{ModelDir, model_error, to_value, with_threads};
-use crate::train::plan::check_beside_weights;
+use crate::train::plan::Generated;
 
 /// Most tokens a row may get: far beyond any context.
 const MOST_NEW: usize = 1 << 24;
@@ -119,7 +118,6 @@ pub(crate) fn end_tokens(model: &ModelDir, dir: &Path) -> Vec<u32> {
 fn generate(job: &GenerateJob, host: &dyn HostApi) -> Result<Value> {
     let GenerateJob { model: used, asked } = job;
     let sampling = sampling(asked)?;
-    on_processor(used.device, "text is generated")?;
     if !(1..=MOST_NEW).contains(&asked.max_new_tokens) {
         return Err(PluginError::usage(format!(
             "max_new_tokens: expected 1 to {MOST_NEW}, got {}",
@@ -154,17 +152,19 @@ fn generate(job: &GenerateJob, host: &dyn HostApi) -> Result<Value> {
     let lengths: Vec<usize> = prompts.iter().map(Vec::len).collect();
     let rooms: Vec<usize> = lengths.iter().map(|length| room(*length, asked.max_new_tokens)).collect();
     let lora = model.lora_of(used.adapter.as_deref())?;
-    let pass = PassShape { entries: pass_entries(&lengths), precision: used.dtype, lora: lora.as_ref() };
-    let cache_bytes = KvCache::planned_bytes(&model.config, used.dtype, rooms.iter().sum());
-    let needed = generation_bytes(&model.config, pass, &rooms);
-    let what = format!(
-        "the generation of {} rows of up to {} tokens",
-        rooms.len(),
-        rooms.iter().max().unwrap_or(&0)
-    );
-    check_beside_weights(&what, &model.config, lora.as_ref(), used.dtype, needed, cache_bytes)?;
-    let (decoder, own, _) = model.decoder_with(used.adapter.as_deref(), used.dtype)?;
     let longest = rooms.iter().copied().max().unwrap_or(0);
+    let generated = Generated {
+        what: format!("the generation of {} rows of up to {longest} tokens", rooms.len()),
+        model: &model.config,
+        lora: lora.as_ref(),
+        dtype: used.dtype,
+        prompts: &lengths,
+        rooms: &rooms,
+    };
+    let on = OnDevice::open(used.device, host)?.running(&model.config, host)?;
+    generated.check(on.device())?;
+    let (mut decoder, own, _) = model.decoder_with(used.adapter.as_deref(), used.dtype)?;
+    on.take(&mut decoder)?;
     let scaling = used.asked_scaling(&model.config, longest)?.unwrap_or(own);
     let with = Generation { max_new_tokens: asked.max_new_tokens, end: &end, sampling, scaling: &scaling };
     let mut clock = Clock::new(lengths.iter().sum());
@@ -193,7 +193,7 @@ fn generate(job: &GenerateJob, host: &dyn HostApi) -> Result<Value> {
         "rope": scaling.to_string(),
         "attention": dense_name(&model.config),
         "stated_context": model.config.max_position_embeddings,
-        "cache_bytes": cache_bytes,
+        "cache_bytes": generated.cache_bytes(),
         "prefill": clock.prefill.told(),
         "decoding": clock.decoding.told(),
         "results": results,

@@ -16,6 +16,7 @@ use megacontext_base::buffers::{PassBytes, PassShape, evaluation_bytes, training
 use megacontext_base::config::DecoderConfig;
 use megacontext_base::decoder::stored_narrow;
 use megacontext_base::device::Device;
+use megacontext_base::generate::{KvCache, generation_bytes, pass_entries};
 use megacontext_base::lora::LoraModules;
 use megacontext_base::params::Group;
 use megacontext_kernels::precision::Precision;
@@ -295,33 +296,54 @@ pub(crate) fn check_forward(
     }
 }
 
-/// Refuses a job that needs `needed` bytes beside the weights where they do not fit; `cache` bytes of them are keys and
-/// values.
-pub(crate) fn check_beside_weights(
-    what: &str,
-    model: &DecoderConfig,
-    lora: Option<&LoraModules>,
-    dtype: Precision,
-    needed: u64,
-    cache: u64,
-) -> Result<()> {
-    let load = Load::reading(model, lora, dtype);
-    let plan = load.memory(true);
-    let total = plan.total.saturating_add(needed);
-    match available_bytes() {
-        Some(free) if total > free => {
-            let mut help = vec!["shorter or fewer rows at a time".to_string()];
-            help.extend((!dtype.stores_bf16()).then(|| "--dtype bf16".to_string()));
-            Err(PluginError::memory(format!(
-                "{what} needs about {} ({} of it keys and values, {} weights), but {} are free. What would help: {}",
-                bytes(total),
-                bytes(cache),
-                bytes(plan.weights),
-                bytes(free),
-                help.join(", ")
-            )))
+/// Rows that a job generates together.
+pub(crate) struct Generated<'a> {
+    /// What it is, for people.
+    pub what: String,
+    pub model: &'a DecoderConfig,
+    pub lora: Option<&'a LoraModules>,
+    pub dtype: Precision,
+    /// Tokens of each prompt, and entries that each row comes to.
+    pub prompts: &'a [usize],
+    pub rooms: &'a [usize],
+}
+
+impl Generated<'_> {
+    /// Bytes of keys and values.
+    pub fn cache_bytes(&self) -> u64 {
+        KvCache::planned_bytes(self.model, self.dtype, self.rooms.iter().sum())
+    }
+
+    /// Refuses what does not fit, on the processor and where passes run.
+    pub fn check(&self, device: &Device) -> Result<()> {
+        let Self { what, model, lora, dtype, prompts, rooms } = self;
+        let pass = PassShape { entries: pass_entries(prompts), precision: *dtype, lora: *lora };
+        let mut help = vec!["shorter or fewer rows at a time"];
+        if let Some(plan) = DevicePlan::of(device, gpu::generation_bytes(model, pass, rooms), 0)? {
+            plan.check(*dtype, &help)?;
         }
-        _ => Ok(()),
+        // On a GPU the host makes the choice of tokens alone: of the logits of a step, and of those of all prompts.
+        let logits = 2 * F32 * (rooms.len() * model.vocab_size) as u64;
+        let (needed, cache) = match device.is_cpu() {
+            true => (generation_bytes(model, pass, rooms), self.cache_bytes()),
+            false => (logits, 0),
+        };
+        let plan = Load::reading(model, *lora, *dtype).memory(true);
+        let total = plan.total.saturating_add(needed);
+        match available_bytes() {
+            Some(free) if total > free => {
+                help.extend((!dtype.stores_bf16()).then_some("--dtype bf16"));
+                Err(PluginError::memory(format!(
+                    "{what} needs about {} ({} of it keys and values, {} weights), but {} are free. What would help: {}",
+                    bytes(total),
+                    bytes(cache),
+                    bytes(plan.weights),
+                    bytes(free),
+                    help.join(", ")
+                )))
+            }
+            _ => Ok(()),
+        }
     }
 }
 

@@ -11,7 +11,7 @@ use megacontext_kernels::linear::LoraShape;
 use megacontext_kernels::precision::Precision;
 use serde::Serialize;
 
-use super::{PassShape, Sizes};
+use super::{PassShape, Sizes, keys_values_bytes};
 use crate::config::DecoderConfig;
 use crate::lora::{LoraKind, LoraModules};
 use crate::params::Group;
@@ -182,10 +182,11 @@ fn shapes(lora: Option<&LoraModules>) -> Vec<LoraShape> {
     linear.map(|m| LoraShape { out: m.out, rank: m.rank, dora: m.dora, initial: m.pissa }).collect()
 }
 
-/// A pass's bytes, walking back `walked` blocks or none.
+/// A pass's bytes, walking back `walked` blocks or none; `ending` is what goes over the output head, of the pass's sizes mostly.
 fn bytes(
     config: &DecoderConfig,
     pass: PassShape,
+    ending: &Sizes,
     walked: Option<(usize, bool)>,
     learning: &[Group],
 ) -> GpuBytes {
@@ -209,17 +210,15 @@ fn bytes(
         s.attending(pass.precision, backward).max(s.adapting(pass.precision, &shapes(pass.lora), backward));
     // While the loss is made there is no gradient yet but the head's.
     let all = gradient_bytes(config, learning, pass.lora);
-    let of_head = if learning.contains(&config.group_of(config.head_name())) {
-        4 * (config.vocab_size * config.hidden_size) as u64
-    } else {
-        0
-    };
-    // The head's copy may be made anew before the logits are.
-    let copied = match pass.precision {
-        Precision::F32 => 0,
-        _ => 4 * (PIECE as u64).min((config.vocab_size * config.hidden_size) as u64),
-    };
-    let loss = s.losing(pass.precision, config.vocab_size, backward).max(copied) + of_head;
+    let head = config.head_name();
+    let head_values = (config.vocab_size * config.hidden_size) as u64;
+    let head_learns = learning.contains(&config.group_of(head));
+    let of_head = if head_learns { 4 * head_values } else { 0 };
+    // The head's copy may be made anew before the logits are; where the embedding's serves, before anything else is there.
+    let serves = head == config.embedding_name() && pass.precision.stores_bf16() && !head_learns;
+    let copied =
+        if pass.precision == Precision::F32 || serves { 0 } else { 4 * (PIECE as u64).min(head_values) };
+    let loss = ending.losing(pass.precision, config.vocab_size, backward).max(copied) + of_head;
     GpuBytes {
         weights: weights_bytes(config, pass.precision, pass.lora),
         gradients: all,
@@ -237,7 +236,8 @@ pub fn training_bytes(
     recompute: bool,
     learning: &[Group],
 ) -> GpuBytes {
-    bytes(config, pass, Some((walked, recompute)), learning)
+    let ending = Sizes::of(config, pass.precision, pass.entries);
+    bytes(config, pass, &ending, Some((walked, recompute)), learning)
 }
 
 /// What a divergence has beside a loss: the teacher's logits and rows, and the gradient that it is added to.
@@ -249,5 +249,21 @@ pub fn divergence_bytes(config: &DecoderConfig, pass: PassShape) -> u64 {
 
 /// What a forward pass alone takes.
 pub fn evaluation_bytes(config: &DecoderConfig, pass: PassShape) -> GpuBytes {
-    bytes(config, pass, None, &[])
+    bytes(config, pass, &Sizes::of(config, pass.precision, pass.entries), None, &[])
+}
+
+/// What generating takes, as [`crate::generate::generation_bytes`]: keys and values of rows that become `rooms` entries long are among
+/// the activations; the logits are those of one entry of every row.
+pub fn generation_bytes(config: &DecoderConfig, pass: PassShape, rooms: &[usize]) -> GpuBytes {
+    let entries = rooms.iter().sum();
+    let ending = Sizes::of(config, pass.precision, rooms.len());
+    let mut all = bytes(config, pass, &ending, None, &[]);
+    all.activations += keys_values_bytes(config, pass.precision, entries);
+    // The caches of a block as products read them, while it attends.
+    if pass.precision == Precision::Mixed {
+        let s = Sizes::of(config, pass.precision, pass.entries);
+        let copies = keys_values_bytes(config, Precision::Bf16, entries) / config.num_hidden_layers as u64;
+        all.passing = all.passing.max(copies + s.attending(pass.precision, false));
+    }
+    all
 }

@@ -1,8 +1,9 @@
 //! Keys and values of rows that grow: what generation keeps instead of running the past again.
 //!
 //! A cache has a fixed number of rows, each with room for a stated number of entries of its own, so that short rows pay
-//! nothing for long ones. Memory is taken when the cache is made: 2·layers·C·G·D values, C the room of all rows together, in
-//! the storage of activations (f32, or bf16 in the class of that name). The system gives pages as entries are written.
+//! nothing for long ones. Memory is taken when the cache is made, where the decoder's passes run: 2·layers·C·G·D values, C the room
+//! of all rows together, in the storage of activations (f32, or bf16 in the class of that name). The processor's system gives pages
+//! as entries are written, a GPU all of them at once.
 //!
 //! Positions: entry i of a row is rotated as position i. A scaling that depends on the length of the sequence (dynamic,
 //! longrope) is taken for the longest that a row can become, its room: then one set of frequencies holds for all of a row's
@@ -16,10 +17,11 @@ use megacontext_kernels::attention::decode::CachedRow;
 use megacontext_kernels::precision::Precision;
 use megacontext_kernels::store::bf16;
 
-use crate::buffers::{Activation, Buffer, KeysValues, Scratch, keys_values_bytes};
+use crate::buffers::{Activation, KeysValues, Scratch, keys_values_bytes};
 use crate::config::DecoderConfig;
+use crate::decoder::Decoder;
 use crate::error::{BaseError, Result};
-use crate::machine::Host;
+use crate::machine::{Host, Machine, on_machine};
 use crate::rope::Rope;
 
 /// One row of a cache.
@@ -33,28 +35,53 @@ pub(crate) struct Row {
     pub length: usize,
 }
 
-/// What lies in one storage: the caches of all blocks, and the buffers of a step.
-pub(crate) struct Held<S: Activation> {
-    pub layers: Vec<KeysValues<Host, S>>,
-    pub scratch: Scratch<Host, S>,
+/// What lies on one machine in one storage: the caches of all blocks, and the buffers of a step.
+pub(crate) struct Held<M: Machine, S: Activation> {
+    pub layers: Vec<KeysValues<M, S>>,
+    pub scratch: Scratch<M, S>,
     /// The stream at the entries whose logits are wanted.
-    pub last: Buffer<S>,
+    pub last: M::Buffer<S>,
 }
 
-impl<S: Activation> Default for Held<S> {
+impl<M: Machine, S: Activation> Default for Held<M, S> {
     fn default() -> Self {
-        Self { layers: Vec::new(), scratch: Scratch::default(), last: Buffer::default() }
+        Self { layers: Vec::new(), scratch: Scratch::default(), last: M::Buffer::default() }
     }
 }
 
-impl<S: Activation> Held<S> {
-    fn new(config: &DecoderConfig, entries: usize) -> Result<Self> {
-        let layers = KeysValues::of_blocks(&Host, config, entries)?;
-        Ok(Self { layers, scratch: Scratch::default(), last: Buffer::default() })
+impl<M: Machine, S: Activation> Held<M, S> {
+    fn new(machine: &M, config: &DecoderConfig, entries: usize) -> Result<Self> {
+        Ok(Self { layers: KeysValues::of_blocks(machine, config, entries)?, ..Self::default() })
     }
 
     fn bytes(&self) -> u64 {
         self.layers.iter().map(KeysValues::bytes).sum()
+    }
+
+    fn buffer_bytes(&self) -> u64 {
+        self.scratch.bytes() + M::bytes(&self.last)
+    }
+}
+
+/// What lies on one machine, by storage.
+pub(crate) struct HeldAs<M: Machine> {
+    pub f32: Held<M, f32>,
+    pub bf16: Held<M, bf16>,
+}
+
+impl<M: Machine> Default for HeldAs<M> {
+    fn default() -> Self {
+        Self { f32: Held::default(), bf16: Held::default() }
+    }
+}
+
+impl<M: Machine> HeldAs<M> {
+    fn bytes(&self) -> u64 {
+        self.f32.bytes() + self.bf16.bytes()
+    }
+
+    fn buffer_bytes(&self) -> u64 {
+        self.f32.buffer_bytes() + self.bf16.buffer_bytes()
     }
 }
 
@@ -62,16 +89,18 @@ impl<S: Activation> Held<S> {
 pub struct KvCache {
     rows: Vec<Row>,
     rope: Rope,
-    f32: Held<f32>,
-    bf16: Held<bf16>,
+    pub(crate) host: HeldAs<Host>,
+    #[cfg(feature = "cuda")]
+    pub(crate) gpu: HeldAs<crate::machine::gpu::Gpu>,
 }
 
 impl KvCache {
-    /// An empty cache for rows with room for `rooms` entries each; `rope` are the positions of all.
+    /// An empty cache where the decoder's passes run, for rows with room for `rooms` entries each; `rope` are the positions
+    /// of all.
     ///
     /// # Errors
     /// No rows, a row without room, or no memory.
-    pub fn new(config: &DecoderConfig, precision: Precision, rope: Rope, rooms: &[usize]) -> Result<Self> {
+    pub fn new(decoder: &Decoder, rope: Rope, rooms: &[usize]) -> Result<Self> {
         if rooms.is_empty() {
             return Err(BaseError::Input {
                 message: "cache: expected at least one row, got none".to_string(),
@@ -90,13 +119,17 @@ impl KvCache {
                 row
             })
             .collect();
-        let (mut f32, mut bf16) = (Held::default(), Held::default());
-        if precision.stores_bf16() {
-            bf16 = Held::new(config, first)?;
-        } else {
-            f32 = Held::new(config, first)?;
-        }
-        Ok(Self { rows, rope, f32, bf16 })
+        let mut cache = Self {
+            rows,
+            rope,
+            host: HeldAs::default(),
+            #[cfg(feature = "cuda")]
+            gpu: HeldAs::default(),
+        };
+        on_machine!(decoder, |machine: M, S| {
+            *M::held::<S>(&mut cache) = Held::new(machine, decoder.config(), first)?;
+        });
+        Ok(cache)
     }
 
     /// Bytes of keys and values for `entries` entries of all rows together.
@@ -104,20 +137,30 @@ impl KvCache {
         keys_values_bytes(config, precision, entries)
     }
 
-    /// Bytes of keys and values held.
+    /// Bytes of keys and values held, wherever they lie.
     pub fn bytes(&self) -> u64 {
-        self.f32.bytes() + self.bf16.bytes()
+        #[cfg(feature = "cuda")]
+        return self.host.bytes() + self.gpu.bytes();
+        #[cfg(not(feature = "cuda"))]
+        self.host.bytes()
     }
 
-    /// Bytes of the buffers of steps so far.
+    /// Bytes of the buffers of steps so far, wherever they lie.
     pub fn buffer_bytes(&self) -> u64 {
-        let f32 = self.f32.scratch.bytes() + self.f32.last.bytes();
-        f32 + self.bf16.scratch.bytes() + self.bf16.last.bytes()
+        #[cfg(feature = "cuda")]
+        return self.host.buffer_bytes() + self.gpu.buffer_bytes();
+        #[cfg(not(feature = "cuda"))]
+        self.host.buffer_bytes()
     }
 
     /// Entries that each row has.
     pub fn lengths(&self) -> Vec<usize> {
         self.rows.iter().map(|row| row.length).collect()
+    }
+
+    /// C.
+    pub(crate) fn capacity(&self) -> usize {
+        self.rows.iter().map(|row| row.room).sum()
     }
 
     pub(crate) fn rows(&self) -> &[Row] {
@@ -137,22 +180,5 @@ impl Row {
     /// The row with `entries` new entries, for attention.
     pub(crate) fn with(self, entries: usize) -> CachedRow {
         CachedRow { entries, past: self.length, first: self.first }
-    }
-}
-
-/// The part of a cache that is stored as S.
-pub(crate) trait Cached: Activation {
-    fn held(cache: &mut KvCache) -> &mut Held<Self>;
-}
-
-impl Cached for f32 {
-    fn held(cache: &mut KvCache) -> &mut Held<Self> {
-        &mut cache.f32
-    }
-}
-
-impl Cached for bf16 {
-    fn held(cache: &mut KvCache) -> &mut Held<Self> {
-        &mut cache.bf16
     }
 }

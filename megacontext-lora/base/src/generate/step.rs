@@ -1,4 +1,4 @@
-//! Running new entries of rows over their cache.
+//! Running new entries of rows over their cache, on the decoder's machine.
 //!
 //! New entries of all rows lie one after the other, N of them: no padding, whatever each row brings. Every block makes
 //! their queries, keys and values, puts keys and values into the cache, attends over it and goes on; the logits are made of
@@ -8,17 +8,18 @@
 //! Shapes: N new entries, E model width, V vocabulary. Errors: a row that there is not, twice the same row, no tokens,
 //! unknown tokens, more than a row has room for; nothing has changed then.
 
-use megacontext_kernels::attention::decode::{Cache, CacheAttention, CachedRow};
+use std::ops::Range;
+
+use megacontext_kernels::attention::decode::CachedRow;
 use megacontext_kernels::attention::{Pattern, alibi_slopes};
 use megacontext_kernels::cpu::Values;
-use megacontext_kernels::store::bf16;
 
-use super::cache::{Cached, KvCache};
+use super::cache::{Held, KvCache};
 use crate::block::{Attending, Block, ByWindow, Tables};
-use crate::buffers::{PassShape, Scratch, evaluation_bytes, logits_bytes};
+use crate::buffers::{Activation, PassShape, Scratch, evaluation_bytes, logits_bytes};
 use crate::decoder::Decoder;
 use crate::error::{BaseError, Result};
-use crate::machine::Host;
+use crate::machine::{AttentionSpec, Machine, on_machine};
 use crate::rope::Entries;
 
 /// Entries of a prompt that run together.
@@ -76,10 +77,22 @@ fn input<T>(message: String) -> Result<T> {
     Err(BaseError::Input { message })
 }
 
-/// Entries of the largest pass over prompts of these lengths.
+/// Prompts of these lengths as passes run them: rows, and which of a row's tokens.
+fn passes(prompts: &[usize]) -> Vec<Vec<(usize, Range<usize>)>> {
+    let longest = prompts.iter().copied().max().unwrap_or(0);
+    let cut = |start: usize| {
+        let left = prompts.iter().enumerate().filter(move |(_, length)| start < **length);
+        left.map(move |(row, length)| (row, start..(*length).min(start + PIECE))).collect::<Vec<_>>()
+    };
+    let starts = (0..longest).step_by(PIECE);
+    starts.flat_map(|start| cut(start).chunks(PASS / PIECE).map(<[_]>::to_vec).collect::<Vec<_>>()).collect()
+}
+
+/// Entries of the largest pass over prompts of these lengths, and of the steps after them.
 pub fn pass_entries(prompts: &[usize]) -> usize {
-    let pieces: usize = prompts.iter().map(|length| length.min(&PIECE)).sum();
-    pieces.min(PASS).max(prompts.len())
+    let entries =
+        passes(prompts).into_iter().map(|pass| pass.into_iter().map(|(_, tokens)| tokens.len()).sum());
+    entries.max().unwrap_or(0).max(prompts.len())
 }
 
 /// Bytes that generating takes besides the weights: keys and values for rows that become `rooms` entries long, the buffers
@@ -116,29 +129,23 @@ impl Decoder {
             prompts.iter().enumerate().map(|(row, tokens)| Addition { row, tokens, logits: true }).collect();
         self.check_additions(cache, &whole)?;
         let mut logits = vec![0f32; rows * vocab];
-        let longest = prompts.iter().map(|tokens| tokens.len()).max().unwrap_or(0);
-        for start in (0..longest).step_by(PIECE) {
-            let pieces: Vec<Addition> = whole
-                .iter()
-                .filter(|all| start < all.tokens.len())
-                .map(|all| {
-                    let end = all.tokens.len().min(start + PIECE);
-                    Addition {
-                        row: all.row,
-                        tokens: &all.tokens[start..end],
-                        logits: end == all.tokens.len(),
-                    }
+        let lengths: Vec<usize> = prompts.iter().map(|tokens| tokens.len()).collect();
+        for pass in passes(&lengths) {
+            let pieces: Vec<Addition> = pass
+                .into_iter()
+                .map(|(row, tokens)| Addition {
+                    row,
+                    logits: tokens.end == lengths[row],
+                    tokens: &prompts[row][tokens],
                 })
                 .collect();
-            for pieces in pieces.chunks(PASS / PIECE) {
-                let got = self.advance(cache, pieces)?;
-                let wanted = pieces.iter().filter(|piece| piece.logits);
-                for (piece, got) in wanted.zip(got.chunks_exact(vocab)) {
-                    logits[piece.row * vocab..][..vocab].copy_from_slice(got);
-                }
-                if !going(pieces.iter().map(|piece| piece.tokens.len()).sum()) {
-                    return Ok(None);
-                }
+            let got = self.advance(cache, &pieces)?;
+            let wanted = pieces.iter().filter(|piece| piece.logits);
+            for (piece, got) in wanted.zip(got.chunks_exact(vocab)) {
+                logits[piece.row * vocab..][..vocab].copy_from_slice(got);
+            }
+            if !going(pieces.iter().map(|piece| piece.tokens.len()).sum()) {
+                return Ok(None);
             }
         }
         Ok(Some(logits))
@@ -150,11 +157,10 @@ impl Decoder {
     /// See the module.
     pub fn advance(&self, cache: &mut KvCache, additions: &[Addition]) -> Result<Vec<f32>> {
         self.check_additions(cache, additions)?;
-        if self.precision().stores_bf16() {
-            self.advance_in::<bf16>(cache, additions)
-        } else {
-            self.advance_in::<f32>(cache, additions)
+        if additions.is_empty() {
+            return Ok(Vec::new());
         }
+        on_machine!(self, |machine: M, S| self.advance_in::<M, S>(machine, cache, additions))
     }
 
     fn check_additions(&self, cache: &KvCache, additions: &[Addition]) -> Result<()> {
@@ -184,68 +190,64 @@ impl Decoder {
         Ok(())
     }
 
-    fn cache_attention(&self, rows: &[CachedRow]) -> Result<ByWindow<CacheAttention>> {
-        let c = self.config();
-        let sizes = [c.num_attention_heads, c.num_key_value_heads, c.head_dim];
-        ByWindow::new(Pattern::Dense, c, |pattern| {
-            let attention = CacheAttention::new(sizes, c.architecture.query_scale, pattern, rows.to_vec())?
-                .with_products(self.precision().products());
-            Ok(match c.positions.alibi {
-                true => attention.with_slopes(&alibi_slopes(c.num_attention_heads))?,
-                false => attention,
-            })
-        })
-    }
-
-    fn advance_in<S: Cached>(&self, cache: &mut KvCache, additions: &[Addition]) -> Result<Vec<f32>> {
+    fn advance_in<M: Machine, S: Activation>(
+        &self,
+        machine: &M,
+        cache: &mut KvCache,
+        additions: &[Addition],
+    ) -> Result<Vec<f32>> {
         let c = self.config();
         let tokens: Vec<u32> = additions.iter().flat_map(|add| add.tokens).copied().collect();
         let tables = tables(cache, additions)?;
         let rows: Vec<CachedRow> =
             additions.iter().map(|add| cache.rows()[add.row].with(add.tokens.len())).collect();
-        let attention = self.cache_attention(&rows)?;
+        let slopes = c.positions.alibi.then(|| alibi_slopes(c.num_attention_heads));
+        let sizes = [1, tokens.len(), c.num_attention_heads, c.num_key_value_heads, c.head_dim];
+        let capacity = cache.capacity();
+        let attention = ByWindow::new(Pattern::Dense, c, |pattern| {
+            let (scale, products) = (c.architecture.query_scale, self.precision().products());
+            let slopes = slopes.as_deref().map(|slopes| (slopes, None));
+            let spec = AttentionSpec { sizes, scale, pattern, products, slopes };
+            machine.caching(&spec, capacity, &rows)
+        })?;
         self.params().check_mapped()?;
-        let pass = self.pass(&Host, Attending::Elsewhere, tables.slices(), None, tokens.len(), None)?;
+        let pass = self.pass(machine, Attending::Elsewhere, tables.slices(), None, tokens.len(), None)?;
 
-        let kv = c.num_key_value_heads * c.head_dim;
-        let held = S::held(cache);
-        held.scratch.prepare(c.num_hidden_layers, c.num_hidden_layers, true);
-        let Scratch { saved, workspace, x, stream, .. } = &mut held.scratch;
+        let Held { layers, scratch, last } = M::held::<S>(cache);
+        if layers.is_empty() {
+            return input(
+                "cache: expected one that was made for the model's class and on its device, got another's"
+                    .into(),
+            );
+        }
+        scratch.prepare(c.num_hidden_layers, c.num_hidden_layers, true);
+        let Scratch { saved, workspace, x, stream, .. } = scratch;
         let saved = &mut saved[0];
-        self.gather(&tokens, x.sized(tokens.len() * c.hidden_size)?)?;
-        self.enter(&Host, x, stream)?;
-        for (number, layer) in held.layers.iter_mut().enumerate() {
+        machine.gather(self, &tokens, x)?;
+        self.enter(machine, x, stream)?;
+        for (number, layer) in layers.iter_mut().enumerate() {
             let block = Block::new(number, &pass)?;
             block.qkv(x, saved, workspace)?;
-            let mut from = 0;
-            for row in &rows {
-                let to = (row.first + row.past) * kv;
-                let len = row.entries * kv;
-                layer.k[to..to + len].copy_from_slice(&saved.k[from..from + len]);
-                layer.v[to..to + len].copy_from_slice(&saved.v[from..from + len]);
-                from += len;
-            }
             block.size_mixed(saved)?;
-            let window = c.architecture.layers[number].window;
-            let cached = Cache { k: &layer.k, v: &layer.v };
-            attention.of(window).forward_to(&saved.q, cached, &mut saved.mixed, &mut saved.lse);
+            let how = attention.of(c.architecture.layers[number].window);
+            let qkv = [&saved.q, &saved.k, &saved.v];
+            machine.attend_cached(how, qkv, layer, &mut saved.mixed, &mut saved.lse)?;
             block.rest(x, stream, saved, workspace)?;
             std::mem::swap(x, stream);
         }
 
-        let wanted = additions.iter().filter(|add| add.logits).count();
-        let last = held.last.sized(wanted * c.hidden_size)?;
-        let (mut end, mut into) = (0, last.chunks_exact_mut(c.hidden_size));
-        for add in additions {
-            end += add.tokens.len();
-            if add.logits
-                && let Some(into) = into.next()
-            {
-                into.copy_from_slice(&x[(end - 1) * c.hidden_size..][..c.hidden_size]);
-            }
-        }
-        let hidden = self.final_norm(&Host, &held.last, &mut workspace.normed)?;
-        let logits = self.logits_of(hidden)?;
+        let ends = additions.iter().scan(0u32, |end, add| {
+            *end += add.tokens.len() as u32;
+            Some((*end - 1, add.logits))
+        });
+        let wanted: Vec<u32> = ends.filter(|(_, wanted)| *wanted).map(|(at, _)| at).collect();
+        let logits = if wanted.is_empty() {
+            Vec::new()
+        } else {
+            machine.rows_of(x, c.hidden_size, &wanted, last)?;
+            let hidden = self.final_norm(machine, last, &mut workspace.normed)?;
+            machine.logits(self, hidden)?
+        };
         for add in additions {
             cache.rows_mut()[add.row].length += add.tokens.len();
         }

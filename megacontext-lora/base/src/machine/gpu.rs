@@ -11,6 +11,7 @@
 
 mod attention;
 mod buffer;
+mod cached;
 mod ends;
 mod linear;
 mod parameters;
@@ -19,6 +20,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use megacontext_kernels::attention::Rows;
+use megacontext_kernels::attention::decode::CachedRow;
 use megacontext_kernels::attention::prefix::Continuations;
 use megacontext_kernels::cuda::cudarc::driver::CudaSlice;
 use megacontext_kernels::cuda::linear::Products as Blas;
@@ -28,6 +30,7 @@ use megacontext_kernels::store::bf16;
 
 use self::attention::{Backward, GpuAttention};
 use self::buffer::{GpuBuffer, LinearRooms};
+use self::cached::GpuCached;
 use self::linear::{GpuLinear, GpuNorm};
 use self::parameters::Parameters;
 use super::host::no_local_tables;
@@ -38,6 +41,7 @@ use crate::buffers::{Activation, Buffers, KeysValues, Scratch};
 use crate::decoder::{Decoder, Document, Ran};
 use crate::device::Gpu as Opened;
 use crate::error::{BaseError, Result};
+use crate::generate::{Held, KvCache};
 use crate::gradients::Gradients;
 use crate::params::ParamStore;
 use crate::projection::Setting;
@@ -116,6 +120,7 @@ impl Machine for Gpu {
     type Tables<'a> = GpuTables;
     type Within = GpuAttention;
     type Continuing = GpuAttention;
+    type Cached = GpuCached;
     type Gradients = GpuGradients;
     type Heads<S: Activation> = S;
     type Hidden = GpuBuffer<f32>;
@@ -130,6 +135,10 @@ impl Machine for Gpu {
 
     fn ran_mut<S: Activation>(document: &mut Document) -> &mut Ran<Self, S> {
         S::ran_mut(&mut document.gpu)
+    }
+
+    fn held<S: Activation>(cache: &mut KvCache) -> &mut Held<Self, S> {
+        S::held(&mut cache.gpu)
     }
 
     fn with_gradients<R>(
@@ -314,6 +323,10 @@ impl Machine for Gpu {
         GpuAttention::continuing(self, spec, entries, rows)
     }
 
+    fn caching(&self, spec: &AttentionSpec, capacity: usize, rows: &[CachedRow]) -> Result<GpuCached> {
+        GpuCached::new(self, spec, capacity, rows)
+    }
+
     fn attend<S: Activation>(
         &self,
         how: &GpuAttention,
@@ -356,6 +369,17 @@ impl Machine for Gpu {
         into: [&mut GpuBuffer<S>; 3],
     ) -> Result<()> {
         how.backward(self, qkv, Some(document), Backward { mixed, d_mixed, into })
+    }
+
+    fn attend_cached<S: Activation>(
+        &self,
+        how: &GpuCached,
+        qkv: [&GpuBuffer<S>; 3],
+        cache: &mut KeysValues<Self, S>,
+        out: &mut GpuBuffer<S>,
+        lse: &mut GpuBuffer<f32>,
+    ) -> Result<()> {
+        how.forward(self, qkv, cache, out, lse)
     }
 
     fn tables<'a>(&self, tables: Tables<'a>) -> Result<GpuTables> {

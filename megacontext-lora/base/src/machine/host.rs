@@ -1,6 +1,7 @@
 //! The processor as a [`Machine`]: buffers are memory mapped from the system, operations are the kernels' on slices.
 
 use megacontext_kernels::attention::Rows;
+use megacontext_kernels::attention::decode::{Cache, CacheAttention, CachedRow};
 use megacontext_kernels::attention::prefix::{Continuations, Own, PrefixAttention};
 use megacontext_kernels::attention::slices::Prepared;
 use megacontext_kernels::gelu::{
@@ -15,6 +16,7 @@ use crate::block::Tables;
 use crate::buffers::{Activation, Buffer, Buffers, KeysValues, Scratch};
 use crate::decoder::{Decoder, Document, Ran};
 use crate::error::{BaseError, Result};
+use crate::generate::{Held, KvCache};
 use crate::gradients::Gradients;
 use crate::norms::Norm;
 use crate::params::ParamStore;
@@ -37,6 +39,7 @@ impl Machine for Host {
     type Tables<'a> = Tables<'a>;
     type Within = Prepared;
     type Continuing = PrefixAttention;
+    type Cached = CacheAttention;
     type Gradients = Gradients;
     type Heads<S: Activation> = f32;
     type Hidden = Vec<f32>;
@@ -51,6 +54,10 @@ impl Machine for Host {
 
     fn ran_mut<S: Activation>(document: &mut Document) -> &mut Ran<Self, S> {
         S::ran_mut(&mut document.host)
+    }
+
+    fn held<S: Activation>(cache: &mut KvCache) -> &mut Held<Self, S> {
+        S::held(&mut cache.host)
     }
 
     fn with_gradients<R>(
@@ -224,6 +231,16 @@ impl Machine for Host {
         Ok(made.with_products(spec.products))
     }
 
+    fn caching(&self, spec: &AttentionSpec, _: usize, rows: &[CachedRow]) -> Result<CacheAttention> {
+        let [_, _, heads, kv_heads, width] = spec.sizes;
+        let made = CacheAttention::new([heads, kv_heads, width], spec.scale, spec.pattern, rows.to_vec())?
+            .with_products(spec.products);
+        Ok(match spec.slopes {
+            None => made,
+            Some((slopes, _)) => made.with_slopes(slopes)?,
+        })
+    }
+
     fn attend<S: Activation>(
         &self,
         how: &Prepared,
@@ -269,6 +286,25 @@ impl Machine for Host {
         [dq, dk, dv]: [&mut Buffer<f32>; 3],
     ) -> Result<()> {
         how.backward_to(Own { q, k, v }, document.document(), out, lse, d_mixed, [dq, dk, dv]);
+        Ok(())
+    }
+
+    fn attend_cached<S: Activation>(
+        &self,
+        how: &CacheAttention,
+        [q, k, v]: [&Buffer<S>; 3],
+        cache: &mut KeysValues<Self, S>,
+        out: &mut Buffer<S>,
+        lse: &mut Buffer<f32>,
+    ) -> Result<()> {
+        let (mut from, width) = (0, k.len() / how.entries().max(1));
+        for row in how.rows() {
+            let (to, len) = ((row.first + row.past) * width, row.entries * width);
+            cache.k[to..][..len].copy_from_slice(&k[from..][..len]);
+            cache.v[to..][..len].copy_from_slice(&v[from..][..len]);
+            from += len;
+        }
+        how.forward_to(q, Cache { k: &cache.k, v: &cache.v }, out, lse);
         Ok(())
     }
 

@@ -14,7 +14,7 @@ use crate::adapters::lora;
 use crate::support::{Case, attach, device, open};
 
 /// Wide enough for what is counted to be more than what is not.
-fn model(folder: &str, precision: Precision, learning: &[Group]) -> Result<Decoder> {
+pub fn model(folder: &str, precision: Precision, learning: &[Group]) -> Result<Decoder> {
     let small = open(folder, Precision::F32, &[])?;
     let config = DecoderConfig { vocab_size: 600, ..small.config().clone() };
     Ok(Decoder::random(config, 1, precision, learning)?)

@@ -1,8 +1,9 @@
 //! The decoder's two ends on a GPU: the embedding, and the losses over the output head.
 //!
 //! Logits are made a chunk at a time ([`chunk_rows`]), of scored entries only, as [`megacontext_kernels::loss`] does; they become their own
-//! gradient in place. A head or an embedding that an adapter changes (LoRA, rows of its own), and a divergence under a cap
-//! of the logits, are the host's: hidden states go there and their gradient comes back.
+//! gradient in place. Logits that are asked for as such are made so too, and go to the host chunk by chunk, which caps them.
+//! A head or an embedding that an adapter changes (LoRA, rows of its own), and a divergence under a cap of the logits, are the
+//! host's: hidden states go there and their gradient comes back.
 
 use std::sync::Arc;
 
@@ -11,7 +12,7 @@ use megacontext_kernels::cuda::linear::{Layer, LayerGradients, Saved};
 use megacontext_kernels::cuda::loss::{Targets, cross_entropy, divergence};
 use megacontext_kernels::cuda::{embedding, rows};
 use megacontext_kernels::gemm::Products;
-use megacontext_kernels::loss::{Gradient, IGNORE};
+use megacontext_kernels::loss::{Gradient, IGNORE, softcap};
 use megacontext_kernels::store::bf16;
 
 use super::buffer::{GpuBuffer, stored_as};
@@ -307,7 +308,35 @@ impl Gpu {
         decoder: &Decoder,
         hidden: &GpuBuffer<S>,
     ) -> Result<Vec<f32>> {
-        decoder.logits_of(&self.to_host(hidden)?)
+        if Self::head_adapted(decoder) {
+            return decoder.logits_of(&self.to_host(hidden)?);
+        }
+        match decoder.precision().products() {
+            Products::F32 => self.logits_as::<f32, S>(decoder, hidden),
+            Products::Bf16 => self.logits_as::<bf16, S>(decoder, hidden),
+        }
+    }
+
+    fn logits_as<P: Copied, S: Activation>(
+        &self,
+        decoder: &Decoder,
+        hidden: &GpuBuffer<S>,
+    ) -> Result<Vec<f32>> {
+        let (device, config) = (self.kernels(), decoder.config());
+        let width = config.hidden_size;
+        let entries = hidden.len() / width;
+        let head = Head::<P>::new(self, decoder)?;
+        let (hidden, mut room) = (hidden.view()?, GpuBuffer::default());
+        let mut logits = Vec::with_capacity(entries * config.vocab_size);
+        for first in (0..entries).step_by(chunk_rows(config.vocab_size)) {
+            let end = entries.min(first + chunk_rows(config.vocab_size));
+            let x = stored_as(device, hidden.slice(first * width..end * width), &mut room)?;
+            logits.extend(device.download(&head.logits(&x)?.view()?)?);
+        }
+        if let Some(cap) = config.architecture.softcap {
+            softcap(&mut logits, cap as f32);
+        }
+        Ok(logits)
     }
 }
 
