@@ -97,6 +97,14 @@ impl GistNet {
         &self.params
     }
 
+    /// The transformer runs on this device from here on, the head and all parameters stay on the processor.
+    ///
+    /// # Errors
+    /// When the device cannot run heads of this width; the network stays where it was then.
+    pub fn set_device(&mut self, device: &megacontext_base::device::Device) -> Result<()> {
+        self.tower.as_mut().map_or(Ok(()), |(tower, _)| tower.set_device(device))
+    }
+
     /// Parameters, to let them learn or to change them.
     pub fn params_mut(&mut self) -> &mut ParamStore {
         &mut self.params
@@ -183,7 +191,8 @@ impl GistNet {
     /// The gists [N, E] of `blocks` blocks, given their `children` [N, K, E], row-major; nothing is kept for a way back where
     /// the network is frozen.
     ///
-    /// The gist of a block depends on its children alone, to the bit, however blocks are gathered into calls.
+    /// The gist of a block depends on its children alone, to the bit, however blocks are gathered into calls: on a GPU because
+    /// all calls are filled up to one size.
     ///
     /// # Errors
     /// When sizes do not agree, or a gist is not finite.
@@ -201,6 +210,9 @@ impl GistNet {
         // come alone.
         let least = (SMALL_PRODUCT / e + 1).max(2);
         let many = (CHUNK_ENTRIES / k).max(least);
+        // A GPU's products are chosen by their sizes.
+        let here = self.tower.as_ref().is_none_or(|(tower, _)| tower.on_processor());
+        let least = if here { least } else { many };
         let mut gists = Vec::with_capacity(blocks * e);
         for chunk in children.chunks((many * k * e).max(1)) {
             let count = chunk.len() / (k * e);

@@ -105,6 +105,17 @@ impl LensNet {
         &self.params
     }
 
+    /// The transformer runs on this device from here on; what is behind it, all parameters and the dual form stay on the processor.
+    ///
+    /// # Errors
+    /// When the device cannot run heads of this width; the network stays where it was then.
+    pub fn set_device(&mut self, device: &megacontext_base::device::Device) -> Result<()> {
+        match &mut self.form {
+            Form::Transformer(tower) => tower.set_device(device),
+            Form::Dual => Ok(()),
+        }
+    }
+
     /// Parameters, to let them learn or to change them.
     pub fn params_mut(&mut self) -> &mut ParamStore {
         &mut self.params

@@ -11,6 +11,8 @@
 //! Shapes: D head width, E model width. Units: windows in entries.
 //! Left out: a cap on attention scores (Gemma 2), experts, encoders, learned absolute positions, ALiBi.
 
+use crate::names::Names;
+
 /// A normalisation over the last dimension.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum NormKind {
@@ -108,6 +110,8 @@ pub struct Layer {
 /// A decoder's description.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Architecture {
+    /// What its parameters are called.
+    pub names: &'static Names,
     /// Norms of blocks and the final one.
     pub norm: NormKind,
     /// Feed-forward layers.

@@ -24,7 +24,7 @@ use megacontext_kernels::precision::Precision;
 use megacontext_kernels::store::{Store, bf16};
 use rayon::prelude::*;
 
-use crate::block::{Attending, Block, ByWindow, Pass, Tables};
+use crate::block::{Attending, ByWindow, Pass, Tables};
 use crate::buffers::{Activation, Buffers, Scratch};
 use crate::config::DecoderConfig;
 use crate::device::Device;
@@ -35,6 +35,7 @@ use crate::params::{Group, ParamStore};
 use crate::projection::Setting;
 use crate::random::Random;
 use crate::rope::{RopeTables, SIGMA, Spread};
+use crate::stack;
 use crate::weights::Weights;
 
 mod adapted;
@@ -495,20 +496,8 @@ impl Decoder {
         lowest: usize,
         recompute: bool,
     ) -> Result<()> {
-        let layers = self.config.num_hidden_layers;
-        scratch.prepare(layers, lowest, recompute);
-        let Scratch { inputs, saved, workspace, x, stream, .. } = scratch;
-        self.enter(pass.machine, x, stream)?;
-        for layer in 0..layers {
-            let place = if recompute { 0 } else { layer.saturating_sub(lowest) };
-            Block::new(layer, pass)?.forward(x, stream, &mut saved[place], workspace)?;
-            if layer >= lowest {
-                // The input is kept, and its buffer of the step before carries the stream on.
-                std::mem::swap(&mut inputs[layer - lowest], x);
-            }
-            std::mem::swap(x, stream);
-        }
-        Ok(())
+        self.enter(pass.machine, &mut scratch.x, &mut scratch.stream)?;
+        stack::forward(pass, scratch, lowest, recompute)
     }
 
     fn last_norm<'a, M: Machine>(&'a self, machine: &'a M) -> Result<M::Norm<'a>> {

@@ -145,7 +145,7 @@ impl Family {
     }
 
     /// Names of its tensors.
-    pub fn names(self) -> &'static Names {
+    fn names(self) -> &'static Names {
         match self {
             Self::GptNeoX => &Names::GPT_NEOX,
             Self::Gemma3 => &Names::GEMMA3,
@@ -230,6 +230,7 @@ impl Family {
         head_dim: usize,
     ) -> Result<Architecture> {
         let plain = Architecture {
+            names: self.names(),
             norm: NormKind::Rms,
             mlp: Mlp::SwiGlu,
             qk_norm: QkNorm::None,

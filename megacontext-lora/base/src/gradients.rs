@@ -83,7 +83,8 @@ impl Gradients {
         self.buffers.keys().map(String::as_str)
     }
 
-    /// Walks back from `loss`, a scalar on candle's tape, and adds the gradient of every parameter of `params` that learns.
+    /// Walks back from `loss`, a scalar on candle's tape, and adds the gradient of every parameter of `params` that learns; those
+    /// that operations on the tape left with the store ([`crate::tower`] on a GPU) are among them.
     ///
     /// # Errors
     /// When `loss` is no scalar, or a parameter that learns gets no gradient: one that got lost would never learn, and
@@ -93,19 +94,30 @@ impl Gradients {
             let message = format!("loss: expected a scalar, got {:?}", loss.dims());
             return Err(BaseError::Input { message });
         }
+        // Of a walk that failed nothing is taken for this one's.
+        #[cfg(feature = "cuda")]
+        drop(params.take_beside());
         let grads = loss.backward()?;
+        #[cfg(feature = "cuda")]
+        let beside = params.take_beside();
+        #[cfg(not(feature = "cuda"))]
+        let beside = Self::new();
         let arrived = |(name, leaf): (String, Tensor)| match grads.get(&leaf) {
-            Some(gradient) => Ok((name, gradient.contiguous()?)),
+            Some(gradient) => Ok((name, Some(gradient.contiguous()?))),
+            None if beside.get(&name).is_some() => Ok((name, None)),
             None => Err(BaseError::Parameter {
                 name,
                 message: "expected a gradient, since it learns, got none from this loss".to_string(),
             }),
         };
-        let arrived: Vec<(String, Tensor)> =
+        let arrived: Vec<(String, Option<Tensor>)> =
             params.trainable().into_iter().map(arrived).collect::<Result<_>>()?;
         for (name, gradient) in arrived {
-            let values = Values::of(&gradient)?;
-            rows::add_assign(&values, self.buffer(&name, values.len()));
+            let values = gradient.as_ref().map(Values::of).transpose()?;
+            let of_both = [values.as_deref(), beside.get(&name)];
+            for values in of_both.into_iter().flatten() {
+                rows::add_assign(values, self.buffer(&name, values.len()));
+            }
         }
         Ok(())
     }

@@ -41,6 +41,7 @@ pub mod params;
 mod projection;
 pub mod random;
 pub mod rope;
+mod stack;
 pub mod tokenizer;
 pub mod tower;
 pub mod weights;

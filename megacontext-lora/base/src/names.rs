@@ -135,6 +135,9 @@ impl Names {
         buffers: &[],
     };
 
+    /// The stack of blocks of GistNet and LensNet ([`crate::tower`]), which is nanochat's without its ends.
+    pub const TOWER: Self = Self { blocks: "blocks", ..Self::NANOCHAT_GPT };
+
     /// nanochat's GPT as transformers names it.
     pub const NANOCHAT: Self = Self {
         final_norm: "",
@@ -164,7 +167,7 @@ pub(crate) struct LinearShape {
 
 impl DecoderConfig {
     fn names(&self) -> &'static Names {
-        self.family.names()
+        self.architecture.names
     }
 
     /// The module of a linear layer of a block.

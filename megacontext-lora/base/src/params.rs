@@ -17,6 +17,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::c_void;
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU64, Ordering};
+#[cfg(feature = "cuda")]
+use std::sync::{Arc, Mutex, PoisonError};
 
 use candle_core::op::BackpropOp;
 use candle_core::{CpuStorage, DType, Device, Storage, StorageRef, Tensor, Var};
@@ -26,6 +28,8 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
 use crate::error::{BaseError, Result};
+#[cfg(feature = "cuda")]
+use crate::gradients::Gradients;
 use crate::weights::MappedTensor;
 
 /// Which set of parameters a parameter belongs to. It belongs to exactly one.
@@ -153,6 +157,9 @@ pub struct ParamStore {
     learning: BTreeSet<Group>,
     /// Have the values that lie in files been looked at?
     looked: OnceLock<()>,
+    /// Gradients that arrived beside candle's tape.
+    #[cfg(feature = "cuda")]
+    beside: Arc<Mutex<Gradients>>,
 }
 
 impl ParamStore {
@@ -277,6 +284,45 @@ impl ParamStore {
         self.params.remove(name).is_some()
     }
 
+    /// A store of the same memory, with the same versions and groups that learn: for a graph, which outlives a borrow.
+    ///
+    /// # Errors
+    /// When a parameter lies in a file.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn alias(&self) -> Result<Self> {
+        let alias = |(name, param): (&String, &Param)| match &param.value {
+            Stored::Leaf(leaf) => {
+                let version = Version(AtomicU64::new(param.version.0.load(Ordering::Acquire)));
+                Ok((name.clone(), Param { group: param.group, value: Stored::Leaf(leaf.clone()), version }))
+            }
+            Stored::Mapped(_) => {
+                let message = "expected values in memory, got a file's".to_string();
+                Err(BaseError::Parameter { name: name.clone(), message })
+            }
+        };
+        Ok(Self {
+            params: self.params.iter().map(alias).collect::<Result<_>>()?,
+            learning: self.learning.clone(),
+            looked: OnceLock::new(),
+            beside: self.beside.clone(),
+        })
+    }
+
+    /// Leaves gradients that no tape carries, of this store or one that it is an alias of, to be taken.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn leave_beside(&self, gradients: &Gradients) {
+        let mut beside = self.beside.lock().unwrap_or_else(PoisonError::into_inner);
+        for name in gradients.names() {
+            beside.add(name, gradients.get(name).unwrap_or_default());
+        }
+    }
+
+    /// Takes the gradients that were left.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn take_beside(&self) -> Gradients {
+        std::mem::take(&mut *self.beside.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
     /// Names in sorted order.
     pub fn names(&self) -> impl Iterator<Item = &str> {
         self.params.keys().map(String::as_str)
@@ -290,6 +336,11 @@ impl ParamStore {
     /// The group of a parameter.
     pub fn group(&self, name: &str) -> Option<Group> {
         self.params.get(name).map(|p| p.group)
+    }
+
+    /// Is there a parameter of this name whose group learns?
+    pub fn parameter_learns(&self, name: &str) -> bool {
+        self.group(name).is_some_and(|group| self.learns(group))
     }
 
     /// The value of a parameter, outside any graph: its own memory where it has some, a copy where it lies in a file.

@@ -167,9 +167,10 @@ impl<'a> Projection<'a> {
         scratch: &mut Scratch,
         gradients: &mut Gradients,
     ) -> Result<()> {
-        let learns = |group| self.setting.params.learns(group);
-        if self.bias.is_some() && learns(Group::Base) {
-            rows::sum_rows(g, gradients.buffer(&format!("{}.bias", self.name), self.out));
+        let params = self.setting.params;
+        let [name, bias] = ["weight", "bias"].map(|of| format!("{}.{of}", self.name));
+        if params.parameter_learns(&bias) {
+            rows::sum_rows(g, gradients.buffer(&bias, self.out));
         }
         let mut take = |name: String, len: usize| {
             let buffer = gradients.take(&name, len);
@@ -179,10 +180,8 @@ impl<'a> Projection<'a> {
         let mut factors = None;
         let mut magnitudes = None;
         match self.lora.as_deref() {
-            None if learns(Group::Base) => {
-                weight = Some(take(format!("{}.weight", self.name), self.out * self.inp))
-            }
-            Some(Lora { module, dora, .. }) if learns(Group::Lora) => {
+            None if params.parameter_learns(&name) => weight = Some(take(name, self.out * self.inp)),
+            Some(Lora { module, dora, .. }) if params.learns(Group::Lora) => {
                 let rank = module.rank;
                 factors =
                     Some([take(module.a_name(), rank * self.inp), take(module.b_name(), self.out * rank)]);

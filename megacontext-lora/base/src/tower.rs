@@ -15,9 +15,13 @@
 //!
 //! Shapes: B rows, T entries, E width, H query heads, G kv heads, D = E/H head width. Units: none; angles come as tables.
 //! Errors: `BaseError::Network` for settings that cannot be built; the kernels' own for shapes that do not agree.
-//! Left out on purpose: LoRA, bf16, activation checkpointing: a batch of blocks is small beside a pass of the base.
+//! Left out on purpose: LoRA, bf16, on the processor activation checkpointing: a batch of blocks is small beside a pass of the base.
+//!
+//! [`Tower::set_device`] moves the blocks to a GPU, where attention has a pattern (module `device`).
 
 mod biased;
+#[cfg(feature = "cuda")]
+mod device;
 mod layers;
 mod plain;
 
@@ -134,6 +138,8 @@ pub struct Tower {
     /// The gain that the norms do not have, of the model's and of a head's width.
     ones_e: Tensor,
     ones_d: Tensor,
+    #[cfg(feature = "cuda")]
+    on_gpu: Option<std::sync::Arc<device::OnGpu>>,
 }
 
 impl Tower {
@@ -144,7 +150,30 @@ impl Tower {
     pub fn new(network: &'static str, config: TowerConfig) -> Result<Self> {
         config.check().map_err(|message| BaseError::Network { network, message })?;
         let ones = |width: usize| Tensor::from_vec(vec![1f32; width], width, &Device::Cpu);
-        Ok(Self { config, ones_e: ones(config.width)?, ones_d: ones(config.head_width())? })
+        Ok(Self {
+            config,
+            ones_e: ones(config.width)?,
+            ones_d: ones(config.head_width())?,
+            #[cfg(feature = "cuda")]
+            on_gpu: None,
+        })
+    }
+
+    /// Blocks run on this device from here on, which is the only one there is.
+    ///
+    /// # Errors
+    /// None.
+    #[cfg(not(feature = "cuda"))]
+    pub fn set_device(&mut self, _: &crate::device::Device) -> Result<()> {
+        Ok(())
+    }
+
+    /// Do blocks run on the processor?
+    pub fn on_processor(&self) -> bool {
+        #[cfg(feature = "cuda")]
+        return self.on_gpu.is_none();
+        #[cfg(not(feature = "cuda"))]
+        true
     }
 
     /// Its sizes.
@@ -165,6 +194,10 @@ impl Tower {
     /// # Errors
     /// When shapes do not agree or a parameter is missing.
     pub fn forward(&self, params: &ParamStore, x_bte: &Tensor, angles: Angles, sees: Sees) -> Result<Tensor> {
+        #[cfg(feature = "cuda")]
+        if let (Some(on), Some(attending)) = (&self.on_gpu, device::on_device(sees)) {
+            return self.forward_on(on, params, x_bte, angles, attending);
+        }
         let back = angles.back()?;
         let mut x_bte = x_bte.clone();
         for layer in 0..self.config.layers {

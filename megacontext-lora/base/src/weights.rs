@@ -441,7 +441,7 @@ impl Weights {
     /// and what the family's files carry besides parameters are passed over.
     pub fn refuse_others(&self, config: &DecoderConfig) -> Result<()> {
         let known: HashSet<String> = config.tensors().into_iter().map(|(name, _)| name).collect();
-        let buffers = config.family.names().buffers;
+        let buffers = config.architecture.names.buffers;
         for name in self.names() {
             let buffer = buffers.iter().any(|end| name.ends_with(end)) || name == config.untied_head_name();
             if !known.contains(name) && !buffer {

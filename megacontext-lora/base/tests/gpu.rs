@@ -1,5 +1,5 @@
 //! The decoder on a GPU against the same decoder on the processor: losses, gradients, training, rows that continue documents,
-//! generation.
+//! generation, the networks' blocks.
 //!
 //! Runs on the first GPU where there is one, otherwise on the emulated device of `kernels/cu/emulate`, which needs a C++
 //! compiler and is skipped with a line where there is none.
@@ -20,6 +20,8 @@ mod generating;
 #[path = "gpu/memory.rs"]
 mod memory;
 mod models;
+#[path = "gpu/networks.rs"]
+mod networks;
 #[path = "gpu/steps.rs"]
 mod steps;
 #[path = "gpu/support.rs"]

@@ -210,7 +210,7 @@ impl Decoder {
         };
         let name = self.config.head_name();
         let sizes = self.head_sizes(targets.ids.len());
-        let weight_learns = self.params.group(name).is_some_and(|group| self.params.learns(group));
+        let weight_learns = self.params.parameter_learns(name);
         let lora_learns = self.params.learns(Group::Lora);
         let lora = self.head_lora(dropout_seed)?;
         let rows = self.own_rows(false).filter(|_| lora_learns);

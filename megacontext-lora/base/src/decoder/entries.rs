@@ -55,7 +55,7 @@ impl Decoder {
     /// Does the output head learn, or something that an adapter adds to it?
     fn head_learns(&self) -> bool {
         let name = self.config.head_name();
-        let whole = self.params.group(name).is_some_and(|group| self.params.learns(group));
+        let whole = self.params.parameter_learns(name);
         whole || (self.params.learns(Group::Lora) && self.adapted().is_some_and(|lora| lora.changes_head()))
     }
 

@@ -13,13 +13,14 @@ use candle_core::{Device, Tensor};
 use megacontext_kernels::cpu::Values;
 
 use super::{Decoder, Forward, HeldTables, StepLoss};
-use crate::block::{Attending, Block, Pass};
+use crate::block::{Attending, Pass};
 use crate::buffers::{Activation, Scratch};
 use crate::error::{BaseError, Result};
 use crate::gradients::Gradients;
 use crate::machine::{Machine, Scored, on_machine};
 use crate::params::Group;
 use crate::rope::SIGMA;
+use crate::stack::Back;
 
 impl Decoder {
     /// Does anything below block `layer` (or its own input) learn?
@@ -146,31 +147,23 @@ impl Decoder {
         loss: impl FnOnce(&M::Buffer<S>, &mut M::Gradients) -> Result<(L, M::Hidden)>,
     ) -> Result<L> {
         let (machine, c) = (pass.machine, &self.config);
-        let (layers, len) = (c.num_hidden_layers, pass.setting.entries * c.hidden_size);
+        let len = pass.setting.entries * c.hidden_size;
         let given = matches!(input, StepInput::Entries(_));
         let lowest = if given { 0 } else { self.lowest_learning_block() };
         self.read_input(machine, input, &mut scratch.x)?;
         self.blocks(pass, scratch, lowest, recompute)?;
-        let Scratch { inputs, saved, workspace, x, stream, d } = scratch;
-
+        let Scratch { workspace, x, d, .. } = &mut *scratch;
         let hidden = self.final_norm(machine, x, &mut workspace.normed)?;
         let (loss, d_hidden) = loss(hidden, gradients)?;
         machine.zeros(d, len)?;
         machine.hidden_backward(&self.last_norm(machine)?, x, &d_hidden, d, gradients)?;
         drop(d_hidden);
-        for layer in (lowest..layers).rev() {
-            let block = Block::new(layer, pass)?;
-            let input = &inputs[layer - lowest];
-            let place = if recompute { 0 } else { layer - lowest };
-            if recompute && layer + 1 < layers {
-                block.remake(input, stream, &mut saved[place], workspace)?;
-            }
-            let wanted = given || self.learns_below(layer);
-            block.backward(input, d, &mut saved[place], workspace, gradients, wanted)?;
-        }
+        let wanted = |layer| given || self.learns_below(layer);
+        Back { lowest, recompute, fresh: true, wanted }.walk(pass, scratch, gradients)?;
         if !given && !self.embedding_learns() {
             return Ok(loss);
         }
+        let Scratch { workspace, stream, d, .. } = scratch;
         if let Some(norm) = self.entry_norm(machine)? {
             // What it read is made again instead of kept.
             self.read_input(machine, input, stream)?;

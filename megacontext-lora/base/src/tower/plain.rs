@@ -86,6 +86,11 @@ impl Tower {
         }
         let (cos, sin) = (angles.cos.contiguous()?, angles.sin.contiguous()?);
         check_table(&cos, &sin, [entries, n, d / 2])?;
+        #[cfg(feature = "cuda")]
+        if let Some(on) = &self.on_gpu {
+            let sizes = [batch, entries];
+            return self.forward_in_place_on(on, params, x_bte, sizes, [cos, sin], (pattern, rows));
+        }
         let prepared = Prepared::new([batch, entries, heads, kv_heads, d], self.scale(), pattern, rows)?;
         let pass = Pass { params, prepared, cos: Values::of(&cos)?, sin: Values::of(&sin)? };
         let chunk = ROWS.min(n);
@@ -153,7 +158,7 @@ impl Tower {
     }
 }
 
-fn check_table(cos: &Tensor, sin: &Tensor, [entries, n, half]: [usize; 3]) -> Result<()> {
+pub(super) fn check_table(cos: &Tensor, sin: &Tensor, [entries, n, half]: [usize; 3]) -> Result<()> {
     let fits = cos.dims() == [entries, half] || cos.dims() == [n, half];
     if fits && cos.dims() == sin.dims() {
         return Ok(());

@@ -155,7 +155,7 @@ impl Gpu {
         let scored: Vec<usize> = (0..targets.len()).filter(|at| targets[*at] != IGNORE).collect();
         let ids: Vec<u32> = scored.iter().map(|at| targets[*at]).collect();
         let name = config.head_name();
-        let learns = decoder.params().group(name).is_some_and(|group| decoder.params().learns(group));
+        let learns = decoder.params().parameter_learns(name);
         let mut d_weight = match &mut parts {
             Some(gradients) if learns => Some(gradients.take(self.kernels(), name, vocab * width)?),
             _ => None,

@@ -166,13 +166,13 @@ impl<'a> GpuLinear<'a> {
         gradients: &mut GpuGradients,
     ) -> Result<()> {
         let device = gpu.kernels();
-        let learns = |group| self.setting.params.learns(group);
-        if self.bias && learns(Group::Base) {
+        let params = self.setting.params;
+        if self.bias && params.parameter_learns(&self.bias()) {
             rows::sum_rows(device, &g.view()?, gradients.of(device, &self.bias(), self.shape[0])?)?;
         }
         let [out, inp] = self.shape;
-        let module = self.module.filter(|_| learns(Group::Lora));
-        let weight_learns = self.module.is_none() && learns(Group::Base);
+        let module = self.module.filter(|_| params.learns(Group::Lora));
+        let weight_learns = self.module.is_none() && params.parameter_learns(&self.weight());
         let magnitude_learns = module.filter(|module| module.dora);
         let mut taken: Vec<(String, CudaSlice<f32>)> = Vec::new();
         let mut take = |name: String, len: usize| -> Result<()> {

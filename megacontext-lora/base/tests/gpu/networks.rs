@@ -1,0 +1,137 @@
+//! The stack of blocks of GistNet and LensNet on the device: forward, and back through candle's tape.
+
+use anyhow::{Context, Result, ensure};
+use candle_core::{Device as Host, Tensor, Var};
+use megacontext_base::device::Device;
+use megacontext_base::gradients::Gradients;
+use megacontext_base::params::{Group, ParamStore};
+use megacontext_base::random::Random;
+use megacontext_base::rope::{Rope, RopeScaling, RopeTables};
+use megacontext_base::tower::{Angles, Sees, THETA, Tower, TowerConfig};
+use megacontext_kernels::attention::{Pattern, Rows};
+
+use crate::support::{close, close_gradients, device};
+
+const SIZES: TowerConfig = TowerConfig { layers: 3, width: 32, heads: 4, kv_heads: 2 };
+const BATCH: usize = 3;
+const ENTRIES: usize = 7;
+
+fn fresh(config: TowerConfig) -> Result<(Tower, ParamStore)> {
+    let tower = Tower::new("tower", config)?;
+    let mut params = ParamStore::new();
+    tower.insert_parameters(&mut params, Group::Gistnet, 3)?;
+    params.set_learning([Group::Gistnet])?;
+    Ok((tower, params))
+}
+
+fn random(seed: u64) -> Vec<f32> {
+    let mut random = Random::new(seed);
+    (0..BATCH * ENTRIES * SIZES.width).map(|_| random.normal() as f32).collect()
+}
+
+fn tensor(values: Vec<f32>) -> Result<Tensor> {
+    Ok(Tensor::from_vec(values, (BATCH, ENTRIES, SIZES.width), &Host::Cpu)?)
+}
+
+fn angles(tables: &RopeTables) -> Angles<'_> {
+    Angles { cos: &tables.cos_nd, sin: &tables.sin_nd }
+}
+
+/// What a graph gives: the result, the input's gradient, the parameters'.
+struct Found {
+    out: Vec<f32>,
+    dx: Vec<f32>,
+    gradients: Gradients,
+}
+
+/// Two passes on one tape, of which the second reads the first, as levels of gists do.
+fn run(
+    tower: &Tower,
+    params: &ParamStore,
+    tables: &RopeTables,
+    pattern: Pattern,
+    rows: &Rows,
+) -> Result<Found> {
+    let x = Var::from_tensor(&tensor(random(1))?)?.into_inner();
+    let (sees, probe) = (Sees::Pattern(pattern, rows), tensor(random(2))?);
+    let middle = tower.forward(params, &x, angles(tables), sees)?;
+    let out = tower.forward(params, &(&middle * 0.5)?, angles(tables), sees)?;
+    let loss = ((&out * &probe)?.sum_all()? + middle.sqr()?.sum_all()?)?;
+    let mut gradients = Gradients::new();
+    let [out, dx] = [&out, loss.backward()?.get(&x).context("the input's")?]
+        .map(|tensor| tensor.flatten_all().and_then(|flat| flat.to_vec1::<f32>()));
+    // A graph is walked once: this is another.
+    let again =
+        tower.forward(params, &tower.forward(params, &x, angles(tables), sees)?, angles(tables), sees)?;
+    gradients.add_backward(&(again * probe)?.sum_all()?, params)?;
+    Ok(Found { out: out?, dx: dx?, gradients })
+}
+
+#[test]
+fn towers_are_the_processors_there_and_back() -> Result<()> {
+    let Some(lease) = device()? else { return Ok(()) };
+    let places: Vec<f64> = (0..BATCH * ENTRIES).map(|at| (at * at % 17) as f64).collect();
+    let rope = Rope::new(SIZES.head_width(), THETA, RopeScaling::None);
+    let (of_a_row, of_all) = (rope.sequence(ENTRIES)?, rope.at(&places, None)?);
+    let short = Rows { lengths: Some(vec![5, ENTRIES, 1]), segments: None };
+    let cases = [
+        ("causal", &of_a_row, Pattern::Dense, Rows::default()),
+        ("both ways", &of_a_row, Pattern::Bidirectional, Rows::default()),
+        ("short rows at angles of their own", &of_all, Pattern::Bidirectional, short),
+        ("shifted groups", &of_a_row, Pattern::ShiftedBidirectional { group: 4 }, Rows::default()),
+    ];
+    for (what, tables, pattern, rows) in cases {
+        let (mut tower, params) = fresh(SIZES)?;
+        let expected = run(&tower, &params, tables, pattern, &rows)?;
+        let mut plain = random(1);
+        tower.forward_in_place(&params, &mut plain, BATCH, angles(tables), pattern, &rows)?;
+        tower.set_device(&lease.device)?;
+        ensure!(!tower.on_processor());
+        let got = run(&tower, &params, tables, pattern, &rows)?;
+        close(&format!("{what}: the result"), &got.out, &expected.out, 1e-4)?;
+        close(&format!("{what}: the input's gradient"), &got.dx, &expected.dx, 2e-4)?;
+        close_gradients(what, &got.gradients, &expected.gradients, 2e-4)?;
+        let mut here = random(1);
+        tower.forward_in_place(&params, &mut here, BATCH, angles(tables), pattern, &rows)?;
+        close(&format!("{what}: in place"), &here, &plain, 1e-4)?;
+        // Back again, to the bit.
+        tower.set_device(&Device::Cpu)?;
+        ensure!(run(&tower, &params, tables, pattern, &rows)?.out == expected.out, "{what}");
+    }
+    Ok(())
+}
+
+#[test]
+fn a_frozen_tower_gives_no_gradient_and_keeps_nothing() -> Result<()> {
+    let Some(lease) = device()? else { return Ok(()) };
+    let (mut tower, mut params) = fresh(SIZES)?;
+    tower.set_device(&lease.device)?;
+    let rope = Rope::new(SIZES.head_width(), THETA, RopeScaling::None).sequence(ENTRIES)?;
+    let rows = Rows::default();
+    let sees = Sees::Pattern(Pattern::Dense, &rows);
+    params.set_learning([])?;
+    let frozen = tower.forward(&params, &tensor(random(1))?, angles(&rope), sees)?;
+    ensure!(!frozen.track_op(), "a frozen network is on the tape");
+    let before = lease.memory().map(|memory| memory.now()).transpose()?;
+    // Through frozen parameters to an input that learns.
+    let x = Var::from_tensor(&tensor(random(1))?)?.into_inner();
+    let out = tower.forward(&params, &x, angles(&rope), sees)?;
+    let dx = out.sum_all()?.backward()?.get(&x).context("the input's")?.clone();
+    ensure!(dx.abs()?.sum_all()?.to_scalar::<f32>()? > 0.0);
+    drop((out, dx));
+    if let Some(before) = before {
+        let after = lease.memory().context("the emulated device")?.now()?;
+        ensure!(after == before, "{before} bytes before a walk, {after} behind it");
+    }
+    Ok(())
+}
+
+#[test]
+fn heads_that_the_device_does_not_run_are_refused_and_stay() -> Result<()> {
+    let Some(lease) = device()? else { return Ok(()) };
+    let mut tower = Tower::new("tower", TowerConfig { heads: 8, kv_heads: 8, ..SIZES })?;
+    let refused = tower.set_device(&lease.device).unwrap_err().to_string();
+    ensure!(refused.contains("a multiple of 8 up to 256, got 4"), "{refused}");
+    ensure!(tower.on_processor());
+    Ok(())
+}
