@@ -13,6 +13,7 @@
 //! Left out on purpose: dropout within the network (the original has none either).
 
 use candle_core::{Device, Tensor};
+use megacontext_base::device::Device as Place;
 use megacontext_base::error::{BaseError, Result};
 use megacontext_base::gradients::Gradients;
 use megacontext_base::params::{Group, ParamStore};
@@ -101,8 +102,13 @@ impl GistNet {
     ///
     /// # Errors
     /// When the device cannot run heads of this width; the network stays where it was then.
-    pub fn set_device(&mut self, device: &megacontext_base::device::Device) -> Result<()> {
+    pub fn set_device(&mut self, device: &Place) -> Result<()> {
         self.tower.as_mut().map_or(Ok(()), |(tower, _)| tower.set_device(device))
+    }
+
+    /// What the transformer runs on.
+    pub fn device(&self) -> Place {
+        self.tower.as_ref().map_or(Place::Cpu, |(tower, _)| tower.device())
     }
 
     /// Parameters, to let them learn or to change them.
@@ -191,8 +197,8 @@ impl GistNet {
     /// The gists [N, E] of `blocks` blocks, given their `children` [N, K, E], row-major; nothing is kept for a way back where
     /// the network is frozen.
     ///
-    /// The gist of a block depends on its children alone, to the bit, however blocks are gathered into calls: on a GPU because
-    /// all calls are filled up to one size.
+    /// The gist of a block depends on its children alone, to the bit, however blocks are gathered into calls; on a GPU up to the
+    /// order of sums, which its library chooses by the size of a call.
     ///
     /// # Errors
     /// When sizes do not agree, or a gist is not finite.
@@ -210,9 +216,6 @@ impl GistNet {
         // come alone.
         let least = (SMALL_PRODUCT / e + 1).max(2);
         let many = (CHUNK_ENTRIES / k).max(least);
-        // A GPU's products are chosen by their sizes.
-        let here = self.tower.as_ref().is_none_or(|(tower, _)| tower.on_processor());
-        let least = if here { least } else { many };
         let mut gists = Vec::with_capacity(blocks * e);
         for chunk in children.chunks((many * k * e).max(1)) {
             let count = chunk.len() / (k * e);

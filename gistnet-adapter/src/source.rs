@@ -1,7 +1,7 @@
 //! A GistNet as what a gist tree is made from.
 //!
 //! The tree asks for the gist of a block whenever one is complete, one or many at a time, and relies on each being the same
-//! to the bit; [`GistNet::gists`] keeps that promise.
+//! to the bit; [`GistNet::gists`] keeps that promise on the processor, and up to rounding on a GPU.
 
 use megacontext_base::context::GistSource;
 use megacontext_base::error::Result;

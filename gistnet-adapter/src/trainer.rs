@@ -155,15 +155,16 @@ impl<'a> GistTrainer<'a> {
         })
     }
 
-    /// From now on stability holds gists to those of this network.
+    /// From now on stability holds gists to those of this network, which runs where the trained one does.
     ///
     /// # Errors
     /// When it is not of this one's shape.
-    pub fn anchor(&mut self, anchor: GistNet) -> Result<()> {
+    pub fn anchor(&mut self, mut anchor: GistNet) -> Result<()> {
         if anchor.config() != self.network.config() {
             let message = "stability: expected a checkpoint of this network, got one with other settings";
             return Err(BaseError::network(NETWORK, message));
         }
+        anchor.set_device(&self.network.device())?;
         self.anchor = Some(anchor);
         Ok(())
     }

@@ -6,6 +6,8 @@
 //!
 //! Errors: `BaseError::Network` in the words of the keys.
 
+use megacontext_base::buffers::gpu::GpuBytes;
+use megacontext_base::device::Device;
 use megacontext_base::error::{BaseError, Result};
 use megacontext_base::tower::{Affine, TowerConfig};
 use megacontext_kernels::attention::Pattern;
@@ -184,6 +186,19 @@ impl LensNetConfig {
     /// The transformer's sizes.
     pub(crate) fn tower(&self) -> TowerConfig {
         TowerConfig { layers: self.layers, width: self.width, heads: self.heads, kv_heads: self.heads }
+    }
+
+    /// Do the transformer's blocks go to this device, rather than run on the processor?
+    pub fn goes_to(&self, device: &Device) -> bool {
+        self.kind != Kind::Dual && self.tower().goes_to(device)
+    }
+
+    /// What the network takes of a GPU beside a model, over `entries` entries that it sees together ([`TowerConfig::gpu_bytes`]).
+    pub fn gpu_bytes(&self, device: &Device, entries: usize, learns: bool) -> GpuBytes {
+        match self.goes_to(device) {
+            true => self.tower().gpu_bytes(device, entries, learns),
+            false => GpuBytes::default(),
+        }
     }
 
     /// Width of a head.

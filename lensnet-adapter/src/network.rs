@@ -11,6 +11,7 @@
 //! The older form, where entries look at tail gists instead of each other, is [`crate::dual`].
 
 use candle_core::{DType, Device, Tensor};
+use megacontext_base::device::Device as Place;
 use megacontext_base::error::{BaseError, Result};
 use megacontext_base::gradients::Gradients;
 use megacontext_base::params::{Group, ParamStore};
@@ -109,10 +110,18 @@ impl LensNet {
     ///
     /// # Errors
     /// When the device cannot run heads of this width; the network stays where it was then.
-    pub fn set_device(&mut self, device: &megacontext_base::device::Device) -> Result<()> {
+    pub fn set_device(&mut self, device: &Place) -> Result<()> {
         match &mut self.form {
             Form::Transformer(tower) => tower.set_device(device),
             Form::Dual => Ok(()),
+        }
+    }
+
+    /// What the transformer runs on.
+    pub fn device(&self) -> Place {
+        match &self.form {
+            Form::Transformer(tower) => tower.device(),
+            Form::Dual => Place::Cpu,
         }
     }
 

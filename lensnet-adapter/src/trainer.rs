@@ -229,14 +229,15 @@ impl LensTrainer {
         Ok(Self { network, optimizer, rule, max_lod, objective, gradients, previous: None })
     }
 
-    /// Holds scores to those of this policy from now on, where the preference loss asks for it.
+    /// Holds scores to those of this policy from now on, where the preference loss asks for it; it runs where the network does.
     ///
     /// # Errors
     /// When it has other settings.
-    pub fn hold_to(&mut self, previous: LensNet) -> Result<()> {
+    pub fn hold_to(&mut self, mut previous: LensNet) -> Result<()> {
         if previous.config() != self.network.config() {
             return refuse("previous policy: expected one of the network's settings, got others".to_string());
         }
+        previous.set_device(&self.network.device())?;
         self.previous = Some(previous);
         Ok(())
     }

@@ -23,5 +23,7 @@ mod cycle;
 mod extending;
 #[path = "gpu/generating.rs"]
 mod generating;
+#[path = "gpu/networks.rs"]
+mod networks;
 #[path = "gpu/support.rs"]
 mod support;

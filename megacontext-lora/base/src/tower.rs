@@ -20,12 +20,13 @@
 //! [`Tower::set_device`] moves the blocks to a GPU, where attention has a pattern (module `device`).
 
 mod biased;
+mod described;
 #[cfg(feature = "cuda")]
 mod device;
 mod layers;
 mod plain;
 
-use candle_core::{Device, Tensor};
+use candle_core::{Device as CandleDevice, Tensor};
 use megacontext_kernels::attention::reference::{self, Problem};
 use megacontext_kernels::attention::{Options, Pattern, Rows, attention_with};
 use megacontext_kernels::gemm::Products;
@@ -34,6 +35,7 @@ use megacontext_kernels::mlp::relu2;
 use megacontext_kernels::norm::rms_norm;
 use megacontext_kernels::rope::rope;
 
+use crate::device::Device;
 use crate::error::{BaseError, Result};
 use crate::params::{Group, ParamStore};
 
@@ -149,7 +151,7 @@ impl Tower {
     /// In the name of `network`, when there is none of these sizes.
     pub fn new(network: &'static str, config: TowerConfig) -> Result<Self> {
         config.check().map_err(|message| BaseError::Network { network, message })?;
-        let ones = |width: usize| Tensor::from_vec(vec![1f32; width], width, &Device::Cpu);
+        let ones = |width: usize| Tensor::from_vec(vec![1f32; width], width, &CandleDevice::Cpu);
         Ok(Self {
             config,
             ones_e: ones(config.width)?,
@@ -164,16 +166,16 @@ impl Tower {
     /// # Errors
     /// None.
     #[cfg(not(feature = "cuda"))]
-    pub fn set_device(&mut self, _: &crate::device::Device) -> Result<()> {
+    pub fn set_device(&mut self, _: &Device) -> Result<()> {
         Ok(())
     }
 
-    /// Do blocks run on the processor?
-    pub fn on_processor(&self) -> bool {
+    /// What blocks run on.
+    pub fn device(&self) -> Device {
         #[cfg(feature = "cuda")]
-        return self.on_gpu.is_none();
+        return self.on_gpu.as_ref().map_or(Device::Cpu, |on| on.device.clone());
         #[cfg(not(feature = "cuda"))]
-        true
+        Device::Cpu
     }
 
     /// Its sizes.

@@ -5,7 +5,7 @@
 //! cannot run this model. A device that was named and cannot be had is an error.
 //!
 //! Parameters, optimiser and files stay on the host, so a run may go on on another device; its settings' hash does not know the
-//! device. Networks (GistNet, LensNet) run on the processor.
+//! device. Networks (GistNet, LensNet) go with the model.
 //!
 //! The event `device` says `device` (`cpu`, `cuda:0`), `description`, `asked`, `note` and `text`, a line for people.
 //!
@@ -65,6 +65,14 @@ impl OnDevice {
     /// When it cannot run this model: ask [`OnDevice::running`] before anything is planned.
     pub fn take(&self, decoder: &mut Decoder) -> Result<()> {
         decoder.set_device(&self.device).map_err(model_error)
+    }
+}
+
+/// A network's blocks go where the model's passes run (`set_device`'s result). One that the device cannot run stays on the
+/// processor, and the host is told why.
+pub(crate) fn network_beside(name: &str, placed: megacontext_base::error::Result<()>, host: &dyn HostApi) {
+    if let Err(error) = placed {
+        host.event("log", &json!({ "message": format!("{name} runs on the processor: {error}") }));
     }
 }
 

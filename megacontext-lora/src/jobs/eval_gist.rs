@@ -24,7 +24,7 @@ use serde_json::{Value, json};
 use crate::data::documents::tokenize;
 use crate::error::{IoResultExt, PluginError, Result};
 use crate::host::HostApi;
-use crate::jobs::device::OnDevice;
+use crate::jobs::device::{OnDevice, network_beside};
 use crate::jobs::evaluation::hash_of;
 use crate::jobs::extend::load_data;
 use crate::jobs::gist_text::read_text;
@@ -213,7 +213,7 @@ fn evaluate(job: &EvalGist, text: Text, host: &dyn HostApi) -> Result<Value> {
         base_fingerprint: Some(&fingerprint),
         ..Expected::default()
     };
-    let loaded = GistNet::load(&job.network, expected).map_err(model_error)?;
+    let mut loaded = GistNet::load(&job.network, expected).map_err(model_error)?;
     let trained_with = loaded.identity.place_rule.map(PlaceSettings::from);
     if let Some((asked, trained)) = job.places.zip(trained_with).filter(|(a, b)| !a.same_as(*b)) {
         return usage(format!(
@@ -224,6 +224,7 @@ fn evaluate(job: &EvalGist, text: Text, host: &dyn HostApi) -> Result<Value> {
     let on = OnDevice::open(job.device, host)?.running(&model.config, host)?;
     let (mut decoder, scaling, adapter) = model.decoder_with(job.adapter.as_deref(), job.dtype)?;
     on.take(&mut decoder)?;
+    network_beside("GistNet", loaded.network.set_device(on.device()), host);
     let on_base = model.adapter_fingerprint(&decoder, &scaling, adapter.as_ref())?;
     if !job.other_adapter {
         loaded.identity.check_adapter(&on_base, "GistNet", &job.network).map_err(|error| {

@@ -43,7 +43,7 @@ use serde_json::{Map, Value, json};
 use crate::error::{PluginError, Result};
 use crate::host::{Answer, HostApi};
 use crate::jobs::begin::{Begun, Resumable, begin};
-use crate::jobs::device::OnDevice;
+use crate::jobs::device::{OnDevice, network_beside};
 use crate::jobs::evaluation::Inputs;
 use crate::jobs::{ModelDir, model_error, parse, to_value, with_threads};
 use crate::run::Telemetry;
@@ -364,17 +364,19 @@ fn prepare(
     decoder.params_mut().set_learning(config.jt3.groups.iter().copied()).map_err(model_error)?;
     decoder.params_mut().freeze();
     let lens_ready = lensnet.is_some();
-    let gistnet = match gistnet {
+    let mut gistnet = match gistnet {
         Some(network) => network,
         None => GistNet::new(config.network.of(decoder.config()), config.seed).map_err(model_error)?,
     };
-    let lensnet = match lensnet {
+    let mut lensnet = match lensnet {
         Some(network) => network,
         None => {
             let settings = config.lens.of(decoder.config(), config.network.block);
             LensNet::new(settings, config.seed).map_err(model_error)?
         }
     };
+    network_beside("GistNet", gistnet.set_device(on.device()), host);
+    network_beside("LensNet", lensnet.set_device(on.device()), host);
     let mut modules = Modules { decoder, gistnet, lensnet };
     let began_with = hashes(&modules)?;
     let folder = RunFolder::open(&config.out, resume)?;

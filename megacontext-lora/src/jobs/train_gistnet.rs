@@ -38,7 +38,7 @@ use serde_json::{Map, Value, json};
 use crate::error::{PluginError, Result};
 use crate::host::HostApi;
 use crate::jobs::begin::{Begun, Resumable, begin};
-use crate::jobs::device::OnDevice;
+use crate::jobs::device::{OnDevice, network_beside};
 use crate::jobs::evaluation::Inputs;
 use crate::jobs::gist_text::{GistText, read_text};
 use crate::jobs::{ModelDir, model_error, parse, to_value, with_threads};
@@ -253,7 +253,8 @@ fn prepare(config: GistRunConfig, resume: bool, host: &dyn HostApi) -> Result<Va
     };
     // Its tensors were copied into the model.
     drop(adapter);
-    let network = GistNet::new(config.network.of(decoder.config()), config.seed).map_err(model_error)?;
+    let mut network = GistNet::new(config.network.of(decoder.config()), config.seed).map_err(model_error)?;
+    network_beside("GistNet", network.set_device(on.device()), host);
     let setting = |pattern: Pattern| Setting { scaling: scaling.clone(), rule: config.rule(), pattern };
     let trainer = GistTrainer::new(
         &decoder,
@@ -628,7 +629,8 @@ impl<'a> Run<'a> {
     fn test(&mut self, horizon: usize) -> Result<Option<Measured>> {
         self.say("measuring the best network on text that nothing was chosen by");
         let path = self.folder.path().join(NETWORK);
-        let best = GistNet::load(&path, Expected::default()).map_err(model_error)?;
+        let mut best = GistNet::load(&path, Expected::default()).map_err(model_error)?;
+        best.network.set_device(&self.trainer.network.device()).map_err(model_error)?;
         let (host, validator) = (self.host, self.validator(self.test, horizon));
         measure_once(&validator, &best.network, self.trainer.buffers(), host)
     }

@@ -39,7 +39,7 @@ use crate::error::{PluginError, Result};
 use crate::host::HostApi;
 use crate::host_allocator::HostAllocator;
 use crate::jobs::begin::{Begun, Resumable, begin};
-use crate::jobs::device::OnDevice;
+use crate::jobs::device::{OnDevice, network_beside};
 use crate::jobs::evaluation::Inputs;
 use crate::jobs::{ModelDir, model_error, parse, to_value, with_threads};
 use crate::run::Telemetry;
@@ -191,7 +191,7 @@ fn prepare(config: LensRunConfig, resume: bool, host: &dyn HostApi) -> Result<Va
         ..gistnet_adapter::Expected::default()
     };
     let opened = gistnet_adapter::GistNet::load(&config.gistnet, expected).map_err(model_error)?;
-    let (gistnet, made_beside) = (opened.network, opened.identity);
+    let (mut gistnet, made_beside) = (opened.network, opened.identity);
     let block = gistnet.config().block;
     let lora = model.lora_of(config.adapter.as_deref())?;
     let trained = model.trained_context(config.adapter.as_deref())?;
@@ -200,9 +200,11 @@ fn prepare(config: LensRunConfig, resume: bool, host: &dyn HostApi) -> Result<Va
     let on = OnDevice::open(config.device, host)?.running(&model.config, host)?;
     let [text, held_out, test] = histories::read(&config, &model, block, host)?;
     let count = text.len() + held_out.len() + test.len();
-    let gist_values = gistnet.config().parameters();
-    let plan = LensPlan::new(&config, &model.config, lora.as_ref(), gist_values, block, count, on.device())?;
-    let network = LensNet::new(config.network.of(&model.config, block), config.seed).map_err(model_error)?;
+    let plan = LensPlan::new(&config, &model.config, lora.as_ref(), gistnet.config(), count, on.device())?;
+    let mut network =
+        LensNet::new(config.network.of(&model.config, block), config.seed).map_err(model_error)?;
+    network_beside("GistNet", gistnet.set_device(on.device()), host);
+    network_beside("LensNet", network.set_device(on.device()), host);
     let parameters = network.config().parameters();
     let mut told = to_value(plan)?;
     told["text"] = json!(plan.text(&config, parameters));
@@ -582,7 +584,10 @@ impl Run<'_> {
     /// The best network.
     fn best(&self) -> Result<LensNet> {
         let path = self.folder.path().join(NETWORK);
-        Ok(LensNet::load(&path, lensnet_adapter::Expected::default()).map_err(model_error)?.network)
+        let mut best =
+            LensNet::load(&path, lensnet_adapter::Expected::default()).map_err(model_error)?.network;
+        best.set_device(&self.trainer.network.device()).map_err(model_error)?;
+        Ok(best)
     }
 
     /// The best network and other policies on the test histories.

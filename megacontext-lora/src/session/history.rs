@@ -32,6 +32,7 @@ use serde_json::{Map, Value, json};
 use super::lens::Lens;
 use super::{Loaded, Session, size};
 use crate::error::{PluginError, Result};
+use crate::jobs::device::network_beside;
 use crate::jobs::{model_error, parse};
 use crate::train::gistnet::PlaceSettings;
 
@@ -189,7 +190,8 @@ impl Session {
             check_adapter(&loaded.identity, &l, "GistNet", &path)?;
         }
         check_places("open_tree", loaded.identity.place_rule, l.model.config.positions.sigma)?;
-        let network = loaded.network;
+        let mut network = loaded.network;
+        network_beside("GistNet", network.set_device(l.decoder.device()), &*self.host);
         let folder = || Some(l.dir.canonicalize().ok()?.file_name()?.to_string_lossy().into_owned());
         let name = name.or_else(folder).unwrap_or_else(|| "base".to_string());
         let base = BaseModel { name, fingerprint: fingerprint.clone() };

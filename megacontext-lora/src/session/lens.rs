@@ -32,6 +32,7 @@ use super::history::{History, check_adapter, check_places, none_open};
 use super::{Loaded, Session, size};
 use crate::error::{PluginError, Result};
 use crate::host_allocator::HostAllocator;
+use crate::jobs::device::network_beside;
 use crate::jobs::{model_error, parse};
 use crate::train::gistnet::PlaceSettings;
 
@@ -192,7 +193,8 @@ impl Session {
                 hierarchy.levels()
             )));
         }
-        let network = loaded.network;
+        let mut network = loaded.network;
+        network_beside("LensNet", network.set_device(l.decoder.device()), &*self.host);
         let told = json!({
             "network": path,
             "config": network.config(),

@@ -8,11 +8,12 @@
 
 use std::path::PathBuf;
 
+use gistnet_adapter::{CHUNK_ENTRIES, GistNetConfig};
 use lensnet_adapter::allocator::AllocatorConfig;
 use lensnet_adapter::counterfactual::CounterfactualConfig;
 use lensnet_adapter::preference::PreferenceConfig;
 use lensnet_adapter::{Features, Head, Kind, LensNetConfig};
-use megacontext_base::buffers::gpu;
+use megacontext_base::buffers::gpu::{self, GpuBytes};
 use megacontext_base::buffers::{PassShape, evaluation_bytes, keys_values_bytes};
 use megacontext_base::config::DecoderConfig;
 use megacontext_base::context::Limits;
@@ -400,29 +401,39 @@ impl LensPlan {
         config: &LensRunConfig,
         model: &DecoderConfig,
         lora: Option<&LoraModules>,
-        gistnet: usize,
-        block: usize,
+        gistnet: &GistNetConfig,
         histories: usize,
         device: &Device,
     ) -> Result<Self> {
-        let e = model.hidden_size as u64;
+        let (e, block) = (model.hidden_size as u64, gistnet.block);
         let (budget, history) = (config.budget.unwrap_or(0), config.history.unwrap_or(0));
         let network = config.network.of(model, block);
         // A context with room for one more expand, and its future.
         let entries = budget + block + config.horizon;
         let pass = |entries| PassShape { entries, precision: config.dtype, lora };
         let (largest, kept) = (pass(entries.max(512)), keys_values_bytes(model, config.dtype, entries));
-        let device = DevicePlan::of(device, gpu::evaluation_bytes(model, largest), kept)?;
+        let rows = config.batch * config.labels.contexts();
+        let scored = rows * (budget + block);
+        // The policy that a round begins with has its weights there too.
+        let held_to = match config.preference.kl_weight != 0.0 {
+            true => network.gpu_bytes(device, scored, false),
+            false => GpuBytes::default(),
+        };
+        let on_gpu = gpu::evaluation_bytes(model, largest)
+            .with(network.gpu_bytes(device, scored, true))
+            .with(gistnet.gpu_bytes(device, CHUNK_ENTRIES, false))
+            .with(held_to);
+        let blocks = if network.goes_to(device) { 0 } else { network.layers as u64 };
+        let device = DevicePlan::of(device, on_gpu, kept)?;
         let passes = match device {
             None => evaluation_bytes(model, largest).total() + kept,
             Some(_) => 0,
         } + packed_bytes();
-        let rows = (config.batch * config.labels.contexts()) as u64;
-        let graph = 4 * rows * (budget + block) as u64 * e * GRAPH_WIDTHS * (network.layers as u64 + 1);
+        let graph = 4 * scored as u64 * e * GRAPH_WIDTHS * (blocks + 1);
         let nodes = (history / block * 2) as u64;
         let plan = Self {
             program: resident_bytes().unwrap_or(0),
-            weights: frozen_bytes(model, lora, config.dtype) + 4 * gistnet as u64,
+            weights: frozen_bytes(model, lora, config.dtype) + 4 * gistnet.parameters() as u64,
             network: 16 * network.parameters() as u64,
             graph,
             histories: histories as u64 * (4 * history as u64 + nodes * (4 * e + 2)),

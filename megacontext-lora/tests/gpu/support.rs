@@ -14,6 +14,11 @@ use crate::libraries::search_path;
 /// What is said of the emulated GPU.
 pub const GPU: &str = "cuda:0 (emulated device 0, compute capability 8.0)";
 
+/// Of each value where what was learned decides what is learned next.
+const BOUND: f64 = 1e-2;
+/// Losses are near 6 in f32, and ΔNLL is a difference of two.
+const ROUNDING: f64 = 2e-6;
+
 /// A fixture's folder on a machine with the emulated GPU.
 pub struct Machine {
     pub fixture: Fixture,
@@ -76,6 +81,38 @@ pub fn close(what: &str, got: &Value, expected: &Value, bound: f64) {
         apart <= bound * expected.abs().max(1.0),
         "{what}: expected {expected} within {bound}, got {got}"
     );
+}
+
+/// Keys whose values are of the clock, the folder or the machine, or say numbers once more as text.
+fn of_the_machine(key: &str) -> bool {
+    key.starts_with("wall_")
+        || ["seconds", "peak_bytes", "planned_bytes", "device", "adapter", "gistnet", "lensnet", "table"]
+            .contains(&key)
+}
+
+/// Holds everything in one value against the same in another.
+#[track_caller]
+pub fn close_all(at: &str, got: &Value, expected: &Value) {
+    match (got, expected) {
+        (Value::Object(got), Value::Object(expected)) => {
+            assert!(got.keys().eq(expected.keys()), "{at}: {got:?} {expected:?}");
+            for (key, expected) in expected.iter().filter(|(key, _)| !of_the_machine(key)) {
+                close_all(&format!("{at}.{key}"), &got[key], expected);
+            }
+        }
+        (Value::Array(got), Value::Array(expected)) => {
+            assert_eq!(got.len(), expected.len(), "{at}");
+            for (i, (got, expected)) in got.iter().zip(expected).enumerate() {
+                close_all(&format!("{at}.{i}"), got, expected);
+            }
+        }
+        (Value::Number(got), Value::Number(expected)) if expected.is_f64() => {
+            let (got, expected) = (got.as_f64().unwrap(), expected.as_f64().unwrap());
+            let within = BOUND * expected.abs() + ROUNDING;
+            assert!((got - expected).abs() <= within, "{at}: expected {expected} within {within}, got {got}");
+        }
+        _ => assert_eq!(got, expected, "{at}"),
+    }
 }
 
 /// Values of keys in the lines of a kind.

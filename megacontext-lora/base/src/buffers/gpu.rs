@@ -57,6 +57,17 @@ impl GpuBytes {
         }
     }
 
+    /// With what another model has there, whose calls and this one's come one after another.
+    pub fn with(self, other: Self) -> Self {
+        Self {
+            weights: self.weights + other.weights,
+            gradients: self.gradients + other.gradients,
+            activations: self.activations + other.activations,
+            workspace: self.workspace + other.workspace,
+            passing: self.passing.max(other.passing),
+        }
+    }
+
     /// Of all kinds.
     pub fn total(self) -> u64 {
         self.weights + self.gradients + self.activations + self.workspace + self.passing

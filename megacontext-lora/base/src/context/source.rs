@@ -10,7 +10,8 @@ use crate::error::{BaseError, Result};
 /// Makes gists: one vector in the base model's embedding space for each block of K entries.
 ///
 /// The gist of a block depends on the block alone, to the bit: however blocks are gathered into calls, each gets the same
-/// gist. A tree relies on it, so that it does not matter how its tokens came.
+/// gist. A tree relies on it, so that it does not matter how its tokens came. (Where gists are made on a GPU the last bits may
+/// differ, and with them those of trees whose tokens came otherwise.)
 pub trait GistSource {
     /// K, entries of a block.
     fn block(&self) -> usize;

@@ -19,96 +19,26 @@ use megacontext_kernels::cpu::Values;
 use megacontext_kernels::gemm::Products;
 
 use super::plain::check_table;
-use super::{Angles, EPS, Sees, THETA, Tower, TowerConfig, weight};
-use crate::architecture::{self, Architecture, Mlp, NormKind, QkNorm, Residual, Rotation};
+use super::{Angles, Sees, Tower, weight};
 use crate::block::{Attending, ByWindow, Pass, Tables};
 use crate::buffers::Scratch;
-use crate::buffers::gpu::GpuBytes;
-use crate::buffers::{PassShape, gpu};
-use crate::config::{DecoderConfig, Family};
+use crate::config::DecoderConfig;
 use crate::device::Device;
 use crate::error::Result;
 use crate::gradients::Gradients;
 use crate::machine::gpu::Gpu;
 use crate::machine::{AttentionSpec, Machine};
-use crate::names::Names;
-use crate::params::{Group, ParamStore};
+use crate::params::ParamStore;
 use crate::projection::Setting;
-use crate::rope::{PositionOptions, RopeScaling};
 use crate::stack::{self, Back};
 
 type Within = ByWindow<<Gpu as Machine>::Within>;
 
 /// A GPU with the parameters of one tower on it.
 pub(super) struct OnGpu {
+    pub(super) device: Device,
     machine: Gpu,
     config: DecoderConfig,
-}
-
-impl TowerConfig {
-    /// The tower as a decoder's blocks; there is no embedding and no head.
-    fn described(&self) -> DecoderConfig {
-        let head = self.head_width();
-        let layer = architecture::Layer { window: None, rotation: Rotation::Global };
-        DecoderConfig {
-            family: Family::NanochatGpt,
-            architecture: Architecture {
-                names: &Names::TOWER,
-                norm: NormKind::RmsPlain,
-                mlp: Mlp::Relu2,
-                qk_norm: QkNorm::AfterRotary,
-                residual: Residual::Sequential,
-                fused_qkv: false,
-                qkv_bias: false,
-                out_bias: false,
-                mlp_bias: false,
-                rotary_width: head,
-                rotary_direction: -1.0,
-                local_theta: None,
-                layers: vec![layer; self.layers],
-                query_scale: 1.0 / (head as f64).sqrt(),
-                embedding_scale: None,
-                embedding_norm: false,
-                softcap: None,
-            },
-            vocab_size: 1,
-            hidden_size: self.width,
-            intermediate_size: 4 * self.width,
-            num_hidden_layers: self.layers,
-            num_attention_heads: self.heads,
-            num_key_value_heads: self.kv_heads,
-            head_dim: head,
-            rms_norm_eps: EPS,
-            rope_theta: THETA,
-            max_position_embeddings: 1,
-            tie_word_embeddings: true,
-            rope_scaling: RopeScaling::None,
-            positions: PositionOptions::default(),
-            bos_token_id: None,
-            eos_token_id: None,
-            raw: serde_json::Map::new(),
-        }
-    }
-
-    /// What a tower of these sizes takes of a GPU beside a model, over `entries` entries of all calls that are walked back together:
-    /// its weights and the inputs of its blocks stay, the rest is there while a call runs. `learns` walks back.
-    pub fn gpu_bytes(&self, entries: usize, learns: bool) -> GpuBytes {
-        let config = self.described();
-        let pass =
-            PassShape { entries, precision: megacontext_kernels::precision::Precision::F32, lora: None };
-        let all = match learns {
-            true => gpu::training_bytes(&config, pass, self.layers, true, &[Group::Base]),
-            false => gpu::evaluation_bytes(&config, pass),
-        };
-        let inputs = if learns { 4 * (entries * self.width * self.layers) as u64 } else { 0 };
-        GpuBytes {
-            // What products work in is the model's.
-            weights: all.weights - gpu::BLAS,
-            activations: inputs,
-            passing: all.total() - all.weights - inputs,
-            ..GpuBytes::default()
-        }
-    }
 }
 
 /// Rows of a call, and how they attend.
@@ -171,7 +101,9 @@ impl Tower {
         device.check(&config)?;
         self.on_gpu = match device {
             Device::Cpu => None,
-            Device::Cuda(opened) => Some(Arc::new(OnGpu { machine: Gpu::new(opened), config })),
+            Device::Cuda(opened) => {
+                Some(Arc::new(OnGpu { device: device.clone(), machine: Gpu::new(opened), config }))
+            }
         };
         Ok(())
     }
@@ -302,7 +234,7 @@ impl CustomOp2 for Walked {
 
 impl std::fmt::Debug for OnGpu {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("OnGpu").field("config", &self.config).finish_non_exhaustive()
+        f.debug_struct("OnGpu").field("device", &self.device).finish_non_exhaustive()
     }
 }
 

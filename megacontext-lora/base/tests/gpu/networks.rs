@@ -86,7 +86,7 @@ fn towers_are_the_processors_there_and_back() -> Result<()> {
         let mut plain = random(1);
         tower.forward_in_place(&params, &mut plain, BATCH, angles(tables), pattern, &rows)?;
         tower.set_device(&lease.device)?;
-        ensure!(!tower.on_processor());
+        ensure!(!tower.device().is_cpu());
         let got = run(&tower, &params, tables, pattern, &rows)?;
         close(&format!("{what}: the result"), &got.out, &expected.out, 1e-4)?;
         close(&format!("{what}: the input's gradient"), &got.dx, &expected.dx, 2e-4)?;
@@ -132,6 +132,33 @@ fn heads_that_the_device_does_not_run_are_refused_and_stay() -> Result<()> {
     let mut tower = Tower::new("tower", TowerConfig { heads: 8, kv_heads: 8, ..SIZES })?;
     let refused = tower.set_device(&lease.device).unwrap_err().to_string();
     ensure!(refused.contains("a multiple of 8 up to 256, got 4"), "{refused}");
-    ensure!(tower.on_processor());
+    ensure!(tower.device().is_cpu());
+    Ok(())
+}
+
+#[test]
+fn a_walk_takes_what_was_said() -> Result<()> {
+    let Some(lease) = device()? else { return Ok(()) };
+    let Some(memory) = lease.memory() else { return Ok(()) };
+    for (sizes, learns) in [(SIZES, true), (SIZES, false), (TowerConfig { layers: 1, ..SIZES }, true)] {
+        let (mut tower, mut params) = fresh(sizes)?;
+        if !learns {
+            params.set_learning([])?;
+        }
+        let rope = Rope::new(sizes.head_width(), THETA, RopeScaling::None).sequence(ENTRIES)?;
+        let rows = Rows::default();
+        let before = memory.now()?;
+        tower.set_device(&lease.device)?;
+        lease.device.forget_peak()?;
+        let sees = Sees::Pattern(Pattern::Bidirectional, &rows);
+        let out = tower.forward(&params, &tensor(random(1))?, angles(&rope), sees)?;
+        if learns {
+            Gradients::new().add_backward(&out.sum_all()?, &params)?;
+        }
+        let most = (lease.device.peak_bytes()?.unwrap_or(0) - before) as f64;
+        let said = sizes.gpu_bytes(&lease.device, BATCH * ENTRIES, learns);
+        let share = said.total() as f64 / most;
+        ensure!((0.85..=1.15).contains(&share), "{sizes:?}, {learns}: planned {said:?}, measured {most}");
+    }
     Ok(())
 }

@@ -188,6 +188,7 @@ impl Run<'_> {
     /// LensNet as the open phase began.
     fn start_of_lensnet(&self, now: &LensNet) -> Result<LensNet> {
         let mut before = LensNet::new(now.config().clone(), self.config.seed).map_err(model_error)?;
+        before.set_device(&now.device()).map_err(model_error)?;
         self.start_into(before.params_mut(), Group::Lensnet)?;
         Ok(before)
     }
@@ -195,6 +196,7 @@ impl Run<'_> {
     /// GistNet as the open phase began, whose gists were of this version.
     pub(super) fn start_of_gistnet(&self, now: &GistNet, version: u16) -> Result<GistNet> {
         let mut before = GistNet::new(now.config().clone(), self.config.seed).map_err(model_error)?;
+        before.set_device(&now.device()).map_err(model_error)?;
         self.start_into(before.params_mut(), Group::Gistnet)?;
         before.set_gist_version(version);
         Ok(before)

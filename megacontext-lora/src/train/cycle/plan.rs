@@ -10,7 +10,7 @@
 //!
 //! Units: bytes, seconds. Errors: a plan beyond the budget, with the numbers and what would help.
 
-use gistnet_adapter::Mode;
+use gistnet_adapter::{CHUNK_ENTRIES, Mode};
 use megacontext_base::buffers::gpu;
 use megacontext_base::buffers::{PassBytes, PassShape, evaluation_bytes, keys_values_bytes, training_bytes};
 use megacontext_base::config::DecoderConfig;
@@ -124,27 +124,37 @@ impl CyclePlan {
             );
             held(trained).saturating_sub(held(own)) + trained.loss.saturating_sub(read.loss)
         };
+        // Blocks that a step of GistNet makes gists of at least, where whole contexts are drawn.
+        let of_whole = |kind: PhaseKind| {
+            let whole = config.gist_phase(kind).whole > 0.0 && !kind.warm();
+            if whole { context / block } else { 0 }
+        };
+        // Entries that a step of a network sees.
+        let seen_by_gistnet = |kind: PhaseKind| {
+            let phase = config.gist_phase(kind);
+            let padded = block + usize::from(gist.mode == Mode::Transformer);
+            phase.batch * phase.spans.max(of_whole(kind)) * padded
+        };
+        let seen_by_lensnet = |kind: PhaseKind| {
+            let phase = config.lens_phase(kind);
+            phase.batch * phase.labels.contexts() * (budget + block)
+        };
         let bytes_of = |kind: PhaseKind| match kind {
             PhaseKind::WarmGistnet | PhaseKind::Jt1 => {
                 let phase = config.gist_phase(kind);
-                let of_whole = if phase.whole > 0.0 && !kind.warm() { context / block } else { 0 };
                 let rows = Rows {
                     count: phase.spans,
-                    longest: config.horizon.max(if of_whole > 0 { shown } else { 0 }),
+                    longest: config.horizon.max(if of_whole(kind) > 0 { shown } else { 0 }),
                 };
-                let padded = block as u64 + u64::from(gist.mode == Mode::Transformer);
-                let spans = phase.batch * phase.spans.max(of_whole);
                 phase.batch as u64 * if on_gpu { values } else { passage }
-                    + graph_bytes(&gist, e, spans as u64 * padded)
+                    + graph_bytes(&gist, e, seen_by_gistnet(kind) as u64, device)
                     + (phase.batch as u64 + 1) * rows.bytes(e)
                     + trained(rows.at_once())
                     + LEARNING * F32 * gist.parameters() as u64
             }
             PhaseKind::WarmLensnet | PhaseKind::Jt2 => {
-                let phase = config.lens_phase(kind);
-                let contexts = phase.batch * phase.labels.contexts();
-                let graph =
-                    F32 * (contexts * (budget + block)) as u64 * e * GRAPH_WIDTHS * (lens.layers as u64 + 1);
+                let blocks = if lens.goes_to(device) { 0 } else { lens.layers as u64 };
+                let graph = F32 * seen_by_lensnet(kind) as u64 * e * GRAPH_WIDTHS * (blocks + 1);
                 let labels = keys_values_bytes(model, config.dtype, context);
                 graph.max(labels) + LEARNING * F32 * lens.parameters() as u64
             }
@@ -163,7 +173,17 @@ impl CyclePlan {
         // Histories that a step of GistNet runs, or the labels of one.
         let documents = config.jt1.batch.max(1) as u64 * (passage - values);
         let divergence = gpu::divergence_bytes(model, pass(shown.max(together)));
-        let device_plan = DevicePlan::of(device, step.beside(read_there), documents + divergence)?;
+        // Both networks, and as a phase began the one that it trains.
+        let gist_there = [PhaseKind::WarmGistnet, PhaseKind::Jt1].map(seen_by_gistnet).into_iter().max();
+        let lens_there = [PhaseKind::WarmLensnet, PhaseKind::Jt2].map(seen_by_lensnet).into_iter().max();
+        let (gist_there, lens_there) = (gist_there.unwrap_or(0), lens_there.unwrap_or(0));
+        let on_device = step
+            .beside(read_there)
+            .with(gist.gpu_bytes(device, gist_there, true))
+            .with(lens.gpu_bytes(device, lens_there, true))
+            .with(gist.gpu_bytes(device, CHUNK_ENTRIES, false))
+            .with(lens.gpu_bytes(device, budget + block, false));
+        let device_plan = DevicePlan::of(device, on_device, documents + divergence)?;
 
         // Time.
         let speed = device.measured_flops(config.dtype.products()).map_err(model_error)?;

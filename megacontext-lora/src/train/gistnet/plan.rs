@@ -17,7 +17,7 @@ use gistnet_adapter::delta_nll::ENTRIES_AT_ONCE;
 use gistnet_adapter::{CHUNK_ENTRIES, GistNetConfig, Mode};
 
 use gistnet_adapter::validate::{Baseline, LOOKED_AT};
-use megacontext_base::buffers::gpu;
+use megacontext_base::buffers::gpu::{self, GpuBytes};
 use megacontext_base::buffers::{PassShape, evaluation_bytes, training_bytes};
 use megacontext_base::decoder::DocumentShape;
 use megacontext_base::device::Device;
@@ -72,9 +72,15 @@ const ENTROPY_WIDTHS: u64 = 8 + 6;
 /// added up.
 pub(in crate::train) const LEARNING: u64 = 4;
 
-/// Bytes of GistNet's graph over `entries` entries of a model of this width.
-pub(in crate::train) fn graph_bytes(network: &GistNetConfig, width: u64, entries: u64) -> u64 {
-    let layers = if network.mode == Mode::Mean { 0 } else { network.layers as u64 };
+/// Bytes of GistNet's graph over `entries` entries of a model of this width, as far as it is the processor's.
+pub(in crate::train) fn graph_bytes(
+    network: &GistNetConfig,
+    width: u64,
+    entries: u64,
+    device: &Device,
+) -> u64 {
+    let none = network.mode == Mode::Mean || network.goes_to(device);
+    let layers = if none { 0 } else { network.layers as u64 };
     F32 * width * entries * (KEPT_WIDTHS * layers + ONCE_WIDTHS)
 }
 
@@ -141,7 +147,7 @@ impl GistPlan {
         };
         let base = load.memory(true);
         let network = config.network.of(model);
-        let graph = |entries: u64| graph_bytes(&network, e, entries);
+        let graph = |entries: u64| graph_bytes(&network, e, entries, device);
         let anchor = u64::from(config.stages.iter().any(|stage| stage.loss.stability != 0.0));
         let of_network = (1 + LEARNING + anchor) * F32 * network.parameters() as u64;
 
@@ -202,6 +208,10 @@ impl GistPlan {
         let values = |entries: usize| F32 * entries as u64 * e;
         let documents = kept + fresh.max(patterns * passage(context, false));
         let divergence = if hidden { gpu::divergence_bytes(model, pass(learned)) } else { 0 };
+        // All graphs of a step are there together; what stability holds gists to has none.
+        let seen = most(&|step| step.seen) as usize;
+        let held_to = if anchor > 0 { network.gpu_bytes(device, seen, false) } else { GpuBytes::default() };
+        let on_gpu = on_gpu.with(network.gpu_bytes(device, seen, true)).with(held_to);
         let device = DevicePlan::of(device, on_gpu, documents + divergence)?;
         // Of what is kept no more than the entries' values is left here.
         let (passes, kept) = match device {
