@@ -152,16 +152,19 @@ impl GistPlan {
         let of_network = (1 + LEARNING + anchor) * F32 * network.parameters() as u64;
 
         let hidden = config.stages.iter().any(|stage| stage.kl != 0.0);
+        // The entries' values, which are the host's on every device.
+        let values = |entries: usize| F32 * entries as u64 * e;
         let passage = |entries: usize, hidden: bool| {
             let shape = DocumentShape { entries, precision: config.dtype, hidden };
-            shape.bytes(model) + F32 * entries as u64 * e
+            shape.bytes(model) + values(entries)
         };
         // Of the held-out text, one for each pattern.
         let patterns = 1 + u64::from(!matches!(config.sparse(), Ok(None)));
         let validated: u64 = held_out.iter().map(|tokens| patterns * passage(tokens.len(), false)).sum();
+        let validated_values: u64 = held_out.iter().map(|tokens| patterns * values(tokens.len())).sum();
         let for_validation = config.validation_bytes(model);
         let for_steps = config.passage_bytes - for_validation;
-        let (mut kept, mut fresh) = (0, 0);
+        let (mut kept, mut kept_values, mut fresh) = (0, 0, 0);
         // No more than the steps come by, the longest where they are not all.
         let mut lengths: Vec<usize> = text.tokens.iter().map(Vec::len).collect();
         lengths.sort_unstable_by_key(|length| std::cmp::Reverse(*length));
@@ -169,17 +172,28 @@ impl GistPlan {
             let bytes = passage(length, hidden);
             if kept + bytes <= for_steps {
                 kept += bytes;
+                kept_values += values(length);
             } else {
                 fresh += 1;
             }
         }
-        let kept = kept + validated.min(for_validation);
-        let fresh = fresh.min(config.passages_per_step as u64) * passage(context, hidden);
+        let validated_kept = validated.min(for_validation);
+        let kept = kept + validated_kept;
+        // As large a part of them as of all.
+        let share = validated_kept as f64 / validated.max(1) as f64;
+        let kept_values = kept_values + (validated_values as f64 * share) as u64;
+        let fresh = fresh.min(config.passages_per_step as u64);
+        let (fresh, fresh_values) = (fresh * passage(context, hidden), fresh * values(context));
+        let validating = patterns * passage(context, false);
+        let [fresh_here, validating_here] = match device.is_cpu() {
+            true => [fresh, validating],
+            false => [fresh_values, patterns * values(context)],
+        };
 
         let steps: Vec<Fullest> =
             config.stages.iter().map(|stage| Fullest::of(config, stage, context)).collect();
         let most = |of: &dyn Fn(&Fullest) -> u64| steps.iter().map(of).max().unwrap_or(0);
-        let step = fresh + most(&|step| graph(step.seen) + step.rows_bytes(e));
+        let step = fresh_here + most(&|step| graph(step.seen) + step.rows_bytes(e));
         let longest = config.longest_horizon();
         let measured = Rows {
             count: config.validation.blocks.min(places(context, network.block, 1, longest).len()),
@@ -190,8 +204,7 @@ impl GistPlan {
         let chunk = (blocks * network.block).min(CHUNK_ENTRIES) as u64;
         let looked_at = (held_out.len() * measured.count).min(LOOKED_AT) * (network.block + 1);
         let looked_at = F32 * e * looked_at as u64 * (KEPT_WIDTHS + ENTROPY_WIDTHS);
-        let validation =
-            (patterns * passage(context, false) + measured.bytes(e) + graph(chunk)).max(looked_at);
+        let validation = (validating_here + measured.bytes(e) + graph(chunk)).max(looked_at);
 
         let pass =
             |entries: usize| PassShape { entries, precision: config.dtype, lora: adapted.lora.as_ref() };
@@ -205,8 +218,8 @@ impl GistPlan {
         let on_gpu = gpu::training_bytes(model, pass(learned), model.num_hidden_layers, true, &[])
             .beside(gpu::evaluation_bytes(model, pass(context.max(learned).max(measured.at_once()))));
         // Documents of a step, or of a validation, beside those that are kept, and what a divergence from them takes.
-        let values = |entries: usize| F32 * entries as u64 * e;
-        let documents = kept + fresh.max(patterns * passage(context, false));
+        let validating_there = validating - patterns * values(context);
+        let documents = kept - kept_values + (fresh - fresh_values).max(validating_there);
         let divergence = if hidden { gpu::divergence_bytes(model, pass(learned)) } else { 0 };
         // All graphs of a step are there together; what stability holds gists to has none.
         let seen = most(&|step| step.seen) as usize;
@@ -216,7 +229,7 @@ impl GistPlan {
         // Of what is kept no more than the entries' values is left here.
         let (passes, kept) = match device {
             None => (passes, kept),
-            Some(_) => (0, kept.div_ceil(passage(context, hidden).max(1)) * values(context)),
+            Some(_) => (0, kept_values),
         };
 
         let mut plan = Self {
