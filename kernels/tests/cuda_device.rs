@@ -7,6 +7,8 @@
 #[path = "cuda_device/attention.rs"]
 mod attention;
 mod emulated;
+#[path = "cuda_device/foreign.rs"]
+mod foreign;
 #[path = "cuda_device/images.rs"]
 mod images;
 #[path = "cuda_device/inside.rs"]

@@ -7,7 +7,6 @@
 //!
 //! Nothing else in the plugin knows the ABI's types, so another ABI would replace this file alone.
 
-use std::borrow::Cow;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 use std::sync::Arc;
@@ -23,8 +22,8 @@ use megacontext_lora_abi::raw::{
 };
 use megacontext_lora_abi::tensor::{DType, check_disjoint};
 use megacontext_lora_abi::{
-    ABI_REVISION, AbiError, ContextView, EntriesView, ErrorKind, OwnedTensor, TensorError, TensorView,
-    TensorViewMut, VERSION_BYTES,
+    ABI_REVISION, AbiError, ContextView, ErrorKind, OwnedTensor, TensorError, TensorView, TensorViewMut,
+    VERSION_BYTES,
 };
 use serde_json::Value;
 
@@ -33,10 +32,13 @@ use crate::fault;
 use crate::host::{self, HostApi};
 use crate::jobs;
 use crate::learned::Learned;
-use crate::session::{Context, Entries, Session};
+use crate::session::Session;
 
+mod context;
 mod lending;
+mod tensors;
 
+use context::OwnedContext;
 use lending::Lending;
 
 /// The version line, read by a host before anything that depends on a layout.
@@ -284,70 +286,6 @@ impl SessionImpl {
     }
 }
 
-/// The arrays behind a [`ContextView`], checked.
-struct OwnedContext<'a> {
-    tokens: Option<Cow<'a, [u32]>>,
-    embeddings: Option<Cow<'a, [f32]>>,
-    mu: Option<Cow<'a, [f64]>>,
-    sigma: Option<Cow<'a, [f64]>>,
-    lod: Option<Cow<'a, [u32]>>,
-    targets: Option<Cow<'a, [u32]>>,
-    length: usize,
-}
-
-impl<'a> OwnedContext<'a> {
-    /// Reads the views; `out` must not lie over any of them.
-    fn read(view: &ContextView<'a>, out: &TensorViewMut<'_>) -> Result<Self, PluginError> {
-        let (mut tokens, mut embeddings) = (None, None);
-        let entries = match view.entries() {
-            EntriesView::Tokens(view) => {
-                tokens = Some(view.read("tokens", &[None])?);
-                view
-            }
-            EntriesView::Embeddings(view) => {
-                embeddings = Some(view.read("embeddings", &[None, None])?);
-                view
-            }
-        };
-        let length = entries.shape()[0];
-        let optional = |view: Option<TensorView<'a>>| view.map(|v| v.memory());
-        let ranges = [
-            ("entries", Some(entries.memory())),
-            ("mu", optional(view.mu())),
-            ("sigma", optional(view.sigma())),
-            ("lod", optional(view.lod())),
-            ("targets", optional(view.targets())),
-        ];
-        let inputs: Vec<_> = ranges.into_iter().filter_map(|(name, range)| Some((name, range?))).collect();
-        check_disjoint(&[("out", out.memory())], &inputs)?;
-        let dims = [Some(length)];
-        Ok(Self {
-            tokens,
-            embeddings,
-            mu: view.mu().map(|v| v.read("mu", &dims)).transpose()?,
-            sigma: view.sigma().map(|v| v.read("sigma", &dims)).transpose()?,
-            lod: view.lod().map(|v| v.read("lod", &dims)).transpose()?,
-            targets: view.targets().map(|v| v.read("targets", &dims)).transpose()?,
-            length,
-        })
-    }
-
-    fn context(&self) -> Context<'_> {
-        let entries = match (&self.tokens, &self.embeddings) {
-            (Some(tokens), _) => Entries::Tokens(tokens),
-            (None, Some(embeddings)) => Entries::Embeddings(embeddings),
-            (None, None) => Entries::Tokens(&[]),
-        };
-        Context {
-            entries,
-            mu: self.mu.as_deref(),
-            sigma: self.sigma.as_deref(),
-            lod: self.lod.as_deref(),
-            targets: self.targets.as_deref(),
-        }
-    }
-}
-
 impl RawSession for SessionImpl {
     fn run(&self, kind: RStr<'_>, params_json: RStr<'_>) -> RResult<RString, AbiError> {
         self.guard_json("run", |s| s.run(kind.as_str(), parse("parameters", params_json)?))
@@ -360,8 +298,9 @@ impl RawSession for SessionImpl {
     fn embed(&self, tokens: TensorView<'_>, mut out: TensorViewMut<'_>) -> RResult<(), AbiError> {
         self.guard("embed", |s| {
             check_disjoint(&[("out", out.memory())], &[("tokens", tokens.memory())])?;
-            let tokens = tokens.read::<u32>("tokens", &[None])?;
-            out.fill("out", &[Some(tokens.len()), None], |values| s.embed(&tokens, values))
+            let tokens = tensors::read::<u32>(s.device(), &tokens, "tokens", &[None])?;
+            let dims = [Some(tokens.len()), None];
+            tensors::fill(s.device(), &mut out, "out", &dims, |values| s.embed(&tokens, values))
         })
     }
 
@@ -377,27 +316,31 @@ impl RawSession for SessionImpl {
                 &[("out_cos", out_cos.memory()), ("out_sin", out_sin.memory())],
                 &[("mu", mu.memory()), ("sigma", sigma.memory())],
             )?;
-            let mu = mu.read::<f64>("mu", &[None])?;
-            let sigma = sigma.read::<f64>("sigma", &[None])?;
+            let mu = tensors::read::<f64>(s.device(), &mu, "mu", &[None])?;
+            let sigma = tensors::read::<f64>(s.device(), &sigma, "sigma", &[None])?;
             let sigma = (!sigma.is_empty()).then_some(&*sigma);
             let dims = [Some(mu.len()), None];
-            out_cos.fill("out_cos", &dims, |cos| {
-                out_sin.fill("out_sin", &dims, |sin| s.rope_tables(&mu, sigma, cos, sin))
+            tensors::fill(s.device(), &mut out_cos, "out_cos", &dims, |cos| {
+                tensors::fill(s.device(), &mut out_sin, "out_sin", &dims, |sin| {
+                    s.rope_tables(&mu, sigma, cos, sin)
+                })
             })
         })
     }
 
     fn logits(&self, context: ContextView<'_>, mut out: TensorViewMut<'_>) -> RResult<(), AbiError> {
         self.guard("logits", |s| {
-            let context = OwnedContext::read(&context, &out)?;
-            out.fill("out", &[Some(context.length), None], |values| s.logits(context.context(), values))
+            let context = OwnedContext::read(s.device(), &context, &[("out", out.memory())])?;
+            let dims = [Some(context.length), None];
+            tensors::fill(s.device(), &mut out, "out", &dims, |values| s.logits(context.context(), values))
         })
     }
 
     fn nll(&self, context: ContextView<'_>, mut out: TensorViewMut<'_>) -> RResult<(), AbiError> {
         self.guard("nll", |s| {
-            let context = OwnedContext::read(&context, &out)?;
-            out.fill("out", &[Some(context.length)], |values| s.nll(context.context(), values))
+            let context = OwnedContext::read(s.device(), &context, &[("out", out.memory())])?;
+            let dims = [Some(context.length)];
+            tensors::fill(s.device(), &mut out, "out", &dims, |values| s.nll(context.context(), values))
         })
     }
 
@@ -405,7 +348,9 @@ impl RawSession for SessionImpl {
         self.guard("lora_delta", |s| {
             // A matrix of the right size the wrong way round must not pass; no such factor is the session's error.
             let rows = s.parameter(&format!("{module}.lora_B.weight")).ok().map(|(shape, _)| shape[0]);
-            out.fill("out", &[rows, None], |values| s.lora_delta(module.as_str(), values))
+            tensors::fill(s.device(), &mut out, "out", &[rows, None], |values| {
+                s.lora_delta(module.as_str(), values)
+            })
         })
     }
 
@@ -475,12 +420,12 @@ impl RawSession for SessionImpl {
     ) -> RResult<(), AbiError> {
         self.guard("context_tables", |s| {
             let outs = [("out_cos", out_cos.memory()), ("out_sin", out_sin.memory())];
-            check_disjoint(&outs, &[])?;
-            OwnedContext::read(&context, &out_sin)?;
-            let context = OwnedContext::read(&context, &out_cos)?;
+            let context = OwnedContext::read(s.device(), &context, &outs)?;
             let dims = [Some(context.length), None];
-            out_cos.fill("out_cos", &dims, |cos| {
-                out_sin.fill("out_sin", &dims, |sin| s.context_tables(context.context(), cos, sin))
+            tensors::fill(s.device(), &mut out_cos, "out_cos", &dims, |cos| {
+                tensors::fill(s.device(), &mut out_sin, "out_sin", &dims, |sin| {
+                    s.context_tables(context.context(), cos, sin)
+                })
             })
         })
     }
@@ -510,13 +455,16 @@ impl RawSession for SessionImpl {
     }
 
     fn tree_append(&self, tokens: TensorView<'_>) -> RResult<RString, AbiError> {
-        self.guard_json("tree_append", |s| s.tree_append(&tokens.read::<u32>("tokens", &[None])?))
+        self.guard_json("tree_append", |s| {
+            s.tree_append(&tensors::read::<u32>(s.device(), &tokens, "tokens", &[None])?)
+        })
     }
 
     fn tree_gists(&self, lod: u32, first: u64, mut out: TensorViewMut<'_>) -> RResult<(), AbiError> {
         self.guard("tree_gists", |s| {
             let width = s.tree_sizes("tree_gists")?.1;
-            out.fill("out", &[None, Some(width)], |values| s.tree_gists(lod, first, values))
+            let dims = [None, Some(width)];
+            tensors::fill(s.device(), &mut out, "out", &dims, |values| s.tree_gists(lod, first, values))
         })
     }
 
@@ -524,9 +472,10 @@ impl RawSession for SessionImpl {
         self.guard("gists", |s| {
             check_disjoint(&[("out", out.memory())], &[("entries", entries.memory())])?;
             let (block, width) = s.tree_sizes("gists")?;
-            let values = entries.read::<f32>("entries", &[None, Some(block), Some(width)])?;
+            let dims = [None, Some(block), Some(width)];
+            let values = tensors::read::<f32>(s.device(), &entries, "entries", &dims)?;
             let dims = [Some(entries.shape()[0]), Some(width)];
-            out.fill("out", &dims, |gists| s.gists(&values, lod, gists))
+            tensors::fill(s.device(), &mut out, "out", &dims, |gists| s.gists(&values, lod, gists))
         })
     }
 
@@ -547,16 +496,16 @@ impl RawSession for SessionImpl {
         self.guard("focus_scores", |s| {
             let inputs = [("start", start.memory()), ("lod", lod.memory())];
             check_disjoint(&[("out", out.memory())], &inputs)?;
-            let start = start.read::<i64>("start", &[None])?;
+            let start = tensors::read::<i64>(s.device(), &start, "start", &[None])?;
             let dims = [Some(start.len())];
-            let lod = lod.read::<u32>("lod", &dims)?;
-            out.fill("out", &dims, |scores| s.focus_scores(&start, &lod, scores))
+            let lod = tensors::read::<u32>(s.device(), &lod, "lod", &dims)?;
+            tensors::fill(s.device(), &mut out, "out", &dims, |scores| s.focus_scores(&start, &lod, scores))
         })
     }
 
     fn refocus(&self, params_json: RStr<'_>, scores: TensorView<'_>) -> RResult<RString, AbiError> {
         self.guard_json("refocus", |s| {
-            let scores = scores.read::<f32>("scores", &[None])?;
+            let scores = tensors::read::<f32>(s.device(), &scores, "scores", &[None])?;
             s.refocus(parse("parameters", params_json)?, (!scores.is_empty()).then_some(&*scores))
         })
     }

@@ -21,7 +21,7 @@ use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use candle_core::{Device, Tensor};
 use megacontext_base::decoder::{Decoder, Forward, stored_narrow};
-use megacontext_base::device::DeviceChoice;
+use megacontext_base::device::{self, DeviceChoice};
 use megacontext_base::gradients::{Gradients, Optimizer};
 use megacontext_base::params::{Group, Shared};
 use megacontext_base::rope::{
@@ -166,6 +166,8 @@ struct Before {
 /// An open session.
 pub struct Session {
     host: Arc<dyn HostApi>,
+    /// What passes run on; the processor without a base.
+    device: device::Device,
     loaded: Option<RwLock<Loaded>>,
     /// A phase is being entered or left.
     changing: AtomicBool,
@@ -209,7 +211,7 @@ impl Session {
                     config.device
                 )));
             }
-            return Ok(Self::over(host, None));
+            return Ok(Self::over(host, device::Device::Cpu, None));
         };
         let mut model = ModelDir::open(&dir)?;
         if let Some(positions) = config.positions {
@@ -242,11 +244,16 @@ impl Session {
             adapters: BTreeMap::new(),
             lent: Arc::default(),
         };
-        Ok(Self::over(host, Some(RwLock::new(loaded))))
+        Ok(Self::over(host, on.device().clone(), Some(RwLock::new(loaded))))
     }
 
-    fn over(host: Arc<dyn HostApi>, loaded: Option<RwLock<Loaded>>) -> Self {
-        Self { host, loaded, changing: AtomicBool::new(false), history: RwLock::new(None) }
+    fn over(host: Arc<dyn HostApi>, device: device::Device, loaded: Option<RwLock<Loaded>>) -> Self {
+        Self { host, device, loaded, changing: AtomicBool::new(false), history: RwLock::new(None) }
+    }
+
+    /// What the model's passes run on, as long as the session lives; the processor without a base.
+    pub fn device(&self) -> &device::Device {
+        &self.device
     }
 
     fn lock(&self) -> Result<&RwLock<Loaded>> {

@@ -3,6 +3,8 @@
 //! The GPU is the emulated one of `kernels/cu/emulate`, in a process that knows nothing of emulation: the loader finds its driver,
 //! compiler and cuBLASLt under their names. It needs a C++ compiler and is skipped with a line where there is none.
 //!
+//! The plugin too, in a host that has its tensors on the GPU (`tensors`): the same bytes as from the host's own.
+//!
 //! Bounds: losses and perplexities of f32 1e-3, tensors of adapters 1e-3 of their greatest value; a cycle, in which what was learned
 //! decides what is learned next, 1e-2 of each value.
 
@@ -23,7 +25,11 @@ mod cycle;
 mod extending;
 #[path = "gpu/generating.rs"]
 mod generating;
+#[path = "gpu/host.rs"]
+mod host;
 #[path = "gpu/networks.rs"]
 mod networks;
 #[path = "gpu/support.rs"]
 mod support;
+#[path = "gpu/tensors.rs"]
+mod tensors;

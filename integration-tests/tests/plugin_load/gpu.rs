@@ -1,8 +1,9 @@
-//! Tensors of a GPU's memory, which this plugin refuses.
+//! Tensors of a GPU's memory, which a session on the processor refuses. Those of a session's own GPU are the test `gpu`'s of
+//! `megacontext-lora`.
 
 use megacontext_lora_abi::{ContextView, DType, EntriesView, ErrorKind, Stream, TensorView, TensorViewMut};
 
-use super::open;
+use super::open_on;
 
 /// A view of a GPU's memory that nobody has.
 pub fn on_gpu<'a>(dtype: DType, shape: &[usize], strides: &[isize]) -> TensorView<'a> {
@@ -12,7 +13,7 @@ pub fn on_gpu<'a>(dtype: DType, shape: &[usize], strides: &[isize]) -> TensorVie
 
 #[test]
 fn a_gpus_tensors_are_refused_before_anything_is_changed() {
-    let (_folder, session) = open("llama/tied_f32");
+    let (_folder, session) = open_on("cpu", "llama/tied_f32");
     let ids = [1u32, 5, 9];
     let width = session.describe().unwrap()["hidden_size"].as_u64().unwrap() as usize;
     let (mut embedded, mut losses) = (vec![7f32; 3 * width], [7f32; 3]);

@@ -11,17 +11,23 @@
 // - A module is the text `emulated device: NAME` with a zero behind; it has the kernels of NAME.cu and no others. Anything
 //   else is no image.
 // - Calls before cuInit, or without a current context where one is needed, are refused.
-// Everything is done when a call returns. One launch at a time.
+// - Streams and events are the null stream, the legacy default one (1), the thread's default one (2, one for all threads here), or
+//   handles that were made and not destroyed; an event is recorded on a stream of its own context alone.
+// - Of an address it says whose memory it is: a device's, the host's if it was allocated here, nobody's.
+// Everything is done when a call returns. One launch at a time. Beside that, copies within device memory on a stream that was
+// called late (emulated_late) are held back until somebody waits for them: a caller that does not sees the memory as it was.
 //
 // The environment sets what is there: EMULATED_DEVICES (1), EMULATED_CAPABILITY (80), EMULATED_VERSION (12000),
 // EMULATED_SHARED (166912). EMULATED_LAUNCHES names a file that the number of launches is written to as the process ends.
 #include <algorithm>
 #include <atomic>
 #include <chrono>
+#include <functional>
 #include <map>
 #include <mutex>
 #include <string>
 #include <utility>
+#include <vector>
 
 #include "kernels.h"
 
@@ -46,9 +52,32 @@ enum Result : int {
     LAUNCH_OUT_OF_RESOURCES = 701,
 };
 
+// As cuda.h numbers them.
+enum Memory : unsigned { NOBODYS = 0, HOSTS = 1, DEVICES = 2 };
+
 struct Allocation {
     emulated::Guarded<unsigned char> bytes;
     size_t size;
+    Memory kind;
+    int device;
+};
+
+struct Stream {
+    // None for the default ones, which are of the context that is current.
+    void* context = nullptr;
+    bool late = false;
+    // What is held back, and how much was ever, and how much of it is done.
+    std::vector<std::function<void()>> held;
+    size_t queued = 0, done = 0;
+};
+
+struct Event {
+    void* context = nullptr;
+    std::chrono::steady_clock::time_point at{};
+    bool recorded = false;
+    // Where it was recorded, after how many copies that were held back.
+    void* stream = nullptr;
+    size_t queued = 0;
 };
 
 struct State {
@@ -56,6 +85,9 @@ struct State {
     bool started = false;
     // By address.
     std::map<uint64_t, Allocation> memory;
+    // By handle.
+    std::map<void*, Stream> streams;
+    std::map<void*, Event> events;
     size_t made = 0, launches = 0, contexts = 0;
     // Bytes that live, and the most that did since somebody asked.
     size_t bytes = 0, most = 0;
@@ -90,22 +122,58 @@ Result ready() {
     return current ? SUCCESS : INVALID_CONTEXT;
 }
 
-// Whether bytes lie in one live allocation; the state is locked.
-bool lies(uint64_t address, size_t size) {
+// The allocation that bytes lie in, if it is one and lives; the state is locked.
+const Allocation* around(uint64_t address, size_t size) {
     auto after = state().memory.upper_bound(address);
-    if (after == state().memory.begin()) return false;
+    if (after == state().memory.begin()) return nullptr;
     const auto& [from, allocation] = *--after;
-    return address - from <= allocation.size && size <= allocation.size - (address - from);
+    const bool inside = address - from <= allocation.size && size <= allocation.size - (address - from);
+    return inside ? &allocation : nullptr;
+}
+bool lies(uint64_t address, size_t size) { return around(address, size); }
+
+// A stream by its handle; none for what is no stream. The state is locked, here and below.
+Stream* stream_of(void* handle) {
+    void* const legacy = reinterpret_cast<void*>(1);
+    void* const per_thread = reinterpret_cast<void*>(2);
+    if (!handle) handle = legacy;
+    if (handle == legacy || handle == per_thread) return &state().streams[handle];
+    const auto found = state().streams.find(handle);
+    return found == state().streams.end() ? nullptr : &found->second;
+}
+Event* event_of(void* handle) {
+    const auto found = state().events.find(handle);
+    return found == state().events.end() ? nullptr : &found->second;
 }
 
-Result allocate(uint64_t* address, size_t size) {
+// Does what was held back on a stream, up to so many copies of all that ever were.
+void finish(Stream& stream, size_t upto) {
+    for (; stream.done < upto; ++stream.done) stream.held[stream.done]();
+}
+// Somebody waits for an event: it is over when what was queued before it is.
+void finish(const Event& event) {
+    Stream* const stream = event.recorded ? stream_of(event.stream) : nullptr;
+    if (stream) finish(*stream, event.queued);
+}
+
+// Before work on a stream: what was queued there comes first.
+Result on(void* handle) {
+    if (const Result result = ready()) return result;
+    Stream* const stream = stream_of(handle);
+    if (!stream) return INVALID_HANDLE;
+    finish(*stream, stream->queued);
+    return SUCCESS;
+}
+
+Result allocate(uint64_t* address, size_t size, Memory kind = DEVICES) {
     std::lock_guard<std::mutex> guard(state().lock);
     if (const Result result = ready()) return result;
     if (!address || !size) return INVALID_VALUE;
     if (size > size_t(1) << 34) return OUT_OF_MEMORY;
     // Addresses are multiples of 16 at least, so that the last bytes of a page may be left over.
     const bool at_end = state().made++ % 2;
-    Allocation allocation{emulated::Guarded<unsigned char>((size + 15) / 16 * 16, at_end), size};
+    const int device = int(static_cast<char*>(current) - context_handles);
+    Allocation allocation{emulated::Guarded<unsigned char>((size + 15) / 16 * 16, at_end), size, kind, device};
     *address = uint64_t(allocation.bytes.data());
     state().memory.emplace(*address, std::move(allocation));
     state().bytes += size;
@@ -127,16 +195,10 @@ Result release(uint64_t address) {
 }
 
 Result copy(bool good, void* to, const void* from, size_t size) {
-    if (const Result result = ready()) return result;
     if (!good) return INVALID_VALUE;
     if (size) std::memcpy(to, from, size);
     return SUCCESS;
 }
-
-struct Event {
-    std::chrono::steady_clock::time_point at;
-    bool recorded = false;
-};
 
 }  // namespace
 
@@ -159,6 +221,20 @@ API size_t emulated_bytes() {
 API size_t emulated_launches() {
     std::lock_guard<std::mutex> guard(state().lock);
     return state().launches;
+}
+// Whether from now on copies within device memory on this stream are held back until somebody waits for them.
+API Result emulated_late(void* handle, int late) {
+    std::lock_guard<std::mutex> guard(state().lock);
+    Stream* const stream = stream_of(handle);
+    if (!stream) return INVALID_HANDLE;
+    stream->late = late;
+    return SUCCESS;
+}
+// Copies that are still held back there.
+API size_t emulated_held(void* handle) {
+    std::lock_guard<std::mutex> guard(state().lock);
+    const Stream* const stream = stream_of(handle);
+    return stream ? stream->queued - stream->done : 0;
 }
 
 API Result cuInit(unsigned flags) {
@@ -247,7 +323,13 @@ API Result cuCtxSetCurrent(void* context) {
     current = context;
     return SUCCESS;
 }
-API Result cuCtxSynchronize() { return ready(); }
+API Result cuCtxSynchronize() {
+    std::lock_guard<std::mutex> guard(state().lock);
+    if (const Result result = ready()) return result;
+    for (auto& [handle, stream] : state().streams)
+        if (!stream.context || stream.context == current) finish(stream, stream.queued);
+    return SUCCESS;
+}
 API Result cuMemGetInfo_v2(size_t* free, size_t* total) {
     std::lock_guard<std::mutex> guard(state().lock);
     if (const Result result = ready()) return result;
@@ -290,34 +372,71 @@ API Result cuMemPoolSetAttribute(void* pool, int attribute, void* value) {
 }
 
 API Result cuStreamCreate(void** stream, unsigned) {
+    std::lock_guard<std::mutex> guard(state().lock);
+    if (const Result result = ready()) return result;
     *stream = new char;
-    return ready();
-}
-API Result cuStreamDestroy_v2(void* stream) {
-    delete static_cast<char*>(stream);
+    state().streams[*stream].context = current;
     return SUCCESS;
 }
-API Result cuStreamSynchronize(void*) { return ready(); }
-API Result cuStreamWaitEvent(void*, void* event, unsigned) { return event ? SUCCESS : INVALID_HANDLE; }
+API Result cuStreamDestroy_v2(void* handle) {
+    std::lock_guard<std::mutex> guard(state().lock);
+    const auto found = state().streams.find(handle);
+    if (found == state().streams.end() || !found->second.context) return INVALID_HANDLE;
+    finish(found->second, found->second.queued);
+    state().streams.erase(found);
+    delete static_cast<char*>(handle);
+    return SUCCESS;
+}
+API Result cuStreamSynchronize(void* handle) {
+    std::lock_guard<std::mutex> guard(state().lock);
+    return on(handle);
+}
+API Result cuStreamWaitEvent(void* handle, void* event, unsigned) {
+    std::lock_guard<std::mutex> guard(state().lock);
+    if (const Result result = ready()) return result;
+    const Event* const found = event_of(event);
+    if (!stream_of(handle) || !found) return INVALID_HANDLE;
+    finish(*found);
+    return SUCCESS;
+}
 API Result cuEventCreate(void** event, unsigned) {
-    *event = new Event;
-    return ready();
-}
-API Result cuEventRecord(void* event, void*) {
-    if (!event) return INVALID_HANDLE;
-    *static_cast<Event*>(event) = Event{std::chrono::steady_clock::now(), true};
+    std::lock_guard<std::mutex> guard(state().lock);
+    if (const Result result = ready()) return result;
+    *event = new char;
+    state().events[*event].context = current;
     return SUCCESS;
 }
-API Result cuEventSynchronize(void* event) { return event ? SUCCESS : INVALID_HANDLE; }
-API Result cuEventQuery(void* event) { return event ? SUCCESS : INVALID_HANDLE; }
+API Result cuEventRecord(void* event, void* handle) {
+    std::lock_guard<std::mutex> guard(state().lock);
+    if (const Result result = ready()) return result;
+    Event* const found = event_of(event);
+    const Stream* const stream = stream_of(handle);
+    if (!found || !stream || found->context != (stream->context ? stream->context : current)) return INVALID_HANDLE;
+    found->at = std::chrono::steady_clock::now();
+    found->recorded = true;
+    found->stream = handle;
+    found->queued = stream->queued;
+    return SUCCESS;
+}
+API Result cuEventSynchronize(void* event) {
+    std::lock_guard<std::mutex> guard(state().lock);
+    const Event* const found = event_of(event);
+    if (!found) return INVALID_HANDLE;
+    finish(*found);
+    return SUCCESS;
+}
+API Result cuEventQuery(void* event) { return cuEventSynchronize(event); }
 API Result cuEventElapsedTime(float* milliseconds, void* start, void* end) {
-    const auto *from = static_cast<Event*>(start), *to = static_cast<Event*>(end);
+    std::lock_guard<std::mutex> guard(state().lock);
+    const Event *from = event_of(start), *to = event_of(end);
     if (!from || !to || !from->recorded || !to->recorded) return INVALID_HANDLE;
     *milliseconds = std::chrono::duration<float, std::milli>(to->at - from->at).count();
     return SUCCESS;
 }
 API Result cuEventDestroy_v2(void* event) {
-    delete static_cast<Event*>(event);
+    std::lock_guard<std::mutex> guard(state().lock);
+    if (!state().events.erase(event)) return INVALID_HANDLE;
+    delete static_cast<char*>(event);
     return SUCCESS;
 }
 
@@ -328,21 +447,58 @@ API Result cuMemFree_v2(uint64_t address) { return release(address); }
 API Result cuMemFreeAsync(uint64_t address, void* stream) {
     return stream || current ? release(address) : INVALID_CONTEXT;
 }
-API Result cuMemcpyHtoDAsync_v2(uint64_t to, const void* from, size_t size, void*) {
+// The host's own, which a device may reach.
+API Result cuMemHostAlloc(void** address, size_t size, unsigned) {
+    return allocate(reinterpret_cast<uint64_t*>(address), size, HOSTS);
+}
+API Result cuMemFreeHost(void* address) { return release(uint64_t(address)); }
+// What nobody allocated gives zeros, as the real one does.
+API Result cuPointerGetAttributes(unsigned count, int* attributes, void** data, uint64_t address) {
     std::lock_guard<std::mutex> guard(state().lock);
+    if (!state().started) return NOT_INITIALIZED;
+    const Allocation* const allocation = around(address, 1);
+    for (unsigned i = 0; i < count; ++i) {
+        switch (attributes[i]) {
+            case 2: *static_cast<unsigned*>(data[i]) = allocation ? allocation->kind : NOBODYS; break;
+            // Managed: there is no such memory here. It is a boolean, of one byte at least.
+            case 8: *static_cast<unsigned char*>(data[i]) = 0; break;
+            case 9: *static_cast<int*>(data[i]) = allocation ? allocation->device : -2; break;
+            default: return INVALID_VALUE;
+        }
+    }
+    return SUCCESS;
+}
+API Result cuMemcpyHtoDAsync_v2(uint64_t to, const void* from, size_t size, void* stream) {
+    std::lock_guard<std::mutex> guard(state().lock);
+    if (const Result result = on(stream)) return result;
     return copy(lies(to, size), reinterpret_cast<void*>(to), from, size);
 }
-API Result cuMemcpyDtoHAsync_v2(void* to, uint64_t from, size_t size, void*) {
+API Result cuMemcpyDtoHAsync_v2(void* to, uint64_t from, size_t size, void* stream) {
     std::lock_guard<std::mutex> guard(state().lock);
+    if (const Result result = on(stream)) return result;
     return copy(lies(from, size), to, reinterpret_cast<void*>(from), size);
 }
-API Result cuMemcpyDtoDAsync_v2(uint64_t to, uint64_t from, size_t size, void*) {
-    std::lock_guard<std::mutex> guard(state().lock);
-    return copy(lies(to, size) && lies(from, size), reinterpret_cast<void*>(to), reinterpret_cast<void*>(from), size);
-}
-API Result cuMemsetD8Async(uint64_t to, unsigned char value, size_t size, void*) {
+API Result cuMemcpyDtoDAsync_v2(uint64_t to, uint64_t from, size_t size, void* handle) {
     std::lock_guard<std::mutex> guard(state().lock);
     if (const Result result = ready()) return result;
+    Stream* const stream = stream_of(handle);
+    if (!stream) return INVALID_HANDLE;
+    if (!lies(to, size) || !lies(from, size)) return INVALID_VALUE;
+    const auto now = [=] {
+        if (!lies(to, size) || !lies(from, size)) emulated::fail("memory was freed before a copy of it was done");
+        if (size) std::memcpy(reinterpret_cast<void*>(to), reinterpret_cast<void*>(from), size);
+    };
+    if (stream->late) {
+        stream->held.push_back(now);
+        ++stream->queued;
+    } else {
+        now();
+    }
+    return SUCCESS;
+}
+API Result cuMemsetD8Async(uint64_t to, unsigned char value, size_t size, void* stream) {
+    std::lock_guard<std::mutex> guard(state().lock);
+    if (const Result result = on(stream)) return result;
     if (!lies(to, size)) return INVALID_VALUE;
     std::memset(reinterpret_cast<void*>(to), value, size);
     return SUCCESS;
@@ -380,9 +536,9 @@ API Result cuFuncSetAttribute(void* function, int attribute, int value) {
     return SUCCESS;
 }
 API Result cuLaunchKernel(void* function, unsigned grid_x, unsigned grid_y, unsigned grid_z, unsigned x, unsigned y, unsigned z,
-                          unsigned shared, void*, void** params, void** extra) {
+                          unsigned shared, void* stream, void** params, void** extra) {
     std::lock_guard<std::mutex> guard(state().lock);
-    if (const Result result = ready()) return result;
+    if (const Result result = on(stream)) return result;
     const Kernel& kernel = *static_cast<const Kernel*>(function);
     if (!grid_x || !grid_y || !grid_z || grid_x > 0x7fffffff || grid_y > 65535 || grid_z > 65535) return INVALID_VALUE;
     const uint64_t threads = uint64_t(x) * y * z;

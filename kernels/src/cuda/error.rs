@@ -47,6 +47,24 @@ pub enum CudaError {
     /// Memory for no values.
     #[error("CUDA: expected memory for at least one value, got none")]
     Empty,
+    /// Memory that is not this device's.
+    #[error("expected memory of cuda:{ordinal}, got {got}")]
+    Foreign {
+        /// The device's number.
+        ordinal: usize,
+        /// Whose memory it is.
+        got: String,
+    },
+    /// A stream that is none of this device's.
+    #[error("expected a stream of cuda:{ordinal}, got {stream:#x}: {}", said(.error))]
+    Stream {
+        /// The device's number.
+        ordinal: usize,
+        /// The stream's number.
+        stream: usize,
+        /// What the driver says.
+        error: DriverError,
+    },
     /// A call of the driver failed.
     #[error("CUDA: {call}: {}", said(.error))]
     Call {

@@ -22,6 +22,8 @@
 //! memory is not looked at: numbers that index memory are taken from host slices and checked there ([`loss::Targets`],
 //! [`adamw::TouchedRows`], token ids, row lengths and segments).
 //!
+//! Memory that others own on the device is read and written as [`Foreign`], behind a stream of theirs; launches do not take it.
+//!
 //! Shapes and units are those of the CPU's operations. Storage is f32, bf16 or f16 ([`Stored`]), sums are f32. The same
 //! inputs give the same bytes where the kernels are this crate's; of cuBLASLt's products that is not known.
 //!
@@ -41,6 +43,7 @@ mod device;
 mod driver;
 pub mod embedding;
 mod error;
+mod foreign;
 pub mod image;
 #[doc(hidden)]
 pub mod inside;
@@ -59,6 +62,7 @@ mod stored;
 pub use device::{Capability, Device};
 pub use driver::{DeviceInfo, probe};
 pub use error::CudaError;
+pub use foreign::Foreign;
 pub use stored::{Kind, Stored};
 
 pub use cudarc;

@@ -16,7 +16,7 @@ use crate::support::{child, driver, emulated_image, preload, probed};
 const LIBRARY: &str = "CUDA_DEVICE_LIBRARY";
 
 /// Loads the library that the environment names, before anything asks for a driver.
-fn load() -> Result<Option<libloading::os::unix::Library>> {
+pub fn load() -> Result<Option<libloading::os::unix::Library>> {
     std::env::var_os(LIBRARY).map(|path| preload(Path::new(&path))).transpose()
 }
 
@@ -74,7 +74,7 @@ fn opens() -> Result<()> {
 }
 
 /// Lines of a child on the emulated driver in this environment; none where there is a GPU or no compiler.
-fn emulated(test: &str, environment: &[(&str, &str)]) -> Result<Option<String>> {
+pub fn emulated(test: &str, environment: &[(&str, &str)]) -> Result<Option<String>> {
     if !probed()?.contains("no driver") {
         println!("skipped: there is a driver on this machine");
         return Ok(None);

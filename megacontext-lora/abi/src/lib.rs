@@ -34,7 +34,7 @@
 //! Errors: loading fails with [`LoadError`], everything after that with [`AbiError`].
 //!
 //! Views and owned tensors can lie on a GPU ([`TensorView::from_cuda`], [`OwnedTensor::of_cuda_owner`]) with an explicit stream;
-//! the plugin takes the CPU's alone so far, and refuses others before anything is changed.
+//! the plugin takes views of the CPU and of the GPU that a session's passes run on, and refuses others before anything is changed.
 
 pub mod context;
 pub mod dlpack;

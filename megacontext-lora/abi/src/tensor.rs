@@ -15,16 +15,22 @@
 //! are never negative. Values are in native byte order.
 //!
 //! Sources: for streams the CUDA Array Interface, version 3 (`stream`), whose numbers DLPack's `__dlpack__(stream)` shares.
-//! Left out: other devices than these two, and copies between them. The plugin takes the CPU's views alone so far.
+//! Left out: other devices than these two, and copies between them: a receiver makes them by [`TensorView::runs`]. The plugin takes
+//! the CPU's views, and those of the GPU that a session's passes run on.
 
 use abi_stable::StableAbi;
 use std::borrow::Cow;
 use std::ffi::c_void;
 use std::marker::PhantomData;
 
+use layout::{Layout, text};
+
+pub use layout::Runs;
+pub(crate) use layout::contiguous_strides;
 pub use memory::{Memory, Stream};
 
 pub mod hostile;
+mod layout;
 mod memory;
 
 /// Most dimensions that a view can have.
@@ -176,239 +182,6 @@ pub enum TensorError {
     Length { what: String, shape: String, expected: String, got: usize },
 }
 
-/// Shape, strides and place: what both views have in common. Fixed size, so nothing in it needs freeing.
-#[repr(C)]
-#[derive(StableAbi, Debug, Clone, Copy)]
-struct Layout {
-    data: *const c_void,
-    dtype: DType,
-    device: Device,
-    /// A [`Stream`]'s number; 0 where nothing has to be waited for.
-    stream: usize,
-    rank: usize,
-    shape: [usize; MAX_RANK],
-    strides: [isize; MAX_RANK],
-}
-
-fn text<T: std::fmt::Display>(values: &[T]) -> String {
-    let parts: Vec<_> = values.iter().map(ToString::to_string).collect();
-    format!("[{}]", parts.join(", "))
-}
-
-impl Layout {
-    fn new(data: *const c_void, dtype: DType, device: Device, shape: &[usize], strides: &[isize]) -> Self {
-        // A rank beyond MAX_RANK is kept as it is, for `check` on the other side to refuse.
-        let mut layout = Self {
-            data,
-            dtype,
-            device,
-            stream: 0,
-            rank: shape.len(),
-            shape: [0; MAX_RANK],
-            strides: [0; MAX_RANK],
-        };
-        for (to, from) in layout.shape.iter_mut().zip(shape) {
-            *to = *from;
-        }
-        for (to, from) in layout.strides.iter_mut().zip(strides) {
-            *to = *from;
-        }
-        layout
-    }
-
-    /// Memory of a GPU, whose address no pointer of the host's follows.
-    fn cuda(
-        address: usize,
-        dtype: DType,
-        id: i32,
-        stream: Option<Stream>,
-        shape: &[usize],
-        strides: &[isize],
-    ) -> Self {
-        let data = std::ptr::without_provenance(address);
-        let device = Device { kind: DeviceKind::Cuda, id };
-        Self { stream: stream.map_or(0, Stream::number), ..Self::new(data, dtype, device, shape, strides) }
-    }
-
-    fn stream(&self) -> Option<Stream> {
-        Stream::new(self.stream)
-    }
-
-    fn contiguous<T: Element>(data: *const T, len: usize, shape: &[usize]) -> Result<Self, TensorError> {
-        let what = || "tensor view".to_owned();
-        if shape.len() > MAX_RANK {
-            return Err(TensorError::Rank {
-                what: what(),
-                expected: format!("at most {MAX_RANK}"),
-                got: shape.len(),
-            });
-        }
-        let needed = shape.iter().try_fold(1usize, |n, &d| n.checked_mul(d));
-        if needed != Some(len) {
-            return Err(TensorError::Length {
-                what: what(),
-                shape: text(shape),
-                expected: needed.map_or("more than fit".to_owned(), |n| n.to_string()),
-                got: len,
-            });
-        }
-        let strides = contiguous_strides(shape);
-        Ok(Self::new(data.cast(), T::DTYPE, Device::CPU, shape, &strides[..shape.len()]))
-    }
-
-    fn shape(&self) -> &[usize] {
-        &self.shape[..self.rank.min(MAX_RANK)]
-    }
-
-    fn strides(&self) -> &[isize] {
-        &self.strides[..self.rank.min(MAX_RANK)]
-    }
-
-    /// Number of elements; call after `check`.
-    fn len(&self) -> usize {
-        self.shape().iter().product()
-    }
-
-    /// Bytes from the first element to behind the last one, `None` if that overflows.
-    fn span_bytes(&self) -> Option<usize> {
-        if self.shape().contains(&0) {
-            return Some(0);
-        }
-        let mut last = 0usize;
-        for (&dim, &stride) in self.shape().iter().zip(self.strides()) {
-            last = last.checked_add((dim - 1).checked_mul(usize::try_from(stride).ok()?)?)?;
-        }
-        let bytes = last.checked_add(1)?.checked_mul(self.dtype.size())?;
-        (bytes <= isize::MAX as usize).then_some(bytes)
-    }
-
-    fn check(
-        &self,
-        what: &str,
-        expected: Device,
-        dtype: DType,
-        dims: &[Option<usize>],
-    ) -> Result<(), TensorError> {
-        let what = what.to_owned();
-        if self.rank != dims.len() || self.rank > MAX_RANK {
-            return Err(TensorError::Rank { what, expected: dims.len().to_string(), got: self.rank });
-        }
-        if self.dtype != dtype {
-            return Err(TensorError::DType { what, expected: dtype, got: self.dtype });
-        }
-        if self.device != expected {
-            return Err(TensorError::Device { what, expected, got: self.device });
-        }
-        if let Some(got) = self.stream().filter(|_| self.device.kind != DeviceKind::Cuda) {
-            return Err(TensorError::Stream { what, device: self.device, got });
-        }
-        if dims.iter().zip(self.shape()).any(|(want, got)| want.is_some_and(|w| w != *got)) {
-            let expected: Vec<_> =
-                dims.iter().map(|d| d.map_or("any".to_owned(), |d| d.to_string())).collect();
-            return Err(TensorError::Shape { what, expected: text(&expected), got: text(self.shape()) });
-        }
-        if let Some((dim, &got)) = self.strides().iter().enumerate().find(|(_, s)| **s < 0) {
-            return Err(TensorError::Stride { what, dim, got });
-        }
-        let shape = || text(self.shape());
-        let count = self.shape().iter().try_fold(1usize, |n, &d| n.checked_mul(d));
-        let (Some(count), Some(span)) = (count, self.span_bytes()) else {
-            return Err(TensorError::Overflow { what, shape: shape() });
-        };
-        // A broadcast stride of 0 makes the count larger than the span: the copy must fit as well.
-        if count.checked_mul(dtype.size()).is_none_or(|b| b > isize::MAX as usize) {
-            return Err(TensorError::Overflow { what, shape: shape() });
-        }
-        let address = self.data as usize;
-        if count > 0 && address == 0 {
-            return Err(TensorError::Null { what });
-        }
-        if !address.is_multiple_of(dtype.size()) {
-            return Err(TensorError::Alignment { what, expected: dtype.size(), address });
-        }
-        if address.checked_add(span).is_none() {
-            return Err(TensorError::Overflow { what, shape: shape() });
-        }
-        Ok(())
-    }
-
-    /// Room for a copy of all elements; call after `check`.
-    fn room<T>(&self, what: &str) -> Result<Vec<T>, TensorError> {
-        let (mut values, elements) = (Vec::new(), self.len());
-        match values.try_reserve_exact(elements) {
-            Ok(()) => Ok(values),
-            Err(_) => Err(TensorError::Memory { what: what.to_owned(), shape: text(self.shape()), elements }),
-        }
-    }
-
-    fn is_contiguous(&self) -> bool {
-        let mut expected = 1usize;
-        for (&dim, &stride) in self.shape().iter().zip(self.strides()).rev() {
-            if dim != 1 && usize::try_from(stride) != Ok(expected) {
-                return false;
-            }
-            expected = expected.saturating_mul(dim);
-        }
-        true
-    }
-
-    /// Sorted by stride, every dimension steps over everything that the ones before it reach: no two elements meet.
-    fn is_disjoint(&self) -> bool {
-        let mut dims: Vec<(usize, usize)> = self
-            .shape()
-            .iter()
-            .zip(self.strides())
-            .filter(|(d, _)| **d > 1)
-            .map(|(&d, &s)| (usize::try_from(s).unwrap_or(0), d))
-            .collect();
-        dims.sort_unstable();
-        let mut reach = 0usize;
-        for (stride, dim) in dims {
-            if stride <= reach {
-                return false;
-            }
-            reach = reach.saturating_add(stride.saturating_mul(dim - 1));
-        }
-        true
-    }
-
-    fn memory(&self) -> Memory {
-        let start = self.data as usize;
-        Memory { device: self.device, bytes: start..start.saturating_add(self.span_bytes().unwrap_or(0)) }
-    }
-
-    /// Calls `f` with the offset (in elements) of every element in row-major order; call after `check`.
-    fn for_each_offset(&self, mut f: impl FnMut(usize)) {
-        let (shape, strides) = (self.shape(), self.strides());
-        let mut index = [0usize; MAX_RANK];
-        let mut offset = 0usize;
-        for _ in 0..self.len() {
-            f(offset);
-            for d in (0..shape.len()).rev() {
-                let stride = strides[d] as usize;
-                index[d] += 1;
-                offset += stride;
-                if index[d] < shape[d] {
-                    break;
-                }
-                offset -= stride * shape[d];
-                index[d] = 0;
-            }
-        }
-    }
-}
-
-/// Strides of a row-major tensor, in elements; the entries beyond the rank are 0.
-pub(crate) fn contiguous_strides(shape: &[usize]) -> [isize; MAX_RANK] {
-    let mut strides = [0isize; MAX_RANK];
-    let mut step = 1usize;
-    for d in (0..shape.len().min(MAX_RANK)).rev() {
-        strides[d] = isize::try_from(step).unwrap_or(isize::MAX);
-        step = step.saturating_mul(shape[d]);
-    }
-    strides
-}
-
 /// A tensor that the receiver reads during one call.
 #[repr(C)]
 #[derive(StableAbi, Debug, Clone, Copy)]
@@ -447,7 +220,8 @@ impl<'a> TensorView<'a> {
     ///
     /// # Safety
     /// For `'a`, the memory that shape and strides reach from `address` is that device's, is readable and initialised once the work
-    /// that was queued on `stream` before this call is done, without a stream already now, and is written by no one.
+    /// that was queued on `stream` before this call is done, without a stream already now, and is written by no one; `stream` is a
+    /// stream of the device's primary context.
     pub unsafe fn from_cuda(
         address: usize,
         dtype: DType,
@@ -505,6 +279,18 @@ impl<'a> TensorView<'a> {
         self.layout.check(what, device, dtype, dims)
     }
 
+    /// Checks for who reads on this device, then gives the memory as runs from [`Self::address`] on.
+    pub fn runs(
+        &self,
+        device: Device,
+        what: &str,
+        dtype: DType,
+        dims: &[Option<usize>],
+    ) -> Result<Runs, TensorError> {
+        self.check_on(device, what, dtype, dims)?;
+        Ok(self.layout.runs())
+    }
+
     /// Checks, then the values in row-major order: borrowed if they lie so, else copied.
     pub fn read<T: Element>(&self, what: &str, dims: &[Option<usize>]) -> Result<Cow<'a, [T]>, TensorError> {
         self.check(what, T::DTYPE, dims)?;
@@ -520,7 +306,7 @@ impl<'a> TensorView<'a> {
         }
         let mut values = self.layout.room(what)?;
         // SAFETY: as above, and every offset lies inside the span that `check` found free of overflow.
-        self.layout.for_each_offset(|offset| values.push(unsafe { *data.add(offset) }));
+        values.extend(self.layout.offsets().map(|offset| unsafe { *data.add(offset) }));
         Ok(Cow::Owned(values))
     }
 
@@ -571,7 +357,8 @@ impl<'a> TensorViewMut<'a> {
     ///
     /// # Safety
     /// For `'a`, the memory that shape and strides reach from `address` is that device's, is readable, writable and initialised once the
-    /// work that was queued on `stream` before this call is done, without a stream already now, and is used by no one else.
+    /// work that was queued on `stream` before this call is done, without a stream already now, and is used by no one else; `stream` is
+    /// a stream of the device's primary context.
     pub unsafe fn from_cuda(
         address: usize,
         dtype: DType,
@@ -637,6 +424,18 @@ impl<'a> TensorViewMut<'a> {
         Ok(())
     }
 
+    /// Checks for who writes on this device, then gives the memory as runs from [`Self::address`] on.
+    pub fn runs(
+        &self,
+        device: Device,
+        what: &str,
+        dtype: DType,
+        dims: &[Option<usize>],
+    ) -> Result<Runs, TensorError> {
+        self.check_on(device, what, dtype, dims)?;
+        Ok(self.layout.runs())
+    }
+
     /// Checks, then lets `fill` write the values in row-major order; into the memory itself if it lies so, else into a
     /// buffer that is spread afterwards. On an error of `fill` the contents are whatever it left.
     pub fn fill<T: Element, R, E: From<TensorError>>(
@@ -659,13 +458,10 @@ impl<'a> TensorViewMut<'a> {
         let mut values = self.layout.room(what)?;
         values.resize(len, T::default());
         let result = fill(&mut values)?;
-        let mut values = values.into_iter();
-        self.layout.for_each_offset(|offset| {
-            if let Some(value) = values.next() {
-                // SAFETY: as above, and every offset lies inside the span that `check` found free of overflow.
-                unsafe { *data.add(offset) = value };
-            }
-        });
+        for (offset, value) in self.layout.offsets().zip(values) {
+            // SAFETY: as above, and every offset lies inside the span that `check` found free of overflow.
+            unsafe { *data.add(offset) = value };
+        }
         Ok(result)
     }
 

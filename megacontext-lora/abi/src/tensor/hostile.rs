@@ -93,8 +93,15 @@ pub fn view(bytes: &[u8]) -> Result<(), TensorError> {
             last.and_then(|last| (last + 1).checked_mul(size)).map(|bytes| data as usize as i128 + bytes);
         assert!(empty || end.is_some_and(|end| end <= usize::MAX as i128), "{dims:?} {strides:?}");
     }
-    let checked = if device == Device::CPU { checked } else { refused_on_the_host(&view, checked) };
     let copied = count.filter(|n| (0..=COPIED as i128).contains(n)).map(|n| n as usize);
+    if checked.is_ok() && copied.is_some() {
+        let runs = view.runs(device, "view", dtype, &expected)?;
+        let length = runs.length();
+        assert!(runs.len() == 0 || length > 0);
+        let in_runs = runs.flat_map(|from| from..from + length);
+        assert!(in_runs.eq(places(&dims, &strides)), "{dims:?} {strides:?}");
+    }
+    let checked = if device == Device::CPU { checked } else { refused_on_the_host(&view, checked) };
     let from = (data as usize).wrapping_sub(start as usize) / mem::size_of::<f32>();
     let inside = dtype == DType::F32
         && place % 4 == 3

@@ -55,6 +55,37 @@ fn nothing_is_spread_when_filling_fails() {
 }
 
 #[test]
+fn memory_comes_as_runs_of_neighbours() {
+    let cuda = Device { kind: DeviceKind::Cuda, id: 1 };
+    let runs = |shape: &[usize], strides: &[isize]| {
+        let view = on_gpu(ADDRESS, None, shape, strides);
+        let runs = view.runs(cuda, "x", DType::F32, &vec![None; shape.len()]).unwrap();
+        (runs.length(), runs.len(), runs.collect::<Vec<_>>())
+    };
+    // In one piece; a dimension of one is stepped over by nobody.
+    assert_eq!(runs(&[2, 3], &[3, 1]), (6, 1, vec![0]));
+    assert_eq!(runs(&[2, 1, 3], &[3, 99, 1]), (6, 1, vec![0]));
+    assert_eq!(runs(&[], &[]), (1, 1, vec![0]));
+    // Rows with something behind them, of matrices with something behind them.
+    assert_eq!(runs(&[2, 2, 3], &[20, 4, 1]), (3, 4, vec![0, 4, 20, 24]));
+    assert_eq!(runs(&[2, 2, 3], &[20, 3, 1]), (6, 2, vec![0, 20]));
+    // Values apart, turned round, and one of them again and again.
+    assert_eq!(runs(&[3], &[2]), (1, 3, vec![0, 2, 4]));
+    assert_eq!(runs(&[2, 3], &[1, 2]), (1, 6, vec![0, 2, 4, 1, 3, 5]));
+    assert_eq!(runs(&[3, 2], &[0, 1]), (2, 3, vec![0, 0, 0]));
+    // Nothing, wherever the 0 stands.
+    assert_eq!(runs(&[0, 3], &[3, 1]), (0, 0, vec![]));
+    assert_eq!(runs(&[3, 0], &[1, 1]), (0, 0, vec![]));
+
+    let view = on_gpu(ADDRESS, None, &[2, 3], &[3, 1]);
+    let error = view.runs(Device::CPU, "x", DType::F32, &ANY).unwrap_err();
+    assert_eq!(error.to_string(), "x: expected memory on cpu, got cuda:1");
+    // SAFETY: as in `on_gpu`.
+    let out = unsafe { TensorViewMut::from_cuda(ADDRESS, DType::F32, 1, None, &[2, 3], &[2, 1]) };
+    assert!(matches!(out.runs(cuda, "out", DType::F32, &ANY), Err(TensorError::Overlap { .. })));
+}
+
+#[test]
 fn refuses_another_rank() {
     let error = TensorView::of(&[1f32]).check("mu", DType::F32, &ANY).unwrap_err();
     assert_eq!(error.to_string(), "mu: expected 2 dimensions, got 1");
