@@ -248,6 +248,8 @@ fn a_step_over_lessons_of_both_kinds_follows_the_differences() {
     let gradients: Vec<(String, Vec<f32>)> = first
         .optimizer
         .moments()
+        .unwrap()
+        .into_iter()
         .filter_map(|(name, values)| {
             let name = name.strip_prefix("exp_avg.")?.to_string();
             Some((name, values.iter().map(|v| v / (1.0 - adamw.betas[0]) as f32).collect()))

@@ -236,7 +236,7 @@ impl Session {
             context_length,
             phase: None,
             optimizer: None,
-            gradients: Gradients::new(),
+            gradients: Gradients::staying(),
             steps: 0,
             changed,
             active: adapter.is_some().then(|| adapters::DEFAULT.to_string()),

@@ -324,6 +324,7 @@ impl Decoder {
     /// When the device cannot run this model as it stands; it stays where it was then.
     pub fn set_device(&mut self, device: &Device) -> Result<()> {
         device.check(&self.config)?;
+        self.params.bring_home()?;
         self.place = match device {
             Device::Cpu => Place::Host,
             #[cfg(feature = "cuda")]

@@ -10,6 +10,8 @@
 
 use std::borrow::Cow;
 use std::collections::BTreeMap;
+#[cfg(feature = "cuda")]
+use std::collections::btree_map::Entry;
 
 use candle_core::Tensor;
 use megacontext_kernels::adamw;
@@ -19,6 +21,11 @@ use serde::{Deserialize, Serialize};
 
 use crate::buffers::Buffers;
 use crate::error::{BaseError, Result};
+#[cfg(feature = "cuda")]
+use crate::machine::gpu::{
+    Gpu,
+    optimizer::{Remote, There},
+};
 use crate::params::{Group, ParamStore};
 
 /// Gradients by parameter name, and the memory that the backward pass uses again from step to step.
@@ -26,12 +33,36 @@ use crate::params::{Group, ParamStore};
 pub struct Gradients {
     buffers: BTreeMap<String, Vec<f32>>,
     passes: Buffers,
+    stay: bool,
+    #[cfg(feature = "cuda")]
+    there: Option<There>,
 }
 
 impl Gradients {
     /// No gradients yet.
     pub fn new() -> Self {
         Self::default()
+    }
+
+    /// No gradients yet. Those that a GPU makes stay there, for an [`Optimizer`] that steps there too: [`Gradients::get`] and
+    /// [`Gradients::names`] know those alone that were made here.
+    pub fn staying() -> Self {
+        Self { stay: true, ..Self::default() }
+    }
+
+    #[cfg(feature = "cuda")]
+    pub(crate) fn stay(&self) -> bool {
+        self.stay
+    }
+
+    #[cfg(feature = "cuda")]
+    pub(crate) fn there(&self) -> Option<&There> {
+        self.there.as_ref()
+    }
+
+    #[cfg(feature = "cuda")]
+    pub(crate) fn there_mut(&mut self, gpu: &Gpu) -> &mut There {
+        self.there.get_or_insert_with(|| There::new(gpu))
     }
 
     /// The memory of passes, to be given back with [`Gradients::put_passes`].
@@ -111,7 +142,7 @@ impl Gradients {
             }),
         };
         let arrived: Vec<(String, Option<Tensor>)> =
-            params.trainable().into_iter().map(arrived).collect::<Result<_>>()?;
+            params.leaves().into_iter().map(arrived).collect::<Result<_>>()?;
         for (name, gradient) in arrived {
             let values = gradient.as_ref().map(Values::of).transpose()?;
             let of_both = [values.as_deref(), beside.get(&name)];
@@ -123,12 +154,22 @@ impl Gradients {
     }
 
     /// Global L2 norm.
-    pub fn norm(&self) -> f64 {
-        self.buffers.values().map(|g| adamw::sum_of_squares(g)).sum::<f64>().sqrt()
+    ///
+    /// # Errors
+    /// What a GPU's driver says, where gradients stay there.
+    pub fn norm(&self) -> Result<f64> {
+        let here = self.buffers.values().map(|g| adamw::sum_of_squares(g)).sum::<f64>();
+        #[cfg(feature = "cuda")]
+        let there = self.there.as_ref().map_or(Ok(0.0), There::sum_of_squares)?;
+        #[cfg(not(feature = "cuda"))]
+        let there = 0.0;
+        Ok((here + there).sqrt())
     }
 
-    /// Zeroes every buffer, keeping the memory.
+    /// Zeroes every buffer, keeping the memory; a GPU's is let go.
     pub fn clear(&mut self) {
+        #[cfg(feature = "cuda")]
+        drop(self.there.take());
         for buffer in self.buffers.values_mut() {
             buffer.fill(0.0);
         }
@@ -157,11 +198,52 @@ impl Default for AdamWConfig {
     }
 }
 
-#[derive(Clone)]
+/// Both moments of a parameter, exp_avg and exp_avg_sq, where it is stepped.
+enum Pair {
+    Here([Vec<f32>; 2]),
+    #[cfg(feature = "cuda")]
+    There([Remote; 2]),
+}
+
+impl Pair {
+    /// The values for reading.
+    fn read(&self) -> Result<[Cow<'_, [f32]>; 2]> {
+        match self {
+            Self::Here([m, v]) => Ok([Cow::Borrowed(m), Cow::Borrowed(v)]),
+            #[cfg(feature = "cuda")]
+            Self::There([m, v]) => Ok([Cow::Owned(m.to_host()?), Cow::Owned(v.to_host()?)]),
+        }
+    }
+
+    /// The values to be written here.
+    fn here(&mut self) -> Result<&mut [Vec<f32>; 2]> {
+        #[cfg(feature = "cuda")]
+        if let Self::There([m, v]) = self {
+            *self = Self::Here([m.to_host()?, v.to_host()?]);
+        }
+        match self {
+            Self::Here(pair) => Ok(pair),
+            #[cfg(feature = "cuda")]
+            Self::There(_) => Err(BaseError::Device { message: "expected moments here".to_string() }),
+        }
+    }
+
+    /// The values to be written where a gradient has stayed.
+    #[cfg(feature = "cuda")]
+    fn there(&mut self, there: &There) -> Result<&mut [Remote; 2]> {
+        if let Self::Here([m, v]) = self {
+            *self = Self::There([there.remote(Some(m), m.len())?, there.remote(Some(v), v.len())?]);
+        }
+        match self {
+            Self::There(pair) => Ok(pair),
+            Self::Here(_) => Err(BaseError::Device { message: "expected moments on the GPU".to_string() }),
+        }
+    }
+}
+
 struct Moments {
     step: u64,
-    exp_avg: Vec<f32>,
-    exp_avg_sq: Vec<f32>,
+    pair: Pair,
 }
 
 /// Do weights of this group and name decay? Rows of tokens and of levels are embeddings, and so is a token of a network's
@@ -172,8 +254,7 @@ fn decays(group: Group, name: &str) -> bool {
         && !EMBEDDINGS.iter().any(|end| name.ends_with(end))
 }
 
-/// AdamW over a [`ParamStore`].
-#[derive(Clone)]
+/// AdamW over a [`ParamStore`]. A parameter whose gradient stays on a GPU is stepped there, and its moments go there with it.
 pub struct Optimizer {
     config: AdamWConfig,
     state: BTreeMap<String, Moments>,
@@ -183,6 +264,19 @@ impl Optimizer {
     /// Fresh state.
     pub fn new(config: AdamWConfig) -> Self {
         Self { config, state: BTreeMap::new() }
+    }
+
+    /// The same once more, with moments of its own, which lie here.
+    ///
+    /// # Errors
+    /// What a GPU's driver says, where moments lie there.
+    pub fn copy(&self) -> Result<Self> {
+        let copied = |(name, moments): (&String, &Moments)| {
+            let pair = Pair::Here(moments.pair.read()?.map(Cow::into_owned));
+            Ok((name.clone(), Moments { step: moments.step, pair }))
+        };
+        let state = self.state.iter().map(copied).collect::<Result<_>>()?;
+        Ok(Self { config: self.config.clone(), state })
     }
 
     /// Other settings from the next step on; moments and step counts stay.
@@ -195,23 +289,26 @@ impl Optimizer {
     /// # Errors
     /// When the norm is not finite: then nothing has been changed.
     pub fn step(&mut self, params: &ParamStore, gradients: &Gradients, lr: f64) -> Result<f64> {
-        let norm = gradients.norm();
+        let norm = gradients.norm()?;
         if !norm.is_finite() {
             return Err(BaseError::NonFinite { what: "gradient norm".to_string(), value: norm });
         }
         let clip = self.config.clip;
         let gradient_scale = if clip > 0.0 && norm > clip { clip / norm } else { 1.0 };
-        for (name, parameter) in params.trainable() {
-            let Some(gradient) = gradients.get(&name) else { continue };
+        for (name, parameter) in params.leaves() {
+            #[cfg(feature = "cuda")]
+            let there = gradients.there().filter(|there| there.has(&name));
+            #[cfg(not(feature = "cuda"))]
+            let there: Option<()> = None;
+            let gradient = gradients.get(&name);
+            if gradient.is_none() && there.is_none() {
+                continue;
+            }
             let decays =
                 parameter.rank() > 1 && params.group(&name).is_some_and(|group| decays(group, &name));
             let faster = if name.ends_with(".lora_B.weight") { self.config.lora_plus_lr_ratio } else { 1.0 };
-            let moments = self.state.entry(name.clone()).or_insert_with(|| Moments {
-                step: 0,
-                exp_avg: vec![0.0; gradient.len()],
-                exp_avg_sq: vec![0.0; gradient.len()],
-            });
-            moments.step += 1;
+            let len = parameter.elem_count();
+            let step = self.state.get(&name).map_or(0, |moments| moments.step) + 1;
             let with = adamw::AdamW {
                 lr: lr * faster,
                 beta1: self.config.betas[0],
@@ -219,26 +316,51 @@ impl Optimizer {
                 eps: self.config.eps,
                 weight_decay: if decays { self.config.weight_decay } else { 0.0 },
                 gradient_scale,
-                step: moments.step,
+                step,
             };
-            let stepped =
-                adamw::step(&parameter, gradient, &mut moments.exp_avg, &mut moments.exp_avg_sq, with);
+            #[cfg(feature = "cuda")]
+            if let Some(there) = there {
+                let moments = match self.state.entry(name.clone()) {
+                    Entry::Occupied(moments) => moments.into_mut(),
+                    Entry::Vacant(none) => {
+                        let pair = Pair::There([there.remote(None, len)?, there.remote(None, len)?]);
+                        none.insert(Moments { step: 0, pair })
+                    }
+                };
+                let [m, v] = moments.pair.there(there)?;
+                there.step(params, &name, [m, v], &with)?;
+                moments.step = step;
+                continue;
+            }
+            let Some(gradient) = gradient else { continue };
+            let moments = self
+                .state
+                .entry(name.clone())
+                .or_insert_with(|| Moments { step: 0, pair: Pair::Here([vec![0.0; len], vec![0.0; len]]) });
+            let [m, v] = moments.pair.here()?;
+            params.bring(&name)?;
+            let stepped = adamw::step(&parameter, gradient, m, v, with);
             params.written(&name);
             stepped?;
+            moments.step = step;
         }
         Ok(norm)
     }
 
-    /// Everything a checkpoint needs: `exp_avg.<name>`, `exp_avg_sq.<name>`, `step.<name>`, borrowed.
-    pub fn moments(&self) -> impl Iterator<Item = (String, Cow<'_, [f32]>)> {
-        self.state.iter().flat_map(|(name, m)| {
-            [
-                (format!("exp_avg.{name}"), Cow::Borrowed(&m.exp_avg[..])),
-                (format!("exp_avg_sq.{name}"), Cow::Borrowed(&m.exp_avg_sq[..])),
-                // f32 like the rest of the file: exact up to 16.7 million steps.
-                (format!("step.{name}"), Cow::Owned(vec![m.step as f32])),
-            ]
-        })
+    /// Everything a checkpoint needs: `exp_avg.<name>`, `exp_avg_sq.<name>`, `step.<name>`, borrowed where it lies here.
+    ///
+    /// # Errors
+    /// What a GPU's driver says, where moments lie there.
+    pub fn moments(&self) -> Result<Vec<(String, Cow<'_, [f32]>)>> {
+        let mut all = Vec::with_capacity(3 * self.state.len());
+        for (name, moments) in &self.state {
+            let [m, v] = moments.pair.read()?;
+            all.push((format!("exp_avg.{name}"), m));
+            all.push((format!("exp_avg_sq.{name}"), v));
+            // f32 like the rest of the file: exact up to 16.7 million steps.
+            all.push((format!("step.{name}"), Cow::Owned(vec![moments.step as f32])));
+        }
+        Ok(all)
     }
 
     /// The reverse of [`Optimizer::moments`], checked against the parameters. On an error nothing has changed.
@@ -266,8 +388,7 @@ impl Optimizer {
             let len = shape.iter().product();
             let read = Moments {
                 step: take("step", 1)?[0] as u64,
-                exp_avg: take("exp_avg", len)?,
-                exp_avg_sq: take("exp_avg_sq", len)?,
+                pair: Pair::Here([take("exp_avg", len)?, take("exp_avg_sq", len)?]),
             };
             state.insert(name.clone(), read);
         }

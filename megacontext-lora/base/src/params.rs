@@ -30,6 +30,8 @@ use sha2::{Digest, Sha256};
 use crate::error::{BaseError, Result};
 #[cfg(feature = "cuda")]
 use crate::gradients::Gradients;
+#[cfg(feature = "cuda")]
+use crate::machine::gpu::Gpu;
 use crate::weights::MappedTensor;
 
 /// Which set of parameters a parameter belongs to. It belongs to exactly one.
@@ -77,11 +79,48 @@ struct Param {
     group: Group,
     value: Stored,
     version: Version,
+    #[cfg(feature = "cuda")]
+    away: Away,
 }
 
 impl Param {
     fn new(group: Group, value: Stored) -> Self {
-        Self { group, value, version: Version::new() }
+        Self {
+            group,
+            value,
+            version: Version::new(),
+            #[cfg(feature = "cuda")]
+            away: Away::default(),
+        }
+    }
+
+    /// The value, brought here first where a newer one lies on a GPU.
+    fn here(&self, name: &str) -> Result<&Stored> {
+        #[cfg(feature = "cuda")]
+        self.away.bring(name, &self.value)?;
+        #[cfg(not(feature = "cuda"))]
+        let _ = name;
+        Ok(&self.value)
+    }
+}
+
+/// The GPU on which a parameter has been written since it was written here.
+#[cfg(feature = "cuda")]
+#[derive(Default)]
+struct Away(Mutex<Option<Gpu>>);
+
+#[cfg(feature = "cuda")]
+impl Away {
+    fn lock(&self) -> std::sync::MutexGuard<'_, Option<Gpu>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn bring(&self, name: &str, value: &Stored) -> Result<()> {
+        let mut away = self.lock();
+        let (Some(gpu), Stored::Leaf(leaf)) = (&*away, value) else { return Ok(()) };
+        leaf.set(&Tensor::from_vec(gpu.written(name)?, leaf.dims(), &Device::Cpu)?)?;
+        *away = None;
+        Ok(())
     }
 }
 
@@ -256,6 +295,7 @@ impl ParamStore {
     /// # Errors
     /// When there is none of this name.
     pub fn take(&mut self, name: &str) -> Result<Parameter> {
+        self.params.get(name).ok_or_else(|| unknown(name))?.here(name)?;
         let param = self.params.remove(name).ok_or_else(|| unknown(name))?;
         Ok(Parameter { param, looked: self.looked.get().is_some() })
     }
@@ -290,10 +330,11 @@ impl ParamStore {
     /// When a parameter lies in a file.
     #[cfg(feature = "cuda")]
     pub(crate) fn alias(&self) -> Result<Self> {
-        let alias = |(name, param): (&String, &Param)| match &param.value {
+        let alias = |(name, param): (&String, &Param)| match param.here(name)? {
             Stored::Leaf(leaf) => {
                 let version = Version(AtomicU64::new(param.version.0.load(Ordering::Acquire)));
-                Ok((name.clone(), Param { group: param.group, value: Stored::Leaf(leaf.clone()), version }))
+                let value = Stored::Leaf(leaf.clone());
+                Ok((name.clone(), Param { version, ..Param::new(param.group, value) }))
             }
             Stored::Mapped(_) => {
                 let message = "expected values in memory, got a file's".to_string();
@@ -345,7 +386,7 @@ impl ParamStore {
 
     /// The value of a parameter, outside any graph: its own memory where it has some, a copy where it lies in a file.
     pub fn get(&self, name: &str) -> Option<Tensor> {
-        self.params.get(name).and_then(|p| p.value.tensor().ok())
+        self.params.get(name).and_then(|p| p.here(name).ok()?.tensor().ok())
     }
 
     /// A parameter for a graph that candle tapes: its leaf where its group learns, else a value outside any graph.
@@ -354,7 +395,7 @@ impl ParamStore {
     /// When there is none of this name.
     pub fn taped(&self, name: &str) -> Result<Tensor> {
         let param = self.params.get(name).ok_or_else(|| unknown(name))?;
-        match &param.value {
+        match param.here(name)? {
             Stored::Leaf(leaf) if self.learns(param.group) => Ok(leaf.as_tensor().clone()),
             value => value.tensor(),
         }
@@ -366,7 +407,7 @@ impl ParamStore {
     /// When there is none of this name.
     pub fn values(&self, name: &str) -> Result<Held<'_>> {
         let param = self.params.get(name).ok_or_else(|| unknown(name))?;
-        Held::of(name, &param.value)
+        Held::of(name, param.here(name)?)
     }
 
     /// A parameter's own memory: nothing is copied, and it outlives the store.
@@ -379,7 +420,7 @@ impl ParamStore {
     /// removing it are no writes.
     pub unsafe fn share(&self, name: &str) -> Result<Shared> {
         let param = self.params.get(name).ok_or_else(|| unknown(name))?;
-        let (data, dtype) = match Held::of(name, &param.value)?.weight() {
+        let (data, dtype) = match Held::of(name, param.here(name)?)?.weight() {
             Weight::F32(values) => (values.as_ptr().cast(), DType::F32),
             Weight::Bf16(values) => (values.as_ptr().cast(), DType::BF16),
         };
@@ -404,6 +445,34 @@ impl ParamStore {
         self.params.get(name).map_or(0, |param| param.version.0.load(Ordering::Acquire))
     }
 
+    /// The newest values of a parameter lie on a GPU from here on, until they are asked for here; its version is another.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn written_on(&self, name: &str, gpu: &Gpu) {
+        if let Some(param) = self.params.get(name) {
+            param.version.renew();
+            *param.away.lock() = Some(gpu.clone());
+        }
+    }
+
+    /// Do the newest values of a parameter lie on a GPU?
+    #[cfg(feature = "cuda")]
+    pub(crate) fn is_away(&self, name: &str) -> bool {
+        self.params.get(name).is_some_and(|param| param.away.lock().is_some())
+    }
+
+    /// Brings the newest values of one parameter here, where it is not.
+    pub(crate) fn bring(&self, name: &str) -> Result<()> {
+        self.params.get(name).map_or(Ok(()), |param| param.here(name).map(drop))
+    }
+
+    /// Brings the newest values of all parameters here.
+    ///
+    /// # Errors
+    /// What a GPU's driver says.
+    pub fn bring_home(&self) -> Result<()> {
+        self.params.iter().try_for_each(|(name, param)| param.here(name).map(drop))
+    }
+
     /// Shape of a parameter.
     pub fn shape(&self, name: &str) -> Option<&[usize]> {
         self.params.get(name).map(|p| p.value.shape())
@@ -420,6 +489,8 @@ impl ParamStore {
         }
         match &param.value {
             Stored::Leaf(leaf) => {
+                #[cfg(feature = "cuda")]
+                drop(param.away.lock().take());
                 let written = leaf.set(&value.to_dtype(leaf.dtype())?.contiguous()?);
                 param.version.renew();
                 written?;
@@ -465,8 +536,18 @@ impl ParamStore {
         self.learning.contains(&group)
     }
 
-    /// The parameters that learn, by name, as leaves.
-    pub fn trainable(&self) -> Vec<(String, Tensor)> {
+    /// The parameters that learn, by name, as leaves with their newest values.
+    ///
+    /// # Errors
+    /// When values lie on a GPU and do not come ([`ParamStore::bring_home`]).
+    pub fn trainable(&self) -> Result<Vec<(String, Tensor)>> {
+        let learning = self.params.iter().filter(|(_, param)| self.learns(param.group));
+        learning.into_iter().try_for_each(|(name, param)| param.here(name).map(drop))?;
+        Ok(self.leaves())
+    }
+
+    /// The same, of which newer values may lie on a GPU.
+    pub(crate) fn leaves(&self) -> Vec<(String, Tensor)> {
         self.params
             .iter()
             .filter(|(_, p)| self.learning.contains(&p.group))
@@ -492,7 +573,7 @@ impl ParamStore {
         let mut hash = Sha256::new();
         for (name, param) in self.params.iter().filter(|(_, p)| p.group == group) {
             hash.update(name.as_bytes());
-            match Held::of(name, &param.value)?.weight() {
+            match Held::of(name, param.here(name)?)?.weight() {
                 Weight::F32(values) => values.iter().for_each(|value| hash.update(value.to_le_bytes())),
                 Weight::Bf16(values) => values.iter().for_each(|value| hash.update(value.to_le_bytes())),
             }

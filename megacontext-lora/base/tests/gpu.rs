@@ -22,6 +22,8 @@ mod memory;
 mod models;
 #[path = "gpu/networks.rs"]
 mod networks;
+#[path = "gpu/optimizing.rs"]
+mod optimizing;
 #[path = "gpu/steps.rs"]
 mod steps;
 #[path = "gpu/support.rs"]

@@ -93,7 +93,7 @@ fn every_kind_learns_and_leaves_the_rest_alone() {
         for _ in 0..30 {
             let mut gradients = Gradients::new();
             losses.push(step(&decoder, &mut gradients));
-            for (name, _) in decoder.params().trainable() {
+            for (name, _) in decoder.params().trainable().unwrap() {
                 assert!(gradients.get(&name).is_some(), "{kind}: {name} got no gradient");
             }
             optimizer.step(decoder.params(), &gradients, 1e-2).unwrap();
@@ -109,7 +109,8 @@ fn gradients_of_every_kind_match_differences() {
     for (kind, base, lora) in kinds() {
         // DoRA's lengths are constants of the backward pass: differences of A and B would move them.
         let mut decoder = decoder(base, &lora);
-        let names: Vec<String> = decoder.params().trainable().into_iter().map(|(name, _)| name).collect();
+        let names: Vec<String> =
+            decoder.params().trainable().unwrap().into_iter().map(|(name, _)| name).collect();
         for (i, name) in names.iter().enumerate().filter(|(_, name)| !name.contains("magnitude")) {
             let value = decoder.params().get(name).unwrap().copy().unwrap();
             let noise: Vec<f32> =
@@ -168,7 +169,7 @@ fn pissa_is_saved_as_plain_lora_of_the_same_change() {
         optimizer.step(decoder.params(), &gradients, 1e-2).unwrap();
     }
     let trained = step(&decoder, &mut Gradients::new());
-    let (plain, tensors) = decoder.saved_lora(decoder.params().trainable()).unwrap();
+    let (plain, tensors) = decoder.saved_lora(decoder.params().trainable().unwrap()).unwrap();
     assert_eq!((plain.r, plain.init), (4, LoraInit::Default));
     assert!((plain.scale() - lora.scale()).abs() < 1e-12);
     for (name, tensor) in tensors {

@@ -95,7 +95,7 @@ fn biases_of_scores_are_what_patterns_are() -> Result<()> {
             let out = tower.forward(&params, &x, angles(&tables), sees)?;
             let grads = (&out * &probe)?.sum_all()?.backward()?;
             let mut of = vec![out, grads.get(&x).context("x")?.clone()];
-            for (name, leaf) in params.trainable() {
+            for (name, leaf) in params.trainable().unwrap() {
                 of.push(grads.get(&leaf).with_context(|| format!("no gradient of {name}"))?.clone());
             }
             found.push(of);
@@ -171,12 +171,12 @@ fn weights_of_networks_decay_and_what_embeds_does_not() -> Result<()> {
     }
     params.set_learning([Group::Gistnet, Group::Lensnet])?;
     let mut gradients = Gradients::new();
-    for (name, leaf) in params.trainable() {
+    for (name, leaf) in params.trainable().unwrap() {
         gradients.buffer(&name, leaf.elem_count());
     }
     let config = AdamWConfig { weight_decay: 0.5, ..AdamWConfig::default() };
     Optimizer::new(config).step(&params, &gradients, 0.1)?;
-    for (name, leaf) in params.trainable() {
+    for (name, leaf) in params.trainable().unwrap() {
         let decays = ["blocks.0.attn.c_q.weight", "scorer.weight"].contains(&name.as_str());
         let value = leaf.flatten_all()?.get(0)?.to_scalar::<f32>()?;
         assert!((value - if decays { 0.95 } else { 1.0 }).abs() < 1e-6, "{name}: {value}");

@@ -496,7 +496,8 @@ impl<'h> Run<'h> {
 
     fn write_adapter(&self, scaling: &RopeScaling) -> Result<()> {
         let decoder: &Decoder = &self.trainer.decoder;
-        let trained = decoder.params().trainable().into_iter().map(|(name, t)| (name, t.detach())).collect();
+        let trained = decoder.params().trainable().map_err(model_error)?;
+        let trained = trained.into_iter().map(|(name, t)| (name, t.detach())).collect();
         let dir = self.folder.path().join("adapter");
         save_adapter(&dir, &self.model, &self.config.base, decoder, trained, scaling, self.config.context)?;
         Ok(())

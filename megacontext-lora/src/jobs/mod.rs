@@ -301,6 +301,7 @@ pub(crate) fn save_adapter(
 ) -> Result<usize> {
     // The model's own configuration: an adapter may have given it a head of its own.
     let (config, params) = (decoder.config(), decoder.params());
+    params.bring_home().map_err(model_error)?;
     // The scales of sigma are a line of adapter_config.json.
     tensors.retain(|(name, _)| name != SIGMA);
     // PEFT keeps all norms or none.

@@ -317,6 +317,7 @@ fn pretrain(c: &PretrainConfig, roots: &Roots, host: &dyn HostApi) -> Result<Val
 
     // The passes' memory goes with the trainer, before the evaluation makes its own.
     let (decoder, stream) = trainer.into_parts();
+    decoder.params().bring_home().map_err(model_error)?;
     let tensors =
         model.tensors().into_iter().filter_map(|(name, _)| decoder.params().get(&name).map(|t| (name, t)));
     write_model_dir(&c.out, &model, tensors, Dtype::BF16, Some(work.path())).map_err(model_error)?;

@@ -510,11 +510,7 @@ impl Run<'_> {
         self.state.seconds = self.before + since(self.started);
         let mut state = to_value(&self.state)?;
         state["stage"] = json!(self.state.phase);
-        let optim: Vec<Named> = optimizer
-            .into_iter()
-            .flat_map(|optimizer| optimizer.moments())
-            .map(|(name, values)| Named::flat(name, values))
-            .collect();
+        let optim = checkpoint::moments(optimizer)?;
         let keep = self.config.checkpoint.keep;
         let path = modules::with_named(parts, |tensors| {
             checkpoint::save(self.folder.path(), self.state.step, &state, tensors, &optim, keep)

@@ -124,9 +124,14 @@ pub fn save_parameters(
         let values = Cow::Borrowed(values.f32().map_err(model_error)?);
         tensors.push(Named { name: (*name).to_string(), shape: shape.to_vec(), values });
     }
-    let optim: Vec<Named> =
-        optimizer.into_iter().flat_map(Optimizer::moments).map(|(name, v)| Named::flat(name, v)).collect();
-    save(run_dir, step, state, &tensors, &optim, keep)
+    save(run_dir, step, state, &tensors, &moments(optimizer)?, keep)
+}
+
+/// The moments of an optimiser, where there is one, as tensors of a file.
+pub fn moments(optimizer: Option<&Optimizer>) -> Result<Vec<Named<'_>>> {
+    let Some(optimizer) = optimizer else { return Ok(Vec::new()) };
+    let moments = optimizer.moments().map_err(model_error)?;
+    Ok(moments.into_iter().map(|(name, values)| Named::flat(name, values)).collect())
 }
 
 /// Puts the tensors of a checkpoint into the parameters that learn, and the moments into their optimiser.
@@ -141,7 +146,7 @@ pub fn restore_parameters(
 ) -> Result<()> {
     let mut held: BTreeMap<String, Named> =
         tensors.into_iter().map(|tensor| (tensor.name.clone(), tensor)).collect();
-    for (name, leaf) in params.trainable() {
+    for (name, leaf) in params.trainable().map_err(model_error)? {
         let tensor = held.remove(&name).ok_or_else(|| {
             PluginError::data(format!("checkpoint: expected parameter {name}, which is not in it"))
         })?;

@@ -270,7 +270,7 @@ impl Loaded {
             optimizer: self.optimizer.take(),
             unsaved: std::mem::take(self.unsaved.get_mut()),
         };
-        self.gradients = Gradients::new();
+        self.gradients = Gradients::staying();
         if let Some(name) = self.active.take() {
             self.adapters.insert(name, resident);
         }

@@ -123,6 +123,7 @@ impl Session {
                 values.push(Named { name: name.to_string(), shape, values: l.base_values(name)?.into() });
             }
         }
+        params.bring_home().map_err(model_error)?;
         let mut kept = Vec::new();
         for Named { name, .. } in &values {
             let known = phase.before.parameters.iter().any(|(n, _)| n == name);
@@ -164,6 +165,7 @@ impl Session {
             return Err(PluginError::usage("export: the model carries no LoRA to write"));
         }
         let params = l.decoder.params();
+        params.bring_home().map_err(model_error)?;
         // The model's own configuration: an adapter may have given it a head of its own.
         let base = l.decoder.config();
         let mut tensors: Vec<(String, Tensor)> = Vec::new();

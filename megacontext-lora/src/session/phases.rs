@@ -240,7 +240,7 @@ impl Loaded {
             active: self.active.clone(),
             unsaved: self.unsaved.load(Ordering::Acquire),
             parameters: self.copies(&enter.groups)?,
-            optimizer: self.optimizer.clone(),
+            optimizer: self.optimizer.as_ref().map(Optimizer::copy).transpose().map_err(model_error)?,
         };
 
         if let Some(lora) = fresh {
@@ -259,7 +259,7 @@ impl Loaded {
             .get_or_insert_with(|| Optimizer::new(AdamWConfig::default()))
             .set_config(enter.optimizer.adamw());
         self.decoder.params_mut().set_learning(enter.groups.iter().copied()).map_err(model_error)?;
-        let learning = self.decoder.params().trainable();
+        let learning = self.decoder.params().trainable().map_err(model_error)?;
         self.changed.extend(learning.iter().map(|(name, _)| name.clone()));
         self.phase = Some(Phase {
             groups: enter.groups.clone(),
@@ -275,6 +275,7 @@ impl Loaded {
     /// Copies of the parameters in these groups.
     fn copies(&self, groups: &[Group]) -> Result<Vec<(String, Tensor)>> {
         let params = self.decoder.params();
+        params.bring_home().map_err(model_error)?;
         let names = params.names().filter(|name| params.group(name).is_some_and(|g| groups.contains(&g)));
         names
             .filter_map(|name| Some((name, params.get(name)?)))
@@ -285,7 +286,7 @@ impl Loaded {
     /// Nothing learns any more.
     fn freeze(&mut self) {
         self.decoder.params_mut().freeze();
-        self.gradients = Gradients::new();
+        self.gradients = Gradients::staying();
     }
 
     fn detach_lora(&mut self) -> Result<()> {

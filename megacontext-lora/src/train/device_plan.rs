@@ -1,7 +1,7 @@
 //! What a run will take of a GPU, said before its first step and held against what is free there.
 //!
-//! Where a model's passes run on a GPU, their buffers, the gradients of a step and copies of the parameters lie there; the host keeps
-//! parameters, gradients and the optimiser's moments, and what of the gradients has just arrived. The counts are
+//! Where a model's passes run on a GPU, their buffers, copies of the parameters, gradients and the optimiser of what learns lie there;
+//! the host keeps parameters as they are stored, and moments where a checkpoint asks for them. The counts are
 //! [`megacontext_base::buffers::gpu`]'s.
 //!
 //! Units: bytes. Errors: more than is free, with the numbers and what would help.
@@ -62,15 +62,16 @@ impl DevicePlan {
     }
 
     fn kinds(&self) -> String {
-        let GpuBytes { weights, gradients, activations, workspace, passing } = self.bytes;
+        let GpuBytes { weights, gradients, optimizer, activations, workspace, passing } = self.bytes;
         let documents = match self.documents {
             0 => String::new(),
             documents => format!(", documents {}", bytes(documents)),
         };
         format!(
-            "weights {}, gradients {}, activations {}, workspace {}, loss and calls {}{documents}",
+            "weights {}, gradients {}, optimizer {}, activations {}, workspace {}, loss and calls {}{documents}",
             bytes(weights),
             bytes(gradients),
+            bytes(optimizer),
             bytes(activations),
             bytes(workspace),
             bytes(passing)

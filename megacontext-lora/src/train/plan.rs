@@ -163,19 +163,20 @@ impl<'a> Load<'a> {
             0 => PassBytes::default(),
             entries => evaluation_bytes(self.model, pass(entries)),
         };
-        // On a GPU they lie there; what arrives of the gradients is added to the host's when all of it has.
-        let step = if self.on_gpu {
-            PassBytes { workspace: learning * F32, loss: self.loss_here(step), ..PassBytes::default() }
-        } else {
-            step
+        // On a GPU they lie there, and gradients with them, but for those of ends that an adapter changes. Moments come for
+        // checkpoints.
+        let step = match self.on_gpu {
+            true => PassBytes { loss: self.loss_here(step), ..PassBytes::default() },
+            false => step,
         };
+        let gradients = if self.on_gpu && !self.ends_here() { 0 } else { learning * F32 };
         let evaluation = if self.on_gpu { PassBytes::default() } else { evaluation };
         let mut plan = MemoryPlan {
             program: self.program,
             data: (self.data_tokens + self.context * table_widths(self.model)) as u64 * F32,
             weights,
             trainables: learning * F32,
-            gradients: learning * F32,
+            gradients,
             optimizer: 2 * learning * F32,
             activations: step.activations,
             workspace: step.workspace,
@@ -194,8 +195,12 @@ impl<'a> Load<'a> {
     /// states come here for it.
     fn loss_here(&self, step: PassBytes) -> u64 {
         let hidden = 2 * F32 * (self.entries * self.model.hidden_size) as u64;
-        let here = self.lora.is_some_and(|lora| lora.changes_head() || lora.changes_embedding());
-        if here { step.loss + hidden } else { 0 }
+        if self.ends_here() { step.loss + hidden } else { 0 }
+    }
+
+    /// Is the embedding or the head the host's on every device?
+    fn ends_here(&self) -> bool {
+        self.lora.is_some_and(|lora| lora.changes_head() || lora.changes_embedding())
     }
 
     /// What the fullest pass takes of a GPU.
@@ -203,8 +208,10 @@ impl<'a> Load<'a> {
         let pass = |entries| PassShape { entries, precision: self.dtype, lora: self.lora };
         let (walked, learning) = (self.walked(), self.learning);
         let step = gpu::training_bytes(self.model, pass(self.entries), walked, recompute, learning);
+        let optimizer = gpu::optimizer_bytes(self.model, self.dtype, learning, self.lora, true);
+        let step = step.with_optimizer(optimizer);
         // Its buffers are made when a step's have been let go.
-        let evaluation = gpu::evaluation_bytes(self.model, pass(self.evaluated));
+        let evaluation = gpu::evaluation_bytes(self.model, pass(self.evaluated)).with_optimizer(optimizer);
         if evaluation.total() > step.total() { evaluation } else { step }
     }
 }

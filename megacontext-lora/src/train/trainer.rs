@@ -83,14 +83,14 @@ impl Trainer {
         recompute: bool,
     ) -> Result<Self> {
         decoder.params_mut().set_learning(groups.iter().copied()).map_err(model_error)?;
-        if decoder.params().trainable().is_empty() {
+        if decoder.params().trainable().map_err(model_error)?.is_empty() {
             return Err(PluginError::usage("parameter groups: expected at least one that learns, got none"));
         }
         let optimizer = Optimizer::new(settings.adamw());
         let trainer = Self {
             decoder,
             optimizer,
-            gradients: Gradients::new(),
+            gradients: Gradients::staying(),
             settings,
             batch,
             stages,

@@ -37,6 +37,8 @@ pub struct GpuBytes {
     pub weights: u64,
     /// Gradients of what learns.
     pub gradients: u64,
+    /// Moments of what learns, its values in f32 where products read 16 bits, and gradients of the micro-batches before.
+    pub optimizer: u64,
     /// Inputs of blocks, and what blocks keep for their backward pass.
     pub activations: u64,
     /// What all blocks share, rotation tables and attention's bounds among it.
@@ -51,6 +53,7 @@ impl GpuBytes {
         Self {
             weights: self.weights.max(other.weights),
             gradients: self.gradients.max(other.gradients),
+            optimizer: self.optimizer.max(other.optimizer),
             activations: self.activations + other.activations,
             workspace: self.workspace + other.workspace,
             passing: self.passing.max(other.passing),
@@ -62,15 +65,22 @@ impl GpuBytes {
         Self {
             weights: self.weights + other.weights,
             gradients: self.gradients + other.gradients,
+            optimizer: self.optimizer + other.optimizer,
             activations: self.activations + other.activations,
             workspace: self.workspace + other.workspace,
             passing: self.passing.max(other.passing),
         }
     }
 
+    /// With an optimiser that steps there ([`optimizer_bytes`]).
+    pub fn with_optimizer(self, bytes: u64) -> Self {
+        Self { optimizer: self.optimizer + bytes, ..self }
+    }
+
     /// Of all kinds.
     pub fn total(self) -> u64 {
-        self.weights + self.gradients + self.activations + self.workspace + self.passing
+        let Self { weights, gradients, optimizer, activations, workspace, passing } = self;
+        weights + gradients + optimizer + activations + workspace + passing
     }
 }
 
@@ -125,6 +135,32 @@ pub fn gradient_bytes(config: &DecoderConfig, learning: &[Group], lora: Option<&
         all.filter(|(name, _)| on_device(name)).map(|(_, shape)| count(&shape)).sum()
     });
     4 * (whole + factors)
+}
+
+/// What an optimiser has of the groups that learn; `several` micro-batches come before a step.
+pub fn optimizer_bytes(
+    config: &DecoderConfig,
+    precision: Precision,
+    learning: &[Group],
+    lora: Option<&LoraModules>,
+    several: bool,
+) -> u64 {
+    let gradients = gradient_bytes(config, learning, lora);
+    // Norms and biases are read in f32.
+    let narrow = |(name, _): &(String, Vec<usize>)| {
+        learning.contains(&config.group_of(name))
+            && config.group_of(name) != Group::Norms
+            && !name.ends_with(".bias")
+    };
+    let values = match precision {
+        Precision::F32 => 0,
+        _ => {
+            let whole = config.tensors().into_iter().filter(narrow).map(|(_, shape)| 4 * count(&shape));
+            whole.sum::<u64>() + gradients - gradient_bytes(config, learning, None)
+        }
+    };
+    let before = if several { gradients } else { 0 };
+    2 * gradients + values + before
 }
 
 impl Sizes {
@@ -233,6 +269,7 @@ fn bytes(
     GpuBytes {
         weights: weights_bytes(config, pass.precision, pass.lora),
         gradients: all,
+        optimizer: 0,
         activations: kept,
         workspace: s.forward() + gradients + s.rooms(pass.precision, backward, fused) + tables + bounds,
         passing: loss.max(all + call) - all,

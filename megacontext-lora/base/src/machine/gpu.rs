@@ -1,8 +1,9 @@
 //! An NVIDIA GPU as a [`Machine`], over the kernels' `cuda`.
 //!
-//! What lies on the device: activations and their gradients, copies of the parameters ([`parameters`]), gradients of what learns for
-//! as long as a step runs. When all of a step has gone well they are added to the host's; the optimiser and its moments are the
-//! host's. So a step that fails changes nothing, and what a checkpoint holds does not depend on the device.
+//! What lies on the device: activations and their gradients, copies of the parameters ([`parameters`]), gradients of what learns. When
+//! all of a pass has gone well its gradients are added to those of the passes before it: to the host's, or, where nobody but the
+//! optimiser reads them ([`Gradients::staying`]), to the device's, and the optimiser steps there ([`optimizer`]). So a pass that
+//! fails changes nothing, and what a checkpoint holds does not depend on the device.
 //!
 //! Products are f32 or bf16 with sums in f32, as the class says ([`megacontext_kernels::precision`]). Differences from the processor:
 //! gradients of queries, keys and values have the storage of activations; in class bf16 gradients of the stream are rounded to
@@ -14,6 +15,7 @@ mod buffer;
 mod cached;
 mod ends;
 mod linear;
+pub(crate) mod optimizer;
 mod parameters;
 
 use std::collections::BTreeMap;
@@ -47,16 +49,17 @@ use crate::params::ParamStore;
 use crate::projection::Setting;
 use crate::rope::Spread;
 
-/// A GPU, with the parameters of one decoder on it.
+/// A GPU, with the parameters of one decoder on it. Clones are the same.
+#[derive(Clone)]
 pub(crate) struct Gpu {
     opened: Arc<Opened>,
-    parameters: Parameters,
+    parameters: Arc<Parameters>,
 }
 
 impl Gpu {
     /// For one model, whose parameters are copied when passes need them.
     pub fn new(opened: &Arc<Opened>) -> Self {
-        Self { opened: opened.clone(), parameters: Parameters::default() }
+        Self { opened: opened.clone(), parameters: Arc::default() }
     }
 
     fn kernels(&self) -> &Kernels {
@@ -148,6 +151,10 @@ impl Machine for Gpu {
     ) -> Result<R> {
         let mut made = GpuGradients::default();
         let result = step(&mut made)?;
+        if host.stay() {
+            host.arrive(self, made.on_device, &made.host)?;
+            return Ok(result);
+        }
         let mut arrived = Vec::with_capacity(made.on_device.len());
         for (name, gradient) in &made.on_device {
             arrived.push((name, self.kernels().download(gradient)?));

@@ -145,17 +145,23 @@ impl Case {
 
     pub fn gradients(&self, decoder: &Decoder) -> Result<(StepLoss, Gradients)> {
         let mut gradients = Gradients::new();
-        let (with, scale) = (self.forward(), 1.0 / self.tokens.len() as f64);
-        let loss = decoder.accumulate_gradients(
-            &self.tokens,
+        let loss = self.accumulate(decoder, &mut gradients)?;
+        Ok((loss, gradients))
+    }
+
+    /// Adds to gradients that there are.
+    pub fn accumulate(&self, decoder: &Decoder, gradients: &mut Gradients) -> Result<StepLoss> {
+        let (tokens, targets, with) = (&self.tokens, &self.targets, self.forward());
+        let scale = 1.0 / tokens.len() as f64;
+        Ok(decoder.accumulate_gradients(
+            tokens,
             self.batch,
-            &self.targets,
+            targets,
             &with,
             scale,
             self.recompute,
-            &mut gradients,
-        )?;
-        Ok((loss, gradients))
+            gradients,
+        )?)
     }
 }
 

@@ -240,7 +240,7 @@ impl Run<'_> {
             gistnet: &gistnet,
             lensnet: &lensnet,
             optimizer,
-            gradients: Gradients::new(),
+            gradients: Gradients::staying(),
             order,
             buffers: Buffers::default(),
             loss,

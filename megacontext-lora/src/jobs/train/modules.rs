@@ -21,6 +21,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::{IoResultExt, PluginError, Result};
 use crate::jobs::model_error;
+use crate::run::checkpoint;
 use crate::run::tensor_file::{Named, Stamp, read_tensors, write_tensors};
 
 /// All that learns in a run at some time.
@@ -166,8 +167,7 @@ pub(super) struct Moments {
 impl Moments {
     /// Keeps a module's state after a phase.
     pub fn keep(&mut self, run: &Path, module: Group, phase: usize, optimizer: &Optimizer) -> Result<()> {
-        let tensors: Vec<Named> =
-            optimizer.moments().map(|(name, values)| Named::flat(name, values)).collect();
+        let tensors = checkpoint::moments(Some(optimizer))?;
         let file = format!("moments/{}-{phase}.safetensors", word(module));
         let stored = Stored::write(run, file, &tensors)?;
         self.files.insert(word(module).to_string(), stored);

@@ -72,6 +72,7 @@ impl Run<'_> {
     pub(super) fn write_modules(&self, modules: &Modules, scope: &Scope) -> Result<()> {
         let decoder = &modules.decoder;
         let path = self.folder.path();
+        decoder.params().bring_home().map_err(model_error)?;
         let tensors = self.own_tensors(decoder);
         let tensors = tensors.iter().filter(|name| *name != SIGMA);
         let tensors = tensors.filter_map(|name| Some((name.clone(), decoder.params().get(name)?))).collect();

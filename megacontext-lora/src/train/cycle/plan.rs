@@ -169,6 +169,7 @@ impl CyclePlan {
         let groups: Vec<Group> = config.jt3.groups.iter().copied().filter(|group| learns(*group)).collect();
         let step =
             gpu::training_bytes(model, pass(shown.max(together)), model.num_hidden_layers, true, &groups);
+        let optimizer = gpu::optimizer_bytes(model, config.dtype, &groups, Some(lora), true);
         let read_there = gpu::evaluation_bytes(model, pass((context + config.horizon).max(together)));
         // Histories that a step of GistNet runs, or the labels of one.
         let documents = config.jt1.batch.max(1) as u64 * (passage - values);
@@ -179,6 +180,7 @@ impl CyclePlan {
         let (gist_there, lens_there) = (gist_there.unwrap_or(0), lens_there.unwrap_or(0));
         let on_device = step
             .beside(read_there)
+            .with_optimizer(optimizer)
             .with(gist.gpu_bytes(device, gist_there, true))
             .with(lens.gpu_bytes(device, lens_there, true))
             .with(gist.gpu_bytes(device, CHUNK_ENTRIES, false))

@@ -73,11 +73,49 @@ impl Parameters {
         params: &ParamStore,
         name: &str,
     ) -> Result<Arc<CudaSlice<P>>> {
-        let held = params.values(name)?;
-        self.copy(params.version(name), (name, Form::Values), |into| match held.weight() {
-            Weight::F32(values) => upload(device, values, into),
-            Weight::Bf16(values) => upload(device, values, into),
+        self.copy(params.version(name), (name, Form::Values), |into| {
+            if params.is_away(name)
+                && let Some(newest) = self.newest(name)
+            {
+                return converted(device, &newest, into);
+            }
+            match params.values(name)?.weight() {
+                Weight::F32(values) => upload(device, values, into),
+                Weight::Bf16(values) => upload(device, values, into),
+            }
         })
+    }
+
+    /// The copy in f32 of a parameter that was written here, whatever the host's is.
+    pub fn newest(&self, name: &str) -> Option<Arc<CudaSlice<f32>>> {
+        let copies = self.f32.lock().unwrap_or_else(PoisonError::into_inner);
+        copies.get(&(name.to_string(), Form::Values)).map(|copy| copy.values.clone())
+    }
+
+    /// Takes the copy in f32 out, to be written.
+    ///
+    /// # Errors
+    /// As [`Parameters::values`].
+    pub fn take_f32(&self, device: &Device, params: &ParamStore, name: &str) -> Result<CudaSlice<f32>> {
+        let values = self.values::<f32>(device, params, name)?;
+        let mut copies = self.f32.lock().unwrap_or_else(PoisonError::into_inner);
+        copies.remove(&(name.to_string(), Form::Values));
+        drop(copies);
+        match Arc::try_unwrap(values) {
+            Ok(values) => Ok(values),
+            // Somebody still reads these.
+            Err(read) => {
+                let mut values = device.room(read.len())?;
+                rows::convert(device, &*read, &mut values)?;
+                Ok(values)
+            }
+        }
+    }
+
+    /// Puts the copy in f32 of a version back.
+    pub fn put_f32(&self, name: &str, version: u64, values: CudaSlice<f32>) {
+        let mut copies = self.f32.lock().unwrap_or_else(PoisonError::into_inner);
+        copies.insert((name.to_string(), Form::Values), Copy { version, values: Arc::new(values) });
     }
 
     /// One more than the parameter `name`.
@@ -139,6 +177,20 @@ impl Parameters {
         copies.insert(key, Copy { version, values: values.clone() });
         Ok(values)
     }
+}
+
+/// Values of the device stored as P.
+fn converted<P: Product>(
+    device: &Device,
+    values: &CudaSlice<f32>,
+    before: Option<CudaSlice<P>>,
+) -> Result<CudaSlice<P>> {
+    let mut into = match before.filter(|before| before.len() == values.len()) {
+        Some(before) => before,
+        None => device.room(values.len())?,
+    };
+    rows::convert(device, values, &mut into)?;
+    Ok(into)
 }
 
 /// `values` on the device, stored as P.

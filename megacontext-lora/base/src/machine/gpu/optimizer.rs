@@ -1,0 +1,153 @@
+//! Steps of the optimiser on a GPU: for parameters whose gradients have stayed there.
+//!
+//! A parameter that is stepped here has its newest values here, in f32 whatever the class ([`super::parameters`]), and so have its
+//! moments; copies that products read in 16 bits are made of them without crossing the bus. The host's values are behind from then
+//! on, and are brought up to date when they are asked for ([`crate::params::ParamStore`]).
+//!
+//! Shapes: values of a parameter of any shape. Errors: no memory; sizes that do not agree.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use megacontext_kernels::adamw::AdamW;
+use megacontext_kernels::cuda::cudarc::driver::CudaSlice;
+use megacontext_kernels::cuda::{Device as Kernels, adamw, rows};
+
+use super::Gpu;
+use crate::error::{BaseError, Result};
+use crate::gradients::Gradients;
+use crate::params::ParamStore;
+
+/// Gradients that have stayed on a GPU, by parameter.
+pub(crate) struct There {
+    gpu: Gpu,
+    buffers: BTreeMap<String, CudaSlice<f32>>,
+}
+
+/// Values of the optimiser's that lie on a GPU.
+pub(crate) struct Remote {
+    gpu: Gpu,
+    values: CudaSlice<f32>,
+}
+
+impl Remote {
+    /// A copy for the host.
+    pub fn to_host(&self) -> Result<Vec<f32>> {
+        Ok(self.gpu.kernels().download(&self.values)?)
+    }
+}
+
+impl There {
+    /// None yet.
+    pub fn new(gpu: &Gpu) -> Self {
+        Self { gpu: gpu.clone(), buffers: BTreeMap::new() }
+    }
+
+    /// Is it the same device?
+    pub fn is_on(&self, gpu: &Gpu) -> bool {
+        Arc::ptr_eq(&self.gpu.opened, &gpu.opened)
+    }
+
+    fn kernels(&self) -> &Kernels {
+        self.gpu.kernels()
+    }
+
+    /// Adds a gradient, which becomes the sum where it is the first.
+    pub fn add(&mut self, name: String, gradient: CudaSlice<f32>) -> Result<()> {
+        match self.buffers.get_mut(&name) {
+            None => {
+                self.buffers.insert(name, gradient);
+            }
+            Some(sum) => rows::add_assign(self.gpu.kernels(), &gradient, sum)?,
+        }
+        Ok(())
+    }
+
+    /// Takes a gradient out, for the host.
+    pub fn take(&mut self, name: &str) -> Result<Option<Vec<f32>>> {
+        let Some(gradient) = self.buffers.remove(name) else { return Ok(None) };
+        Ok(Some(self.kernels().download(&gradient)?))
+    }
+
+    /// Σ g².
+    pub fn sum_of_squares(&self) -> Result<f64> {
+        let each = self.buffers.values().map(|gradient| adamw::sum_of_squares(self.kernels(), gradient));
+        Ok(each.sum::<megacontext_kernels::error::Result<f64>>()?)
+    }
+
+    /// One step on a parameter that has a gradient here, and on its moments; false where it has none.
+    pub fn step(
+        &self,
+        params: &ParamStore,
+        name: &str,
+        [exp_avg, exp_avg_sq]: [&mut Remote; 2],
+        with: &AdamW,
+    ) -> Result<bool> {
+        let Some(gradient) = self.buffers.get(name) else { return Ok(false) };
+        let (gpu, device) = (&self.gpu, self.kernels());
+        let mut values = gpu.parameters.take_f32(device, params, name)?;
+        let moments = [&mut exp_avg.values, &mut exp_avg_sq.values];
+        let stepped = adamw::step(device, &mut values, gradient, moments, with);
+        // Whatever came of it, nobody takes the values for those from before.
+        params.written_on(name, gpu);
+        gpu.parameters.put_f32(name, params.version(name), values);
+        stepped?;
+        Ok(true)
+    }
+
+    /// Values of the host's brought here; as many zeros where there are none.
+    pub fn remote(&self, values: Option<&[f32]>, len: usize) -> Result<Remote> {
+        let values = match values {
+            Some(values) => self.kernels().upload(values)?,
+            None => self.kernels().zeros(len)?,
+        };
+        Ok(Remote { gpu: self.gpu.clone(), values })
+    }
+
+    /// Does a parameter have a gradient here?
+    pub fn has(&self, name: &str) -> bool {
+        self.buffers.contains_key(name)
+    }
+}
+
+impl Gpu {
+    /// The values of a parameter that was written here.
+    pub fn written(&self, name: &str) -> Result<Vec<f32>> {
+        let values = self.parameters.newest(name).ok_or_else(|| BaseError::Parameter {
+            name: name.to_string(),
+            message: "expected its newest values on the GPU, got none".to_string(),
+        })?;
+        Ok(self.kernels().download(&*values)?)
+    }
+}
+
+impl Gradients {
+    /// Adds gradients of a pass on this GPU; those that the host has a part of are the host's.
+    pub(crate) fn arrive(
+        &mut self,
+        gpu: &Gpu,
+        made: BTreeMap<String, CudaSlice<f32>>,
+        on_host: &Gradients,
+    ) -> Result<()> {
+        if self.there().is_some_and(|there| !there.is_on(gpu)) {
+            let message = "expected gradients of one device, got another's beside them".to_string();
+            return Err(BaseError::Device { message });
+        }
+        let (mine, theirs): (BTreeMap<_, _>, BTreeMap<_, _>) =
+            made.into_iter().partition(|(name, _)| self.get(name).is_some() || on_host.get(name).is_some());
+        for (name, gradient) in mine {
+            let gradient = gpu.kernels().download(&gradient)?;
+            self.add(&name, &gradient);
+        }
+        for name in on_host.names() {
+            if let Some(before) = self.there_mut(gpu).take(name)? {
+                self.add(name, &before);
+            }
+            self.add(name, on_host.get(name).unwrap_or_default());
+        }
+        for (name, gradient) in theirs {
+            self.there_mut(gpu).add(name, gradient)?;
+        }
+        Ok(())
+    }
+}
