@@ -13,6 +13,11 @@ use megacontext_base::error::{BaseError, Result};
 use megacontext_base::tower::TowerConfig;
 use serde::{Deserialize, Serialize};
 
+/// Entries of the blocks whose gists are made at a time, about.
+const CHUNK_ENTRIES: usize = 1024;
+/// Products of at most so many results are summed in another order by the matrix library.
+const SMALL_PRODUCT: usize = 256;
+
 /// The network's name in errors and files.
 pub(crate) const NETWORK: &str = "gistnet";
 /// What a stored history has 16 bits for.
@@ -153,6 +158,18 @@ impl GistNetConfig {
     /// The transformer's sizes.
     pub(crate) fn tower(&self) -> TowerConfig {
         TowerConfig { layers: self.layers, width: self.width, heads: self.heads, kv_heads: self.heads }
+    }
+
+    /// Blocks that [`crate::GistNet::gists`] passes at a time, at least and at most. A product of few results is summed in another
+    /// order, and so is one of a single row: fewer blocks than the first never come alone.
+    pub(crate) fn blocks_at_once(&self) -> [usize; 2] {
+        let least = (SMALL_PRODUCT / self.width + 1).max(2);
+        [least, (CHUNK_ENTRIES / self.block).max(least)]
+    }
+
+    /// Entries that the network sees at a time at most where gists are made for nobody to learn from.
+    pub fn entries_at_once(&self) -> usize {
+        self.blocks_at_once()[1] * self.entries()
     }
 
     /// Do the transformer's blocks go to this device, rather than run on the processor?

@@ -35,4 +35,4 @@ pub mod validate;
 
 pub use checkpoint::{Expected, FORMAT_VERSION, Identity, Loaded};
 pub use config::{GistNetConfig, Head, Mode, Padding, Pooling};
-pub use network::{CHUNK_ENTRIES, GistNet};
+pub use network::GistNet;

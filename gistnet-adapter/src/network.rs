@@ -29,10 +29,6 @@ use crate::valid::{self, Compact};
 pub(crate) const CLS_TOKEN: &str = "cls_token";
 /// What the original adds to the scores of padded keys.
 const PADDED: f32 = -1e4;
-/// Entries that [`GistNet::gists`] passes at a time, about.
-pub const CHUNK_ENTRIES: usize = 1024;
-/// Products of at most so many results are summed in another order by the matrix library.
-const SMALL_PRODUCT: usize = 256;
 
 /// A GistNet with its parameters.
 pub struct GistNet {
@@ -212,10 +208,7 @@ impl GistNet {
             );
             return Err(BaseError::network(NETWORK, message));
         }
-        // A product of few results is summed in another order, and so is one of a single row: fewer blocks than this never
-        // come alone.
-        let least = (SMALL_PRODUCT / e + 1).max(2);
-        let many = (CHUNK_ENTRIES / k).max(least);
+        let [least, many] = self.config.blocks_at_once();
         let mut gists = Vec::with_capacity(blocks * e);
         for chunk in children.chunks((many * k * e).max(1)) {
             let count = chunk.len() / (k * e);

@@ -5,8 +5,8 @@
 //!
 //! The plugin too, in a host that has its tensors on the GPU (`tensors`): the same bytes as from the host's own.
 //!
-//! Bounds: losses and perplexities of f32 1e-3, tensors of adapters 1e-3 of their greatest value; a cycle, in which what was learned
-//! decides what is learned next, 1e-2 of each value.
+//! Bounds: losses and perplexities of f32 1e-3, tensors 1e-3 of their greatest value; numbers of networks' runs and of a cycle, in
+//! which what was learned decides what is learned next, 1e-2 of each value.
 
 // A test stops at the first thing that is not as it should be.
 #![allow(clippy::unwrap_used)]
@@ -31,5 +31,7 @@ mod host;
 mod networks;
 #[path = "gpu/support.rs"]
 mod support;
+#[path = "gpu/telling.rs"]
+mod telling;
 #[path = "gpu/tensors.rs"]
 mod tensors;

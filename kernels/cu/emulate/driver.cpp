@@ -148,7 +148,8 @@ Event* event_of(void* handle) {
 
 // Does what was held back on a stream, up to so many copies of all that ever were.
 void finish(Stream& stream, size_t upto) {
-    for (; stream.done < upto; ++stream.done) stream.held[stream.done]();
+    // An event may have been of another stream that was at this address before.
+    for (; stream.done < std::min(upto, stream.held.size()); ++stream.done) stream.held[stream.done]();
 }
 // Somebody waits for an event: it is over when what was queued before it is.
 void finish(const Event& event) {

@@ -274,6 +274,8 @@ pub(crate) trait Activation: Store + bytemuck::Pod {
     fn ran_mut<M: Machine>(of: &mut RanAs<M>) -> &mut Ran<M, Self>;
     /// What a cache holds in this storage.
     fn held<M: Machine>(of: &mut HeldAs<M>) -> &mut Held<M, Self>;
+    /// The same for reading.
+    fn held_in<M: Machine>(of: &HeldAs<M>) -> &Held<M, Self>;
 }
 
 macro_rules! activation {
@@ -296,6 +298,10 @@ macro_rules! activation {
 
             fn held<M: Machine>(of: &mut HeldAs<M>) -> &mut Held<M, Self> {
                 &mut of.$stored
+            }
+
+            fn held_in<M: Machine>(of: &HeldAs<M>) -> &Held<M, Self> {
+                &of.$stored
             }
         }
     )*};
@@ -463,7 +469,7 @@ pub fn evaluation_bytes(config: &DecoderConfig, pass: PassShape) -> PassBytes {
 }
 
 /// What the model's ends make while a pass runs and `rows` of its entries get logits, which are among it.
-pub(crate) fn logits_bytes(config: &DecoderConfig, pass: PassShape, rows: usize) -> u64 {
+pub fn logits_bytes(config: &DecoderConfig, pass: PassShape, rows: usize) -> u64 {
     let (rows, width) = (rows as u64, config.hidden_size as u64);
     let logits = 2 * 4 * rows * config.vocab_size as u64;
     (logits + pass.head(rows, width, false)).max(pass.embedding(width, false))

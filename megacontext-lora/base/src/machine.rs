@@ -119,6 +119,8 @@ pub(crate) trait Machine: Sized {
     fn ran_mut<S: Activation>(document: &mut Document) -> &mut Ran<Self, S>;
     /// What a cache holds on this machine in this storage.
     fn held<S: Activation>(cache: &mut KvCache) -> &mut Held<Self, S>;
+    /// The same for reading.
+    fn held_in<S: Activation>(cache: &KvCache) -> &Held<Self, S>;
     /// Runs a step whose gradients are added to the host's when all of it has gone well.
     fn with_gradients<R>(
         &self,

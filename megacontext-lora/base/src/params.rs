@@ -349,13 +349,10 @@ impl ParamStore {
         })
     }
 
-    /// Leaves gradients that no tape carries, of this store or one that it is an alias of, to be taken.
+    /// Runs `add` on the gradients that no tape carries, of this store or one that it is an alias of, until they are taken.
     #[cfg(feature = "cuda")]
-    pub(crate) fn leave_beside(&self, gradients: &Gradients) {
-        let mut beside = self.beside.lock().unwrap_or_else(PoisonError::into_inner);
-        for name in gradients.names() {
-            beside.add(name, gradients.get(name).unwrap_or_default());
-        }
+    pub(crate) fn with_beside<R>(&self, add: impl FnOnce(&mut Gradients) -> R) -> R {
+        add(&mut self.beside.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
     /// Takes the gradients that were left.

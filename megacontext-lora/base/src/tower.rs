@@ -161,10 +161,10 @@ impl Tower {
         })
     }
 
-    /// Blocks run on this device from here on, which is the only one there is.
+    /// Blocks run on the processor, which is the only device that there is without the feature `cuda`.
     ///
     /// # Errors
-    /// None.
+    /// Never.
     #[cfg(not(feature = "cuda"))]
     pub fn set_device(&mut self, _: &Device) -> Result<()> {
         Ok(())

@@ -15,6 +15,7 @@ use gistnet_adapter::trainer::Setting;
 use gistnet_adapter::validate::Validator;
 use gistnet_adapter::{Expected, GistNet};
 use megacontext_base::buffers::Buffers;
+use megacontext_base::decoder::DocumentShape;
 use megacontext_base::device::DeviceChoice;
 use megacontext_kernels::attention::Pattern;
 use megacontext_kernels::precision::Precision;
@@ -34,7 +35,7 @@ use crate::run::folder::CONFIG;
 use crate::run::summary::SUMMARY;
 use crate::train::config::{Attention, GroupSize, pattern};
 use crate::train::gistnet::{GistRunConfig, Passages, PlaceSettings};
-use crate::train::plan::check_forward;
+use crate::train::plan::{Beside, check_forward};
 
 /// What the job is told.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -250,7 +251,14 @@ fn evaluate(job: &EvalGist, text: Text, host: &dyn HostApi) -> Result<Value> {
             .map_err(|e| PluginError::usage(format!("sparse_group: {e}")))?;
     }
     let documents = text(&model, context, least)?;
-    check_forward("the evaluation", decoder.config(), job.dtype, context, 0, decoder.device())?;
+    let network = loaded.network.config();
+    let passage = DocumentShape { entries: context, precision: job.dtype, hidden: false };
+    let beside = Beside {
+        documents: (1 + u64::from(sparse.is_some())) * passage.bytes(decoder.config()),
+        network: network.gpu_bytes(decoder.device(), network.entries_at_once(), false),
+        ..Beside::default()
+    };
+    check_forward("the evaluation", decoder.config(), job.dtype, context, beside, decoder.device())?;
 
     let rule = places.rule(block);
     let setting = |pattern: Pattern| Setting { scaling: scaling.clone(), rule, pattern };

@@ -17,7 +17,7 @@ use crate::report::evaluation::{Measured, Page, render};
 use crate::run::cells::Cells;
 use crate::train::config::{Attention, GroupSize, check_evaluation, pattern};
 use crate::train::eval::{Perplexity, Protocol, SCORING, batch_rows, perplexity, select};
-use crate::train::plan::check_forward;
+use crate::train::plan::{Beside, check_forward};
 
 /// What the job is told.
 #[derive(Clone, Debug, Serialize)]
@@ -117,7 +117,7 @@ impl Measurement<'_> {
         let model = ModelDir::open(&self.model.base)?;
         let entries = contexts.iter().map(|context| batch_rows(*context) * context).max().unwrap_or(0);
         let on = OnDevice::open(self.model.device, host)?.running(&model.config, host)?;
-        check_forward("the evaluation", &model.config, dtype, entries, 0, on.device())?;
+        check_forward("the evaluation", &model.config, dtype, entries, Beside::default(), on.device())?;
         let documents = super::extend::load_data(&self.text.data, host)?;
         let (mut decoder, own, _) = model.decoder_with(adapter, dtype)?;
         on.take(&mut decoder)?;

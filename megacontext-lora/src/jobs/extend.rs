@@ -35,6 +35,7 @@ use crate::run::summary::{
     Summary,
 };
 use crate::train::config::{ExtendConfig, StageConfig};
+use crate::train::device_plan::DeviceMemory;
 use crate::train::eval::{Protocol, perplexity_by_document, select};
 use crate::train::plan::{self, Plan, peak_bytes, since};
 use crate::train::trainer::Trainer;
@@ -555,6 +556,7 @@ impl<'h> Run<'h> {
             seconds: before + since(self.started),
             seconds_by_part: self.state.seconds_by_part.clone(),
             peak_bytes: peak_bytes().unwrap_or(0),
+            device_memory: DeviceMemory::of(self.plan.device.as_ref(), self.trainer.decoder.device())?,
             planned_bytes: planned.map(|(k, v)| (k.to_string(), v)).into(),
             seed: self.config.seed,
             threads: rayon::current_num_threads(),

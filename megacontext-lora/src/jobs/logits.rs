@@ -18,7 +18,7 @@ use crate::error::{IoResultExt, PluginError, Result};
 use crate::host::HostApi;
 use crate::jobs::device::OnDevice;
 use crate::jobs::{ModelDir, model_error, parse, to_value};
-use crate::train::plan::check_forward;
+use crate::train::plan::{Beside, check_forward};
 
 /// What the job is told.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
@@ -85,9 +85,9 @@ pub fn run(params: Value, host: &dyn HostApi) -> Result<Value> {
         return Err(bad(format!("expected token ids below {vocab}, got {id}")));
     }
     // The logits whole, twice: as they are and as the file's bytes.
-    let held = 2 * 4 * (flat.len() * vocab) as u64;
+    let beside = Beside { host: 2 * 4 * (flat.len() * vocab) as u64, ..Beside::default() };
     let on = OnDevice::open(job.device, host)?.running(&model.config, host)?;
-    check_forward("the job", &model.config, job.dtype, flat.len(), held, on.device())?;
+    check_forward("the job", &model.config, job.dtype, flat.len(), beside, on.device())?;
     let (mut decoder, scaling, _) = model.decoder_with(job.adapter.as_deref(), job.dtype)?;
     on.take(&mut decoder)?;
     let c = decoder.config();

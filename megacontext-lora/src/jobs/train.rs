@@ -51,6 +51,7 @@ use crate::run::checkpoint;
 use crate::run::folder::{RunFolder, expect_run};
 use crate::run::tensor_file::Named;
 use crate::train::cycle::{CycleConfig, CyclePlan, PhasePlace};
+use crate::train::device_plan::DeviceMemory;
 use crate::train::gistnet::NetworkSettings;
 use crate::train::lensnet::LensSettings;
 use crate::train::plan::since;
@@ -159,6 +160,9 @@ pub struct CycleSummary {
     pub planned_bytes: u64,
     /// See there.
     pub peak_bytes: u64,
+    /// The same of a GPU, where the model's passes ran on one.
+    #[serde(default)]
+    pub device_memory: Option<DeviceMemory>,
     /// The base model's folder.
     pub base: String,
     /// Fingerprint of its weights.

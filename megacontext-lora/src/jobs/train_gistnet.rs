@@ -47,6 +47,7 @@ use crate::run::Telemetry;
 use crate::run::checkpoint::{self, Loaded};
 use crate::run::folder::{RunFolder, expect_run};
 use crate::run::metrics::{GistBaselinesRecord, GistStepRecord, GistValidationRecord, Record, wall_time};
+use crate::train::device_plan::DeviceMemory;
 use crate::train::gistnet::{GistPlan, GistRunConfig, Passages};
 use crate::train::plan::since;
 
@@ -129,6 +130,9 @@ pub struct GistSummary {
     pub planned_bytes: u64,
     /// See there.
     pub peak_bytes: u64,
+    /// The same of a GPU, where the model's passes ran on one.
+    #[serde(default)]
+    pub device_memory: Option<DeviceMemory>,
     /// The base model's folder.
     pub base: String,
     /// Fingerprint of its weights.

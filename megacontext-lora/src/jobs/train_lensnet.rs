@@ -46,6 +46,7 @@ use crate::run::Telemetry;
 use crate::run::checkpoint::{self, Loaded};
 use crate::run::folder::{RunFolder, expect_run};
 use crate::run::metrics::{LensStepRecord, LensValidationRecord, Record, wall_time};
+use crate::train::device_plan::DeviceMemory;
 use crate::train::histories::{self, Passage};
 use crate::train::lensnet::{LensPlan, LensRunConfig};
 use crate::train::plan::since;
@@ -110,6 +111,9 @@ pub struct LensSummary {
     pub planned_bytes: u64,
     /// See there.
     pub peak_bytes: u64,
+    /// The same of a GPU, where the model's passes ran on one.
+    #[serde(default)]
+    pub device_memory: Option<DeviceMemory>,
     /// The base model's folder.
     pub base: String,
     /// Fingerprint of its weights.

@@ -6,8 +6,8 @@
 use std::fmt::Write;
 
 use super::axes::{Drawing, Scale, Size};
-use super::format::{bytes, count, escape, percent, seconds, tick};
-use super::html::{both, how_section, metrics_section, page};
+use super::format::{count, escape, percent, seconds, tick};
+use super::html::{both, how_section, memory, metrics_section, page};
 use super::lensnet::policy_name;
 use crate::jobs::train::{CycleSummary, PhaseSummary, STAND_INS};
 use crate::run::metrics::Record;
@@ -406,7 +406,7 @@ fn how(report: &CycleReport) -> String {
             format!("{} to learn from, {validation} to judge by, {test} to test on", count(train as u64)),
         ),
         ("sources", s.data.join(", ")),
-        ("memory", format!("planned {}, at most {} used", bytes(s.planned_bytes), bytes(s.peak_bytes))),
+        ("memory", memory(s.planned_bytes, s.peak_bytes, s.device_memory)),
         ("base fingerprint", s.base_fingerprint.clone()),
         ("gist version", s.gist_version.to_string()),
         ("threads", s.threads.to_string()),

@@ -9,9 +9,9 @@ use gistnet_adapter::costs::Mean;
 use gistnet_adapter::metrics::COLLAPSE;
 use gistnet_adapter::validate::{Baseline, SUBSTITUTED, Validation};
 
-use super::format::{bytes, change, count, escape, percent, seconds};
+use super::format::{change, count, escape, percent, seconds};
 use super::gist_curves::curves;
-use super::html::{how_section, metrics_section, page};
+use super::html::{how_section, memory, metrics_section, page};
 use super::stand_ins::{StandIns, signed_percent, with_error};
 use crate::jobs::train_gistnet::GistSummary;
 use crate::run::metrics::Record;
@@ -223,7 +223,7 @@ fn how(report: &GistReport) -> String {
             ),
         ),
         ("sources", s.data.join(", ")),
-        ("memory", format!("planned {}, at most {} used", bytes(s.planned_bytes), bytes(s.peak_bytes))),
+        ("memory", memory(s.planned_bytes, s.peak_bytes, s.device_memory)),
         ("base fingerprint", s.base_fingerprint.clone()),
         ("gist version", s.gist_version.to_string()),
         ("threads", s.threads.to_string()),

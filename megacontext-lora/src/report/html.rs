@@ -12,6 +12,7 @@ use super::format::{bytes, change, context, count, escape, percent, perplexity, 
 use super::plots::{attention_name, loss_curve, perplexity_by_context, series};
 use super::verdict::{against, judged_context, verdict};
 use crate::run::summary::{ByContext, Summary};
+use crate::train::device_plan::DeviceMemory;
 
 /// The page.
 pub fn render(report: &RunReport) -> String {
@@ -351,12 +352,17 @@ fn cost_section(s: &Summary) -> String {
             value: bytes(*n),
             remark: percent(*n as f64 / planned as f64),
         });
-        out += &bars(
-            &format!("Memory as planned before the first step, {} in all", bytes(planned)),
-            rows.collect(),
-        );
+        let there = s.device_memory.map_or(String::new(), |there| format!("; of the GPU {}", there.text()));
+        let title = format!("Memory as planned before the first step, {} in all{there}", bytes(planned));
+        out += &bars(&title, rows.collect());
     }
     out + "</section>\n"
+}
+
+/// What a run held, and of a GPU, where its passes ran on one.
+pub(super) fn memory(planned: u64, peak: u64, there: Option<DeviceMemory>) -> String {
+    let here = DeviceMemory { planned_bytes: planned, peak_bytes: peak }.text();
+    there.map_or(here.clone(), |there| format!("{here}; of the GPU {}", there.text()))
 }
 
 pub(super) struct Bar {

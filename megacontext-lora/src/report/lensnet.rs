@@ -7,8 +7,8 @@ use std::fmt::Write;
 
 use lensnet_adapter::validate::{Reference, Validation};
 
-use super::format::{bytes, count, escape, percent, seconds};
-use super::html::{both, how_section, metrics_section, page};
+use super::format::{count, escape, percent, seconds};
+use super::html::{both, how_section, memory, metrics_section, page};
 use crate::jobs::train_lensnet::LensSummary;
 use crate::run::metrics::Record;
 
@@ -260,7 +260,7 @@ fn how(report: &LensReport) -> String {
         ),
         ("sources", s.data.join(", ")),
         ("GistNet", s.gistnet.clone()),
-        ("memory", format!("planned {}, at most {} used", bytes(s.planned_bytes), bytes(s.peak_bytes))),
+        ("memory", memory(s.planned_bytes, s.peak_bytes, s.device_memory)),
         ("base fingerprint", s.base_fingerprint.clone()),
         ("gist version", s.gist_version.to_string()),
         ("threads", s.threads.to_string()),

@@ -11,6 +11,7 @@ use std::path::Path;
 use serde::{Deserialize, Serialize};
 
 use crate::error::{IoResultExt, PluginError, Result};
+use crate::train::device_plan::DeviceMemory;
 
 /// The file's name in a run folder.
 pub const SUMMARY: &str = "summary.json";
@@ -41,6 +42,9 @@ pub struct Summary {
     pub peak_bytes: u64,
     /// The plan's bytes by kind (weights, gradients, optimizer, activations, …).
     pub planned_bytes: BTreeMap<String, u64>,
+    /// Bytes of a GPU as planned and at the peak, where passes ran on one.
+    #[serde(default)]
+    pub device_memory: Option<DeviceMemory>,
     /// Seed of everything random.
     pub seed: u64,
     /// Worker threads.

@@ -191,7 +191,7 @@ impl Session {
         }
         check_places("open_tree", loaded.identity.place_rule, l.model.config.positions.sigma)?;
         let mut network = loaded.network;
-        network_beside("GistNet", network.set_device(l.decoder.device()), &*self.host);
+        let placed = network.set_device(l.decoder.device());
         let folder = || Some(l.dir.canonicalize().ok()?.file_name()?.to_string_lossy().into_owned());
         let name = name.or_else(folder).unwrap_or_else(|| "base".to_string());
         let base = BaseModel { name, fingerprint: fingerprint.clone() };
@@ -226,6 +226,9 @@ impl Session {
         history.check_embeddings("open_tree", &l)?;
         let described = history.describe();
         *self.history_mut() = Some(history);
+        // The host may ask the session when it is told.
+        drop(l);
+        network_beside("GistNet", placed, &*self.host);
         Ok(described)
     }
 

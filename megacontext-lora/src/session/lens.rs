@@ -194,7 +194,7 @@ impl Session {
             )));
         }
         let mut network = loaded.network;
-        network_beside("LensNet", network.set_device(l.decoder.device()), &*self.host);
+        let placed = network.set_device(l.decoder.device());
         let told = json!({
             "network": path,
             "config": network.config(),
@@ -203,6 +203,10 @@ impl Session {
         });
         history.lens = Some(Lens { network, path, rule: places.rule(hierarchy.block()) });
         history.id = Arc::default();
+        // The host may ask the session when it is told.
+        drop(guard);
+        drop(l);
+        network_beside("LensNet", placed, &*self.host);
         Ok(told)
     }
 

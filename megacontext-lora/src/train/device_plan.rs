@@ -9,7 +9,7 @@
 use megacontext_base::buffers::gpu::GpuBytes;
 use megacontext_base::device::Device;
 use megacontext_kernels::precision::Precision;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use crate::error::{PluginError, Result};
 use crate::jobs::model_error;
@@ -87,6 +87,31 @@ impl DevicePlan {
             self.kinds(),
             bytes(self.free)
         )
+    }
+}
+
+/// Bytes of a GPU that a run was planned to take, and those that were in use at the fullest moment.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DeviceMemory {
+    /// As planned.
+    pub planned_bytes: u64,
+    /// At the peak.
+    pub peak_bytes: u64,
+}
+
+impl DeviceMemory {
+    /// Of a run with this plan on this device; none on the processor.
+    ///
+    /// # Errors
+    /// When the device does not say.
+    pub(crate) fn of(plan: Option<&DevicePlan>, device: &Device) -> Result<Option<Self>> {
+        let peak = device.peak_bytes().map_err(model_error)?;
+        Ok(plan.zip(peak).map(|(plan, peak_bytes)| Self { planned_bytes: plan.total, peak_bytes }))
+    }
+
+    /// In words.
+    pub(crate) fn text(&self) -> String {
+        format!("planned {}, at most {} used", bytes(self.planned_bytes), bytes(self.peak_bytes))
     }
 }
 

@@ -8,7 +8,7 @@
 
 use std::path::PathBuf;
 
-use gistnet_adapter::{CHUNK_ENTRIES, GistNetConfig};
+use gistnet_adapter::GistNetConfig;
 use lensnet_adapter::allocator::AllocatorConfig;
 use lensnet_adapter::counterfactual::CounterfactualConfig;
 use lensnet_adapter::preference::PreferenceConfig;
@@ -414,14 +414,13 @@ impl LensPlan {
         let (largest, kept) = (pass(entries.max(512)), keys_values_bytes(model, config.dtype, entries));
         let rows = config.batch * config.labels.contexts();
         let scored = rows * (budget + block);
-        // The policy that a round begins with has its weights there too.
-        let held_to = match config.preference.kl_weight != 0.0 {
-            true => network.gpu_bytes(device, scored, false),
-            false => GpuBytes::default(),
-        };
+        // The policy that a round begins with has its weights there too, and the best network in the end.
+        let other = network.gpu_bytes(device, scored, false);
+        let held_to = if config.preference.kl_weight != 0.0 { other } else { GpuBytes::default() };
         let on_gpu = gpu::evaluation_bytes(model, largest)
             .with(network.gpu_bytes(device, scored, true))
-            .with(gistnet.gpu_bytes(device, CHUNK_ENTRIES, false))
+            .with(gistnet.gpu_bytes(device, gistnet.entries_at_once(), false))
+            .with(other)
             .with(held_to);
         let blocks = if network.goes_to(device) { 0 } else { network.layers as u64 };
         let device = DevicePlan::of(device, on_gpu, kept)?;

@@ -12,7 +12,7 @@
 use std::time::Instant;
 
 use megacontext_base::buffers::gpu::{self, GpuBytes};
-use megacontext_base::buffers::{PassBytes, PassShape, evaluation_bytes, training_bytes};
+use megacontext_base::buffers::{PassBytes, PassShape, evaluation_bytes, logits_bytes, training_bytes};
 use megacontext_base::config::DecoderConfig;
 use megacontext_base::decoder::stored_narrow;
 use megacontext_base::device::Device;
@@ -257,13 +257,24 @@ fn values(tensors: &[(String, Vec<usize>)]) -> u64 {
     tensors.iter().map(|(_, shape)| shape.iter().product::<usize>() as u64).sum()
 }
 
-/// Refuses a job of forward passes over `entries` tokens that does not fit; `extra` bytes come on top of the passes.
+/// What a job of forward passes has besides them.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Beside {
+    /// Bytes of the host's, on every device.
+    pub host: u64,
+    /// Documents that rows continue, where passes run.
+    pub documents: u64,
+    /// A network's on a GPU.
+    pub network: GpuBytes,
+}
+
+/// Refuses a job of forward passes over `entries` tokens that does not fit.
 pub(crate) fn check_forward(
     what: &str,
     model: &DecoderConfig,
     dtype: Precision,
     entries: usize,
-    extra: u64,
+    beside: Beside,
     device: &Device,
 ) -> Result<()> {
     let program = resident_bytes().unwrap_or(0);
@@ -280,11 +291,13 @@ pub(crate) fn check_forward(
         on_gpu: !device.is_cpu(),
     };
     let pass = PassShape { entries, precision: dtype, lora: None };
-    if let Some(plan) = DevicePlan::of(device, gpu::evaluation_bytes(model, pass), 0)? {
+    let there = gpu::evaluation_bytes(model, pass).with(beside.network);
+    if let Some(plan) = DevicePlan::of(device, there, beside.documents)? {
         plan.check(dtype, &["fewer tokens at a time"])?;
     }
     let plan = load.memory(true);
-    let needed = plan.total + extra;
+    let documents = if device.is_cpu() { beside.documents } else { 0 };
+    let needed = plan.total + beside.host + documents;
     match available_bytes() {
         Some(free) if needed > free => {
             let mut help = vec!["fewer tokens at a time".to_string()];
@@ -329,11 +342,10 @@ impl Generated<'_> {
         if let Some(plan) = DevicePlan::of(device, gpu::generation_bytes(model, pass, rooms), 0)? {
             plan.check(*dtype, &help)?;
         }
-        // On a GPU the host makes the choice of tokens alone: of the logits of a step, and of those of all prompts.
-        let logits = 2 * F32 * (rooms.len() * model.vocab_size) as u64;
+        // On a GPU the host chooses tokens, and does what an adapter on embedding or head asks for.
         let (needed, cache) = match device.is_cpu() {
             true => (generation_bytes(model, pass, rooms), self.cache_bytes()),
-            false => (logits, 0),
+            false => (logits_bytes(model, pass, rooms.len()), 0),
         };
         let plan = Load::reading(model, *lora, *dtype).memory(true);
         let total = plan.total.saturating_add(needed);

@@ -5,7 +5,7 @@ use std::fs;
 use serde_json::{Value, json};
 
 use crate::common::{mclora, metrics, read_json};
-use crate::support::{GPU, Machine, close_all, first_line};
+use crate::support::{GPU, Machine, close_all, first_line, planned_well};
 
 /// Over histories of 24 tokens in 16 entries, gists of 4.
 fn settings(machine: &Machine) -> Value {
@@ -44,6 +44,8 @@ fn a_cycle_reaches_what_the_processor_does() {
     let summaries = [&gpu, &cpu].map(|run| read_json(&run.join("summary.json")));
     let [got, expected] = &summaries;
     assert_eq!((&got["device"], &expected["device"]), (&GPU.into(), &"cpu".into()));
+    // As for LensNet's run.
+    planned_well(got, 12.0);
     close_all("summary", got, expected);
     close_all("line", &metrics(&gpu).into(), &metrics(&cpu).into());
 }

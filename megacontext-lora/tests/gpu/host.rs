@@ -24,7 +24,7 @@ pub struct Host {
     pub context: Arc<CudaContext>,
     stream: Arc<CudaStream>,
     driver: Library,
-    plugin: Plugin,
+    pub plugin: Plugin,
 }
 
 impl Host {

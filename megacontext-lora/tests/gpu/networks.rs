@@ -5,7 +5,7 @@ use std::fs;
 use serde_json::{Value, json};
 
 use crate::common::{Fixture, mclora, metrics, read_json};
-use crate::support::{GPU, Machine, close_all, close_tensors, first_line};
+use crate::support::{GPU, Machine, close_all, close_tensors, first_line, planned_well};
 
 /// Of tensors of a network that has learned.
 const TENSOR: f32 = 1e-3;
@@ -46,6 +46,7 @@ fn gistnet_learns_and_is_measured_as_on_the_processor() {
     let (cpu, gpu) = (fixture.path("cpu"), fixture.path("gpu"));
     close_all("line", &metrics(&gpu).into(), &metrics(&cpu).into());
     let [got, expected] = [&gpu, &cpu].map(|run| read_json(&run.join("summary.json")));
+    planned_well(&got, 1.6);
     for key in ["validation", "test", "baselines"] {
         close_all(key, &got[key], &expected[key]);
     }
@@ -92,4 +93,6 @@ fn lensnet_learns_as_on_the_processor() {
     let (cpu, gpu) = (fixture.path("cpu"), fixture.path("gpu"));
     close_all("line", &metrics(&gpu).into(), &metrics(&cpu).into());
     close_tensors(&gpu.join("lensnet.safetensors"), &cpu.join("lensnet.safetensors"), TENSOR);
+    // Plans have passes of 512 entries at least, and as many blocks of gists as are made at a time in long histories.
+    planned_well(&read_json(&gpu.join("summary.json")), 6.0);
 }

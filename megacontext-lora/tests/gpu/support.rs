@@ -86,8 +86,18 @@ pub fn close(what: &str, got: &Value, expected: &Value, bound: f64) {
 /// Keys whose values are of the clock, the folder or the machine, or say numbers once more as text.
 fn of_the_machine(key: &str) -> bool {
     key.starts_with("wall_")
-        || ["seconds", "peak_bytes", "planned_bytes", "device", "adapter", "gistnet", "lensnet", "table"]
-            .contains(&key)
+        || [
+            "seconds",
+            "peak_bytes",
+            "planned_bytes",
+            "device",
+            "adapter",
+            "gistnet",
+            "lensnet",
+            "table",
+            "device_memory",
+        ]
+        .contains(&key)
 }
 
 /// Holds everything in one value against the same in another.
@@ -113,6 +123,17 @@ pub fn close_all(at: &str, got: &Value, expected: &Value) {
         }
         _ => assert_eq!(got, expected, "{at}"),
     }
+}
+
+/// Holds what a run took of the GPU against what it was planned to, at most `most` times as much, cuBLASLt's own memory left out.
+#[track_caller]
+pub fn planned_well(summary: &Value, most: f64) {
+    // As planned, and on a device of compute capability 8.0.
+    let blas = [("planned_bytes", megacontext_base::buffers::gpu::BLAS), ("peak_bytes", 4 << 20)];
+    let [planned, peak] =
+        blas.map(|(key, own)| (summary["device_memory"][key].as_u64().unwrap() - own) as f64);
+    println!("planned {planned}, at most {peak}");
+    assert!((1.0..=most).contains(&(planned / peak)), "planned {planned}, at most {peak}");
 }
 
 /// Values of keys in the lines of a kind.

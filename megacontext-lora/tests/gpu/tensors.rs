@@ -22,13 +22,13 @@ const BLOCK: usize = 4;
 const IDS: [u32; T] = [5, 17, 0, 299, 42, 42, 7];
 const GAP: f32 = -77.0;
 
-/// Runs a test of this file on a machine with the emulated GPU; nothing without a compiler.
+/// Runs an ignored test of this program on a machine with the emulated GPU; nothing without a compiler.
 #[track_caller]
-fn alone(test: &str) {
+pub fn alone(test: &str) {
     let Some(path) = search_path().unwrap() else { return };
     let cache = tempfile::tempdir().unwrap();
     let mut command = Command::new(std::env::current_exe().unwrap());
-    command.args(["--exact", &format!("tensors::{test}"), "--ignored", "--nocapture", "--test-threads=1"]);
+    command.args(["--exact", test, "--ignored", "--nocapture", "--test-threads=1"]);
     command.env("LD_LIBRARY_PATH", path).env("MEGACONTEXT_CUDA_CACHE", cache.path());
     let outcome = finish(command).success();
     assert!(outcome.stdout.contains("1 passed"), "{}", outcome.stdout);
@@ -74,9 +74,9 @@ fn on_host(shape: &[usize], call: impl FnOnce(TensorViewMut<'_>) -> Result<(), A
 
 #[test]
 fn every_call_gives_the_bytes_that_it_gives_for_the_hosts_tensors() {
-    alone("contexts");
-    alone("deltas");
-    alone("histories");
+    alone("tensors::contexts");
+    alone("tensors::deltas");
+    alone("tensors::histories");
 }
 
 #[test]
@@ -237,7 +237,7 @@ fn histories() {
 
 #[test]
 fn what_the_host_queued_before_a_call_comes_first() {
-    alone("behind_streams");
+    alone("tensors::behind_streams");
 }
 
 #[test]
@@ -273,7 +273,7 @@ fn behind_streams() {
 
 #[test]
 fn what_cannot_be_taken_is_refused_before_anything_is_changed() {
-    alone("refuses");
+    alone("tensors::refuses");
 }
 
 #[test]

@@ -158,6 +158,16 @@ impl KvCache {
         self.rows.iter().map(|row| row.length).collect()
     }
 
+    /// Was it made for a model of these sizes and class, where its passes run?
+    pub(crate) fn fits(&self, decoder: &Decoder) -> bool {
+        let (c, held) = (decoder.config(), self.capacity());
+        on_machine!(decoder, |_machine: M, S| {
+            let layers = &M::held_in::<S>(self).layers;
+            let values = held * c.num_key_value_heads * c.head_dim;
+            layers.len() == c.num_hidden_layers && layers.iter().all(|layer| M::len(&layer.k) == values)
+        })
+    }
+
     /// C.
     pub(crate) fn capacity(&self) -> usize {
         self.rows.iter().map(|row| row.room).sum()

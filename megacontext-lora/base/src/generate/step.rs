@@ -157,6 +157,12 @@ impl Decoder {
     /// See the module.
     pub fn advance(&self, cache: &mut KvCache, additions: &[Addition]) -> Result<Vec<f32>> {
         self.check_additions(cache, additions)?;
+        if !cache.fits(self) {
+            return input(
+                "cache: expected one that was made for the model's sizes and class and on its device, got another's"
+                    .into(),
+            );
+        }
         if additions.is_empty() {
             return Ok(Vec::new());
         }
@@ -214,12 +220,6 @@ impl Decoder {
         let pass = self.pass(machine, Attending::Elsewhere, tables.slices(), None, tokens.len(), None)?;
 
         let Held { layers, scratch, last } = M::held::<S>(cache);
-        if layers.is_empty() {
-            return input(
-                "cache: expected one that was made for the model's class and on its device, got another's"
-                    .into(),
-            );
-        }
         scratch.prepare(c.num_hidden_layers, c.num_hidden_layers, true);
         let Scratch { saved, workspace, x, stream, .. } = scratch;
         let saved = &mut saved[0];

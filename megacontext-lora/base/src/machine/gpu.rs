@@ -49,7 +49,7 @@ use crate::params::ParamStore;
 use crate::projection::Setting;
 use crate::rope::Spread;
 
-/// A GPU, with the parameters of one decoder on it. Clones are the same.
+/// A GPU, with the parameters of one decoder or network on it. Clones are the same.
 #[derive(Clone)]
 pub(crate) struct Gpu {
     opened: Arc<Opened>,
@@ -142,6 +142,10 @@ impl Machine for Gpu {
 
     fn held<S: Activation>(cache: &mut KvCache) -> &mut Held<Self, S> {
         S::held(&mut cache.gpu)
+    }
+
+    fn held_in<S: Activation>(cache: &KvCache) -> &Held<Self, S> {
+        S::held_in(&cache.gpu)
     }
 
     fn with_gradients<R>(

@@ -60,6 +60,10 @@ impl Machine for Host {
         S::held(&mut cache.host)
     }
 
+    fn held_in<S: Activation>(cache: &KvCache) -> &Held<Self, S> {
+        S::held_in(&cache.host)
+    }
+
     fn with_gradients<R>(
         &self,
         host: &mut Gradients,

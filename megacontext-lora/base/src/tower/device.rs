@@ -25,7 +25,6 @@ use crate::buffers::Scratch;
 use crate::config::DecoderConfig;
 use crate::device::Device;
 use crate::error::Result;
-use crate::gradients::Gradients;
 use crate::machine::gpu::Gpu;
 use crate::machine::{AttentionSpec, Machine};
 use crate::params::ParamStore;
@@ -172,22 +171,27 @@ impl Walked {
         self.made.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The gradient of the input [N, E] for that of the result, `d`.
-    fn back(&self, scratch: &mut Scratch<Gpu, f32>, d: &[f32], entries: usize) -> Result<Vec<f32>> {
+    /// The gradient of the input [N, E] for that of the result, `d`, where it is `wanted`.
+    fn back(
+        &self,
+        scratch: &mut Scratch<Gpu, f32>,
+        d: &[f32],
+        entries: usize,
+        wanted: bool,
+    ) -> Result<Option<Vec<f32>>> {
         let machine = &self.on.machine;
         machine.read(d, &mut scratch.d)?;
         // Room for one block's values.
         scratch.saved.resize_with(1, Default::default);
-        let mut gradients = Gradients::new();
         let call = Call { params: &self.params, attention: &self.attention, angles: &self.angles, entries };
         call.pass(&self.on, |pass| {
-            machine.with_gradients(&mut gradients, |gradients| {
-                let back = Back { lowest: 0, recompute: true, fresh: false, wanted: |_| true };
-                back.walk(pass, scratch, gradients)
+            let wanted = |layer| wanted || layer > 0;
+            let back = Back { lowest: 0, recompute: true, fresh: false, wanted };
+            self.params.with_beside(|beside| {
+                machine.with_gradients(beside, |gradients| back.walk(pass, scratch, gradients))
             })
         })?;
-        self.params.leave_beside(&gradients);
-        machine.to_host(&scratch.d)
+        wanted.then(|| machine.to_host(&scratch.d)).transpose()
     }
 }
 
@@ -222,12 +226,11 @@ impl CustomOp2 for Walked {
         let (_, mut scratch) = self.made().take().ok_or_else(twice)?;
         let d = d.contiguous()?;
         let entries = d.elem_count() / self.on.config.hidden_size;
-        let back = Values::of(&d).map_err(Into::into).and_then(|d| self.back(&mut scratch, &d, entries));
-        let values = back.map_err(candle_core::Error::wrap)?;
-        let dx = match x.track_op() {
-            true => Some(Tensor::from_vec(values, x.shape(), &CandleDevice::Cpu)?),
-            false => None,
-        };
+        let back = Values::of(&d)
+            .map_err(Into::into)
+            .and_then(|d| self.back(&mut scratch, &d, entries, x.track_op()));
+        let dx = back.map_err(candle_core::Error::wrap)?;
+        let dx = dx.map(|values| Tensor::from_vec(values, x.shape(), &CandleDevice::Cpu)).transpose()?;
         Ok((dx, None))
     }
 }

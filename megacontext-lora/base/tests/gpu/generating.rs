@@ -144,7 +144,7 @@ fn a_cache_of_another_device_is_refused() -> Result<()> {
     decoder.set_device(&lease.device)?;
     let add = [Addition { row: 0, tokens: &[4], logits: true }];
     let refused = decoder.advance(&mut cache, &add).unwrap_err().to_string();
-    ensure!(refused.contains("made for the model's class and on its device"), "{refused}");
+    ensure!(refused.contains("made for the model's sizes and class and on its device"), "{refused}");
     ensure!(cache.lengths() == [3], "{:?}", cache.lengths());
     Ok(())
 }

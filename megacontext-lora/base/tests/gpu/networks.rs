@@ -102,6 +102,29 @@ fn towers_are_the_processors_there_and_back() -> Result<()> {
 }
 
 #[test]
+fn a_graph_is_walked_once_and_nothing_of_a_walk_that_failed_is_counted() -> Result<()> {
+    let Some(lease) = device()? else { return Ok(()) };
+    let (mut tower, params) = fresh(SIZES)?;
+    tower.set_device(&lease.device)?;
+    let rope = Rope::new(SIZES.head_width(), THETA, RopeScaling::None).sequence(ENTRIES)?;
+    let rows = Rows::default();
+    let sees = Sees::Pattern(Pattern::Dense, &rows);
+    let first = tower.forward(&params, &tensor(random(1))?, angles(&rope), sees)?;
+    let second = tower.forward(&params, &tensor(random(2))?, angles(&rope), sees)?;
+    let mut expected = Gradients::new();
+    expected.add_backward(&first.sum_all()?, &params)?;
+    let mut gradients = Gradients::new();
+    // Both are walked here, but the first one has been: what the second left with the parameters is not of the next walk.
+    let both = (first.sum_all()? + second.sum_all()?)?;
+    let refused = gradients.add_backward(&both, &params).unwrap_err().to_string();
+    ensure!(refused.contains("expected one forward and one backward pass for each graph"), "{refused}");
+    ensure!(gradients.names().next().is_none(), "gradients of a walk that failed");
+    let again = tower.forward(&params, &tensor(random(1))?, angles(&rope), sees)?;
+    gradients.add_backward(&again.sum_all()?, &params)?;
+    close_gradients("after a walk that failed", &gradients, &expected, 1e-6)
+}
+
+#[test]
 fn a_frozen_tower_gives_no_gradient_and_keeps_nothing() -> Result<()> {
     let Some(lease) = device()? else { return Ok(()) };
     let (mut tower, mut params) = fresh(SIZES)?;

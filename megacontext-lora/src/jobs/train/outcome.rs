@@ -18,6 +18,7 @@ use crate::jobs::{model_error, save_adapter, to_value};
 use crate::report::cycle::{CycleReport, render};
 use crate::run::folder::config_toml;
 use crate::run::summary::SUMMARY;
+use crate::train::device_plan::DeviceMemory;
 use crate::train::plan::{peak_bytes, since};
 
 /// GistNet's file in a run folder.
@@ -138,6 +139,7 @@ impl Run<'_> {
             seconds: self.before + since(self.started),
             planned_bytes: self.plan.total,
             peak_bytes: peak_bytes().unwrap_or(0),
+            device_memory: DeviceMemory::of(self.plan.device.as_ref(), modules.decoder.device())?,
             base: c.base.display().to_string(),
             base_fingerprint: self.model.weights.fingerprint(),
             data: c.data.clone(),

@@ -11,6 +11,7 @@ use crate::jobs::to_value;
 use crate::report::gistnet::{GistReport, render};
 use crate::run::folder::config_toml;
 use crate::run::summary::SUMMARY;
+use crate::train::device_plan::DeviceMemory;
 use crate::train::gistnet::GistPlan;
 use crate::train::plan::{peak_bytes, since};
 
@@ -57,6 +58,7 @@ impl Run<'_> {
             seconds: self.before + since(self.started),
             planned_bytes: plan.total,
             peak_bytes: peak_bytes().unwrap_or(0),
+            device_memory: DeviceMemory::of(plan.device.as_ref(), self.decoder.device())?,
             base: self.config.base.display().to_string(),
             base_fingerprint: self.state.inputs.base.clone(),
             data: self.config.data.clone(),

@@ -12,6 +12,7 @@ use crate::report::lensnet::{LensReport, Picture, render};
 use crate::run::folder::config_toml;
 use crate::run::summary::SUMMARY;
 use crate::run::traces::{Trace, TraceLog};
+use crate::train::device_plan::DeviceMemory;
 use crate::train::lensnet::LensPlan;
 use crate::train::plan::{peak_bytes, since};
 
@@ -84,6 +85,7 @@ impl Run<'_> {
             seconds: self.before + since(self.started),
             planned_bytes: plan.total,
             peak_bytes: peak_bytes().unwrap_or(0),
+            device_memory: DeviceMemory::of(plan.device.as_ref(), self.focus.loss.decoder().device())?,
             base: self.config.base.display().to_string(),
             base_fingerprint: self.state.inputs.base.clone(),
             gistnet: self.config.gistnet.display().to_string(),

@@ -10,7 +10,7 @@
 //!
 //! Units: bytes, seconds. Errors: a plan beyond the budget, with the numbers and what would help.
 
-use gistnet_adapter::{CHUNK_ENTRIES, Mode};
+use gistnet_adapter::Mode;
 use megacontext_base::buffers::gpu;
 use megacontext_base::buffers::{PassBytes, PassShape, evaluation_bytes, keys_values_bytes, training_bytes};
 use megacontext_base::config::DecoderConfig;
@@ -183,7 +183,7 @@ impl CyclePlan {
             .with_optimizer(optimizer)
             .with(gist.gpu_bytes(device, gist_there, true))
             .with(lens.gpu_bytes(device, lens_there, true))
-            .with(gist.gpu_bytes(device, CHUNK_ENTRIES, false))
+            .with(gist.gpu_bytes(device, gist.entries_at_once(), false))
             .with(lens.gpu_bytes(device, budget + block, false));
         let device_plan = DevicePlan::of(device, on_device, documents + divergence)?;
 

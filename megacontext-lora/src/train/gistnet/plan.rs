@@ -14,7 +14,7 @@
 
 use gistnet_adapter::curriculum::{Stage, places};
 use gistnet_adapter::delta_nll::ENTRIES_AT_ONCE;
-use gistnet_adapter::{CHUNK_ENTRIES, GistNetConfig, Mode};
+use gistnet_adapter::{GistNetConfig, Mode};
 
 use gistnet_adapter::validate::{Baseline, LOOKED_AT};
 use megacontext_base::buffers::gpu::{self, GpuBytes};
@@ -201,10 +201,10 @@ impl GistPlan {
         };
         // Blocks of a passage pass GistNet at most so many at a time; then the attention of some of all is looked at.
         let blocks = measured.count.max(network.block * places(context, network.block, 2, longest).len());
-        let chunk = (blocks * network.block).min(CHUNK_ENTRIES) as u64;
+        let chunk = (blocks * network.block).min(network.entries_at_once());
         let looked_at = (held_out.len() * measured.count).min(LOOKED_AT) * (network.block + 1);
         let looked_at = F32 * e * looked_at as u64 * (KEPT_WIDTHS + ENTROPY_WIDTHS);
-        let validation = (validating_here + measured.bytes(e) + graph(chunk)).max(looked_at);
+        let validation = (validating_here + measured.bytes(e) + graph(chunk as u64)).max(looked_at);
 
         let pass =
             |entries: usize| PassShape { entries, precision: config.dtype, lora: adapted.lora.as_ref() };
@@ -221,10 +221,12 @@ impl GistPlan {
         let validating_there = validating - patterns * values(context);
         let documents = kept - kept_values + (fresh - fresh_values).max(validating_there);
         let divergence = if hidden { gpu::divergence_bytes(model, pass(learned)) } else { 0 };
-        // All graphs of a step are there together; what stability holds gists to has none.
+        // All graphs of a step are there together; what stability holds gists to has none. A validation has none either, and the
+        // best network is measured beside the last one in the end.
         let seen = most(&|step| step.seen) as usize;
         let held_to = if anchor > 0 { network.gpu_bytes(device, seen, false) } else { GpuBytes::default() };
-        let on_gpu = on_gpu.with(network.gpu_bytes(device, seen, true)).with(held_to);
+        let best = network.gpu_bytes(device, chunk, false);
+        let on_gpu = on_gpu.with(network.gpu_bytes(device, seen, true)).with(best).with(held_to);
         let device = DevicePlan::of(device, on_gpu, documents + divergence)?;
         // Of what is kept no more than the entries' values is left here.
         let (passes, kept) = match device {
