@@ -148,7 +148,7 @@ impl<'a> GistTrainer<'a> {
             setting,
             network,
             optimizer: Optimizer::new(adamw),
-            gradients: Gradients::new(),
+            gradients: Gradients::staying(),
             buffers: Buffers::default(),
             passages: Passages::new(budget),
             anchor: None,
@@ -184,7 +184,7 @@ impl<'a> GistTrainer<'a> {
         (&self.network, &mut self.buffers)
     }
 
-    /// Gradients of the last step, before clipping.
+    /// Gradients of the last step, before clipping; those of blocks that ran on a GPU have stayed there.
     pub fn gradients(&self) -> &Gradients {
         &self.gradients
     }

@@ -225,7 +225,7 @@ impl LensTrainer {
             return refuse(format!("expected places of blocks of {expected}, the network's, got {got}"));
         }
         network.params_mut().set_learning([Group::Lensnet])?;
-        let (optimizer, gradients) = (Optimizer::new(adamw), Gradients::new());
+        let (optimizer, gradients) = (Optimizer::new(adamw), Gradients::staying());
         Ok(Self { network, optimizer, rule, max_lod, objective, gradients, previous: None })
     }
 

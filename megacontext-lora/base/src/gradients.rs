@@ -130,12 +130,12 @@ impl Gradients {
         drop(params.take_beside());
         let grads = loss.backward()?;
         #[cfg(feature = "cuda")]
-        let beside = params.take_beside();
+        let mut beside = params.take_beside();
         #[cfg(not(feature = "cuda"))]
         let beside = Self::new();
         let arrived = |(name, leaf): (String, Tensor)| match grads.get(&leaf) {
             Some(gradient) => Ok((name, Some(gradient.contiguous()?))),
-            None if beside.get(&name).is_some() => Ok((name, None)),
+            None if beside.has(&name) => Ok((name, None)),
             None => Err(BaseError::Parameter {
                 name,
                 message: "expected a gradient, since it learns, got none from this loss".to_string(),
@@ -150,7 +150,20 @@ impl Gradients {
                 rows::add_assign(values, self.buffer(&name, values.len()));
             }
         }
+        #[cfg(feature = "cuda")]
+        if let Some(there) = beside.there.take() {
+            self.take_over(there)?;
+        }
         Ok(())
+    }
+
+    /// Is there a gradient of this name, wherever it lies?
+    fn has(&self, name: &str) -> bool {
+        #[cfg(feature = "cuda")]
+        if self.there.as_ref().is_some_and(|there| there.has(name)) {
+            return true;
+        }
+        self.buffers.contains_key(name)
     }
 
     /// Global L2 norm.

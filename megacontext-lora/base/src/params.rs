@@ -189,6 +189,17 @@ pub struct Parameter {
     looked: bool,
 }
 
+/// Gradients that stay where they are made.
+#[cfg(feature = "cuda")]
+struct Beside(Gradients);
+
+#[cfg(feature = "cuda")]
+impl Default for Beside {
+    fn default() -> Self {
+        Self(Gradients::staying())
+    }
+}
+
 /// All parameters of a model, and the groups that learn at the moment.
 #[derive(Default)]
 pub struct ParamStore {
@@ -198,7 +209,7 @@ pub struct ParamStore {
     looked: OnceLock<()>,
     /// Gradients that arrived beside candle's tape.
     #[cfg(feature = "cuda")]
-    beside: Arc<Mutex<Gradients>>,
+    beside: Arc<Mutex<Beside>>,
 }
 
 impl ParamStore {
@@ -352,13 +363,13 @@ impl ParamStore {
     /// Runs `add` on the gradients that no tape carries, of this store or one that it is an alias of, until they are taken.
     #[cfg(feature = "cuda")]
     pub(crate) fn with_beside<R>(&self, add: impl FnOnce(&mut Gradients) -> R) -> R {
-        add(&mut self.beside.lock().unwrap_or_else(PoisonError::into_inner))
+        add(&mut self.beside.lock().unwrap_or_else(PoisonError::into_inner).0)
     }
 
     /// Takes the gradients that were left.
     #[cfg(feature = "cuda")]
     pub(crate) fn take_beside(&self) -> Gradients {
-        std::mem::take(&mut *self.beside.lock().unwrap_or_else(PoisonError::into_inner))
+        std::mem::take(&mut *self.beside.lock().unwrap_or_else(PoisonError::into_inner)).0
     }
 
     /// Names in sorted order.

@@ -65,8 +65,8 @@ impl TowerConfig {
     }
 
     /// What a tower of these sizes takes of a GPU beside a model, over `entries` entries of all calls that are walked back together:
-    /// its weights and the inputs of its blocks stay, the rest is there while a call runs. `learns` walks back. Nothing on the
-    /// processor, and where the device cannot run it.
+    /// its weights, the inputs of its blocks and its optimiser stay, the rest is there while a call runs. `learns` walks back.
+    /// Nothing on the processor, and where the device cannot run it.
     pub fn gpu_bytes(&self, device: &Device, entries: usize, learns: bool) -> GpuBytes {
         if !self.goes_to(device) {
             return GpuBytes::default();
@@ -77,10 +77,15 @@ impl TowerConfig {
             true => gpu::training_bytes(&config, pass, self.layers, true, &[Group::Base]),
             false => gpu::evaluation_bytes(&config, pass),
         };
+        let optimizer = match learns {
+            true => gpu::optimizer_bytes(&config, Precision::F32, &[Group::Base], None, true),
+            false => 0,
+        };
         let inputs = if learns { 4 * (entries * self.width * self.layers) as u64 } else { 0 };
         GpuBytes {
             // What products work in is the model's.
             weights: all.weights - gpu::BLAS,
+            optimizer,
             activations: inputs,
             passing: all.total() - all.weights - inputs,
             ..GpuBytes::default()

@@ -3,14 +3,14 @@
 use anyhow::{Context, Result, ensure};
 use candle_core::{Device as Host, Tensor, Var};
 use megacontext_base::device::Device;
-use megacontext_base::gradients::Gradients;
+use megacontext_base::gradients::{AdamWConfig, Gradients, Optimizer};
 use megacontext_base::params::{Group, ParamStore};
 use megacontext_base::random::Random;
 use megacontext_base::rope::{Rope, RopeScaling, RopeTables};
 use megacontext_base::tower::{Angles, Sees, THETA, Tower, TowerConfig};
 use megacontext_kernels::attention::{Pattern, Rows};
 
-use crate::support::{close, close_gradients, device};
+use crate::support::{close, close_gradients, device, distance};
 
 const SIZES: TowerConfig = TowerConfig { layers: 3, width: 32, heads: 4, kv_heads: 2 };
 const BATCH: usize = 3;
@@ -102,6 +102,41 @@ fn towers_are_the_processors_there_and_back() -> Result<()> {
 }
 
 #[test]
+fn towers_learn_there_what_they_learn_on_the_processor() -> Result<()> {
+    let Some(lease) = device()? else { return Ok(()) };
+    let rope = Rope::new(SIZES.head_width(), THETA, RopeScaling::None).sequence(ENTRIES)?;
+    let rows = Rows::default();
+    let learned = |device: &Device| -> Result<Vec<f32>> {
+        let (mut tower, params) = fresh(SIZES)?;
+        tower.set_device(device)?;
+        let mut optimizer = Optimizer::new(AdamWConfig { eps: 1e-3, ..AdamWConfig::default() });
+        let mut gradients = Gradients::staying();
+        for step in 0..4 {
+            gradients.clear();
+            for graph in 0..2 {
+                let sees = Sees::Pattern(Pattern::Bidirectional, &rows);
+                let out = tower.forward(&params, &tensor(random(step + 10 * graph))?, angles(&rope), sees)?;
+                gradients.add_backward(&(out.sqr()?.mean_all()?), &params)?;
+            }
+            optimizer.step(&params, &gradients, 1e-2)?;
+        }
+        values(&params)
+    };
+    let (before, expected, got) =
+        (values(&fresh(SIZES)?.1)?, learned(&Device::Cpu)?, learned(&lease.device)?);
+    close("what was learned", &got, &expected, 1e-3)?;
+    ensure!(distance(&expected, &before) > 1e-2, "nothing was learned");
+    Ok(())
+}
+
+/// All values that learn.
+fn values(params: &ParamStore) -> Result<Vec<f32>> {
+    let leaves = params.trainable()?.into_iter();
+    let values = leaves.map(|(_, leaf)| Ok(leaf.flatten_all()?.to_vec1::<f32>()?));
+    Ok(values.collect::<Result<Vec<_>>>()?.concat())
+}
+
+#[test]
 fn a_graph_is_walked_once_and_nothing_of_a_walk_that_failed_is_counted() -> Result<()> {
     let Some(lease) = device()? else { return Ok(()) };
     let (mut tower, params) = fresh(SIZES)?;
@@ -174,9 +209,18 @@ fn a_walk_takes_what_was_said() -> Result<()> {
         tower.set_device(&lease.device)?;
         lease.device.forget_peak()?;
         let sees = Sees::Pattern(Pattern::Bidirectional, &rows);
-        let out = tower.forward(&params, &tensor(random(1))?, angles(&rope), sees)?;
-        if learns {
-            Gradients::new().add_backward(&out.sum_all()?, &params)?;
+        let mut optimizer = Optimizer::new(AdamWConfig::default());
+        let mut gradients = Gradients::staying();
+        for _ in 0..2 {
+            gradients.clear();
+            // Two graphs, as two levels of gists make them.
+            for _ in 0..if learns { 2 } else { 1 } {
+                let out = tower.forward(&params, &tensor(random(1))?, angles(&rope), sees)?;
+                if learns {
+                    gradients.add_backward(&out.sum_all()?, &params)?;
+                }
+            }
+            optimizer.step(&params, &gradients, 1e-3)?;
         }
         let most = (lease.device.peak_bytes()?.unwrap_or(0) - before) as f64;
         let said = sizes.gpu_bytes(&lease.device, BATCH * ENTRIES, learns);

@@ -122,6 +122,19 @@ impl Gpu {
 }
 
 impl Gradients {
+    /// Adds gradients that stayed on a GPU: there, where these stay too, and otherwise here.
+    pub(crate) fn take_over(&mut self, there: There) -> Result<()> {
+        let There { gpu, buffers } = there;
+        if self.stay() {
+            return self.arrive(&gpu, buffers, &Gradients::new());
+        }
+        for (name, gradient) in buffers {
+            let gradient = gpu.kernels().download(&gradient)?;
+            self.add(&name, &gradient);
+        }
+        Ok(())
+    }
+
     /// Adds gradients of a pass on this GPU; those that the host has a part of are the host's.
     pub(crate) fn arrive(
         &mut self,
