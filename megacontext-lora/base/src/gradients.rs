@@ -33,6 +33,7 @@ use crate::params::{Group, ParamStore};
 pub struct Gradients {
     buffers: BTreeMap<String, Vec<f32>>,
     passes: Buffers,
+    #[cfg(feature = "cuda")]
     stay: bool,
     #[cfg(feature = "cuda")]
     there: Option<There>,
@@ -47,7 +48,10 @@ impl Gradients {
     /// No gradients yet. Those that a GPU makes stay there, for an [`Optimizer`] that steps there too: [`Gradients::get`] and
     /// [`Gradients::names`] know those alone that were made here.
     pub fn staying() -> Self {
-        Self { stay: true, ..Self::default() }
+        #[cfg(feature = "cuda")]
+        return Self { stay: true, ..Self::default() };
+        #[cfg(not(feature = "cuda"))]
+        Self::default()
     }
 
     #[cfg(feature = "cuda")]

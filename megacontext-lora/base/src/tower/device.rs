@@ -11,7 +11,7 @@
 //!
 //! Shapes: B rows, T entries, N = B·T, E width. Products are f32. Errors: no memory; tables that do not fit.
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use candle_core::{CpuStorage, CustomOp2, Device as CandleDevice, Layout, Shape, Tensor};
 use megacontext_kernels::attention::{Pattern, Rows};
@@ -78,7 +78,7 @@ impl OnGpu {
     }
 
     /// The stream behind the last block of `values` [N, E]; with `keep`, the blocks' inputs.
-    fn forward(&self, call: &Call, values: &[f32], keep: bool) -> Result<(Vec<f32>, Scratch<Gpu, f32>)> {
+    fn forward(&self, call: &Call, values: &[f32], keep: bool) -> Result<Made> {
         let mut scratch = Scratch::default();
         self.machine.read(values, &mut scratch.x)?;
         let lowest = if keep { 0 } else { self.config.num_hidden_layers };
@@ -156,18 +156,20 @@ impl Tower {
     }
 }
 
+/// What a forward pass gave, until the tape has it, and the blocks' inputs, until they have been walked back.
+type Made = (Vec<f32>, Scratch<Gpu, f32>);
+
 /// A forward pass that was run, on the tape.
 struct Walked {
     on: Arc<OnGpu>,
     params: ParamStore,
     attention: Within,
     angles: [Tensor; 2],
-    /// The result, until the tape has it, and the blocks' inputs, until they have been walked back.
-    made: Mutex<Option<(Vec<f32>, Scratch<Gpu, f32>)>>,
+    made: Mutex<Option<Made>>,
 }
 
 impl Walked {
-    fn made(&self) -> std::sync::MutexGuard<'_, Option<(Vec<f32>, Scratch<Gpu, f32>)>> {
+    fn made(&self) -> MutexGuard<'_, Option<Made>> {
         self.made.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
