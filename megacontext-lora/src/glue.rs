@@ -5,7 +5,7 @@
 //! `Internal` with the panic's message, every later one `Poisoned`: what the session holds may be half-changed, and
 //! nobody should read it.
 //!
-//! Nothing else in the plugin knows the ABI's types, so another ABI would replace this file alone.
+//! Nothing else in the plugin knows the ABI's types, so another ABI would replace this file and its folder alone.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;

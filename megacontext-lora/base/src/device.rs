@@ -4,8 +4,8 @@
 //! the processor otherwise, and says why. Nothing else falls back: a device that was named and cannot be had is an error.
 //! GPUs take the feature `cuda` of this crate; without it nothing of CUDA is in the program.
 //!
-//! Parameters, gradients, the optimiser and files stay on the host whatever the device, so checkpoints and adapters of one device
-//! are those of every other.
+//! Parameters as they are stored, and files, are the host's whatever the device, so checkpoints and adapters of one device are those
+//! of every other.
 
 use std::fmt;
 use std::str::FromStr;
@@ -314,6 +314,18 @@ impl Device {
             Self::Cpu => Ok(()),
             #[cfg(feature = "cuda")]
             Self::Cuda(gpu) => Ok(gpu.device.forget_most_bytes()?),
+        }
+    }
+
+    /// Waits for everything that was queued on a GPU.
+    ///
+    /// # Errors
+    /// What the driver says.
+    pub fn wait(&self) -> Result<()> {
+        match self {
+            Self::Cpu => Ok(()),
+            #[cfg(feature = "cuda")]
+            Self::Cuda(gpu) => Ok(gpu.device.synchronize()?),
         }
     }
 

@@ -2,7 +2,7 @@
 //!
 //! A block, a pass and a training step are written once ([`crate::block`], [`crate::decoder`]); what they are made of, buffers and
 //! the operations on them, is a [`Machine`]'s: the processor's ([`Host`], the kernels' slices) or a GPU's (`Gpu`, the
-//! kernels' `cuda`). Parameters and, between steps, gradients are the host's on every machine.
+//! kernels' `cuda`). Parameters as they are stored are the host's on every machine.
 //!
 //! Shapes: N = B·T entries; E model width, H query heads, G kv heads, D head width, F feed-forward width; row-major.
 //! S is the storage of activations; gradients of the stream, of norms' inputs and of parameters are f32, those of queries, keys and
@@ -121,7 +121,8 @@ pub(crate) trait Machine: Sized {
     fn held<S: Activation>(cache: &mut KvCache) -> &mut Held<Self, S>;
     /// The same for reading.
     fn held_in<S: Activation>(cache: &KvCache) -> &Held<Self, S>;
-    /// Runs a step whose gradients are added to the host's when all of it has gone well.
+    /// Runs a step whose gradients are added to `host`, or stay where they were made ([`Gradients::staying`]), when all of it has gone
+    /// well.
     fn with_gradients<R>(
         &self,
         host: &mut Gradients,

@@ -14,14 +14,13 @@
 //! Errors: an unknown name, a shape that changes.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::ffi::c_void;
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU64, Ordering};
 #[cfg(feature = "cuda")]
 use std::sync::{Arc, Mutex, PoisonError};
 
 use candle_core::op::BackpropOp;
-use candle_core::{CpuStorage, DType, Device, Storage, StorageRef, Tensor, Var};
+use candle_core::{DType, Device, Storage, Tensor, Var};
 use megacontext_kernels::linear::Weight;
 use megacontext_kernels::store::{Store, bf16};
 use serde::{Deserialize, Serialize};
@@ -33,6 +32,10 @@ use crate::gradients::Gradients;
 #[cfg(feature = "cuda")]
 use crate::machine::gpu::Gpu;
 use crate::weights::MappedTensor;
+
+mod held;
+
+pub use held::{Held, Shared};
 
 /// Which set of parameters a parameter belongs to. It belongs to exactly one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
@@ -428,15 +431,8 @@ impl ParamStore {
     /// removing it are no writes.
     pub unsafe fn share(&self, name: &str) -> Result<Shared> {
         let param = self.params.get(name).ok_or_else(|| unknown(name))?;
-        let (data, dtype) = match Held::of(name, param.here(name)?)?.weight() {
-            Weight::F32(values) => (values.as_ptr().cast(), DType::F32),
-            Weight::Bf16(values) => (values.as_ptr().cast(), DType::BF16),
-        };
-        let keeper = match &param.value {
-            Stored::Leaf(leaf) => Keeper::Memory { _tensor: leaf.as_detached_tensor() },
-            Stored::Mapped(mapped) => Keeper::File { _mapped: mapped.clone() },
-        };
-        Ok(Shared { data, dtype, shape: param.value.shape().to_vec(), _keeper: keeper })
+        // SAFETY: the caller's promise.
+        unsafe { Shared::of(name, param.here(name)?) }
     }
 
     /// Says that a parameter's values were written in place: the optimiser does.
@@ -587,111 +583,6 @@ impl ParamStore {
             }
         }
         Ok(hex(&hash.finalize()))
-    }
-}
-
-/// The values of a parameter, borrowed for as long as this lives.
-pub struct Held<'a> {
-    name: String,
-    place: Place<'a>,
-}
-
-enum Place<'a> {
-    Memory { storage: StorageRef<'a>, start: usize, len: usize },
-    File(&'a MappedTensor),
-}
-
-impl<'a> Held<'a> {
-    fn of(name: &str, value: &'a Stored) -> Result<Self> {
-        let place = match value {
-            Stored::Mapped(tensor) => Place::File(tensor),
-            Stored::Leaf(leaf) => {
-                let (storage, layout) = leaf.storage_and_layout();
-                let stored = matches!(&*storage, Storage::Cpu(CpuStorage::F32(_) | CpuStorage::BF16(_)));
-                let Some((start, end)) = layout.contiguous_offsets().filter(|_| stored) else {
-                    return Err(BaseError::Parameter {
-                        name: name.to_string(),
-                        message: format!(
-                            "expected contiguous f32 or bf16 on the CPU, got {:?}",
-                            leaf.dtype()
-                        ),
-                    });
-                };
-                Place::Memory { storage, start, len: end - start }
-            }
-        };
-        Ok(Self { name: name.to_string(), place })
-    }
-
-    /// The values as they are stored, row-major.
-    pub fn weight(&self) -> Weight<'_> {
-        let (storage, range) = match &self.place {
-            Place::File(tensor) => return tensor.weight(),
-            Place::Memory { storage, start, len } => (storage, *start..start + len),
-        };
-        match &**storage {
-            Storage::Cpu(CpuStorage::BF16(values)) => Weight::Bf16(&values[range]),
-            Storage::Cpu(CpuStorage::F32(values)) => Weight::F32(&values[range]),
-            _ => Weight::F32(&[]),
-        }
-    }
-
-    /// A copy in f32.
-    pub fn to_f32(&self) -> Vec<f32> {
-        match self.weight() {
-            Weight::F32(values) => values.to_vec(),
-            Weight::Bf16(values) => values.iter().map(|v| v.get()).collect(),
-        }
-    }
-
-    /// The values of a parameter that is stored in f32.
-    ///
-    /// # Errors
-    /// When it is stored in bf16.
-    pub fn f32(&self) -> Result<&[f32]> {
-        match self.weight() {
-            Weight::F32(values) => Ok(values),
-            Weight::Bf16(_) => Err(BaseError::Parameter {
-                name: self.name.clone(),
-                message: "expected f32, got bf16".to_string(),
-            }),
-        }
-    }
-}
-
-/// A parameter's own memory, kept for as long as this lives, whatever becomes of the store.
-pub struct Shared {
-    data: *const c_void,
-    dtype: DType,
-    shape: Vec<usize>,
-    _keeper: Keeper,
-}
-
-/// What the memory belongs to.
-enum Keeper {
-    Memory { _tensor: Tensor },
-    File { _mapped: MappedTensor },
-}
-
-// SAFETY: the pointer is into memory that the keeper shares in and that nobody writes (the promise of `ParamStore::share`).
-unsafe impl Send for Shared {}
-// SAFETY: as above; it is only read.
-unsafe impl Sync for Shared {}
-
-impl Shared {
-    /// The first value.
-    pub fn data(&self) -> *const c_void {
-        self.data
-    }
-
-    /// F32 or BF16.
-    pub fn dtype(&self) -> DType {
-        self.dtype
-    }
-
-    /// Dimensions, row-major.
-    pub fn shape(&self) -> &[usize] {
-        &self.shape
     }
 }
 

@@ -4,7 +4,7 @@
 //! CUDA it is the first GPU, or the processor with a note why: because there is no GPU that can be used, or because that GPU
 //! cannot run this model. A device that was named and cannot be had is an error.
 //!
-//! Parameters, optimiser and files stay on the host, so a run may go on on another device; its settings' hash does not know the
+//! Parameters as they are stored, and files, are the host's, so a run may go on on another device; its settings' hash does not know the
 //! device. Networks (GistNet, LensNet) go with the model.
 //!
 //! The event `device` says `device` (`cpu`, `cuda:0`), `description`, `asked`, `note` and `text`, a line for people.

@@ -2,7 +2,7 @@
 //!
 //! Counted as the machine of the private module `machine::gpu` allocates it: copies of the parameters in the storage that reads them, what
 //! blocks keep and share, gradients of what learns for as long as a step runs, and the most that one call of a linear layer, of
-//! attention or of the loss has beside its operands. The optimiser and the parameters themselves are the host's.
+//! attention or of the loss has beside its operands; and what the optimiser has between steps.
 //!
 //! Shapes: as in [`super`]; P is the storage of products, f32 or bf16. Units: bytes.
 //! Left out: what the driver takes for its context, and rounding of allocations.

@@ -49,7 +49,7 @@ pub struct Global {
     #[arg(long, global = true, value_name = "N")]
     pub threads: Option<u64>,
     /// What the model's passes run on: cpu, cuda:N (a GPU; a build with CUDA) or auto (the first GPU that can be used, else the
-    /// processor); generate and eval passkey run on the processor [default: auto]
+    /// processor) [default: auto]
     #[arg(long, global = true, value_name = "NAME")]
     pub device: Option<String>,
 }

@@ -186,7 +186,7 @@ fn measured(
     let times = Times::of(bench.steps, host, || {
         let report = trainer.step()?;
         loss.get_or_insert(report.loss);
-        Ok(())
+        trainer.decoder.device().wait().map_err(model_error)
     })?;
     let tokens = (bench.n * bench.batch) as f64;
     let mut result = bench.begin("lora_step")?;

@@ -1,7 +1,7 @@
 //! The decoder's two ends on a GPU: the embedding, and the losses over the output head.
 //!
 //! Logits are made a chunk at a time ([`chunk_rows`]), of scored entries only, as [`megacontext_kernels::loss`] does; they become their own
-//! gradient in place. Logits that are asked for as such are made so too, and go to the host chunk by chunk, which caps them.
+//! gradient in place. Logits that are asked for as such are made so too and go to the host, which caps them when all are there.
 //! A head or an embedding that an adapter changes (LoRA, rows of its own), and a divergence under a cap of the logits, are the
 //! host's: hidden states go there and their gradient comes back.
 

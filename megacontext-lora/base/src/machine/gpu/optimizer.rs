@@ -14,6 +14,7 @@ use megacontext_kernels::cuda::cudarc::driver::CudaSlice;
 use megacontext_kernels::cuda::{Device as Kernels, adamw, rows};
 
 use super::Gpu;
+use crate::device::Gpu as Opened;
 use crate::error::{BaseError, Result};
 use crate::gradients::Gradients;
 use crate::params::ParamStore;
@@ -24,16 +25,16 @@ pub(crate) struct There {
     buffers: BTreeMap<String, CudaSlice<f32>>,
 }
 
-/// Values of the optimiser's that lie on a GPU.
+/// Values of the optimiser's that lie on a GPU. They hold on to the device, not to copies of parameters.
 pub(crate) struct Remote {
-    gpu: Gpu,
+    opened: Arc<Opened>,
     values: CudaSlice<f32>,
 }
 
 impl Remote {
     /// A copy for the host.
     pub fn to_host(&self) -> Result<Vec<f32>> {
-        Ok(self.gpu.kernels().download(&self.values)?)
+        Ok(self.opened.device.download(&self.values)?)
     }
 }
 
@@ -101,7 +102,7 @@ impl There {
             Some(values) => self.kernels().upload(values)?,
             None => self.kernels().zeros(len)?,
         };
-        Ok(Remote { gpu: self.gpu.clone(), values })
+        Ok(Remote { opened: self.gpu.opened.clone(), values })
     }
 
     /// Does a parameter have a gradient here?
