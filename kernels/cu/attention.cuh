@@ -73,7 +73,17 @@ struct Sizes {
         return sizeof(T) * LD * (2 * 16 * warps + 4 * BACKWARD_KEYS);
     }
     __host__ __device__ static constexpr size_t keys_bytes(int warps) {
-        return sizeof(T) * LD * (2 * 16 * warps + 4 * BACKWARD_QUERIES) + 2 * 5 * sizeof(float) * BACKWARD_QUERIES;
+        return sizeof(T) * LD * (2 * 16 * warps + 4 * BACKWARD_QUERIES) + 2 * 4 * sizeof(float) * BACKWARD_QUERIES;
+    }
+};
+
+// What products are multiplied by to be scores in powers of two. Slopes are taken off scores, and a factor that is not positive turns
+// the order of products around: then scores are made of products first (`first`), and what is left to multiply by is 1.
+struct Powers {
+    float factor, unit;
+    bool first;
+    __device__ __forceinline__ Powers(float scale, float slope) : factor(scale * LOG2_E), first(slope != 0.0f || !(factor > 0.0f)) {
+        unit = first ? 1.0f : factor;
     }
 };
 
@@ -130,6 +140,17 @@ struct Pair {
 template <class T, int D, int KEYS>
 __device__ __forceinline__ void load_keys(const Pair<T, D, KEYS>& tiles, int stage, const AttentionArgs& x, const Row& row,
                                           int from, int to) {
+    if constexpr (even_rounds<T, D, KEYS>()) {
+        // All of them are there, on one side of the document's end.
+        const bool own = from >= row.split, whole = from + KEYS <= to && (own || from + KEYS <= row.split);
+        if (whole && x.width == D && blockDim.x == 128) {
+            const T* const k = row.key<T>(x.k, x.document_k, from);
+            const T* const v = row.key<T>(x.v, x.document_v, from);
+            load_whole_rows<T, D, KEYS>(tiles.first(stage), k, own ? x.k.entry : x.document_k.entry);
+            load_whole_rows<T, D, KEYS>(tiles.second(stage), v, own ? x.v.entry : x.document_v.entry);
+            return;
+        }
+    }
     const T* const any = static_cast<const T*>(x.k.data);
     load_rows<T, D>(tiles.first(stage), KEYS, x.width, any, [&](int r) -> const T* {
         return from + r < to ? row.key<T>(x.k, x.document_k, from + r) : nullptr;

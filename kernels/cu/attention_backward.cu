@@ -26,17 +26,8 @@ __device__ void delta(const AttentionArgs& x, int batch) {
     if (lane == 0) x.delta[at] = sum;
 }
 
-// 2^score of what is seen, 0 elsewhere; `lse` in powers of two.
-__device__ __forceinline__ float probability(const AttentionArgs& x, const Row& row, float product, float factor, bool seen,
-                                             int key, float place, float lse) {
-    if (!seen) return 0.0f;
-    float score = product * factor - lse;
-    if (row.slope != 0.0f) score -= row.slope * fabsf(row.place(x, key) - place);
-    return exp2f(score);
-}
-
 // A query that saw nothing has no log-sum-exp; any finite value will do.
-__device__ __forceinline__ float powers(float lse) { return lse == -INFINITY ? 0.0f : lse * LOG2_E; }
+__device__ __forceinline__ float in_powers(float lse) { return lse == -INFINITY ? 0.0f : lse * LOG2_E; }
 
 // dQ. Grid: [blocks of queries, H, B]; threads: 32 to 32·BACKWARD_WARPS; shared memory: Sizes::queries_bytes.
 template <class T, int D>
@@ -61,7 +52,7 @@ __device__ void queries(const AttentionArgs& x) {
         const bool valid = i < end;
         lo[r] = valid ? row.lo[i] : 0;
         hi[r] = valid ? row.hi[i] : 0;
-        lse[r] = valid ? powers(x.lse[row.at(x, i)]) : 0.0f;
+        lse[r] = valid ? in_powers(x.lse[row.at(x, i)]) : 0.0f;
         delta[r] = valid ? x.delta[row.at(x, i)] : 0.0f;
         place[r] = valid ? row.place(x, row.split + i) : 0.0f;
     }
@@ -72,7 +63,9 @@ __device__ void queries(const AttentionArgs& x) {
 
     if (first < end) {
         const int from = row.lo[first], to = row.hi[end - 1];
-        const float factor = x.scale * LOG2_E;
+        // Between these every query of the block sees every key.
+        const int clear_from = row.lo[end - 1], clear_to = row.hi[first];
+        const Powers powers(x.scale, row.slope);
         const int count = from < to ? (to - from + N - 1) / N : 0;
         const T* const any = static_cast<const T*>(x.q.data);
         load_rows<T, D>(q, block, x.width, any, [&](int r) -> const T* {
@@ -96,14 +89,33 @@ __device__ void queries(const AttentionArgs& x) {
             float p[1][N / 8][4], ds[1][N / 8][4];
             RowsProduct<T, 1, N, D>::run(p, q + warp * 16 * LD, tiles.first(stage));
             RowsProduct<T, 1, N, D>::run(ds, d_out + warp * 16 * LD, tiles.second(stage));
+            const auto key_of = [&](int n, int i) { return at + n * 8 + lane % 4 * 2 + i % 2; };
+            const auto seen = [&](int n, int i) { return lo[i / 2] <= key_of(n, i) && key_of(n, i) < hi[i / 2]; };
+            if (powers.first) {
+#pragma unroll
+                for (int n = 0; n < N / 8; ++n)
+#pragma unroll
+                    for (int i = 0; i < 4; ++i) {
+                        const float there = seen(n, i) ? row.place(x, key_of(n, i)) : 0.0f;
+                        p[0][n][i] = p[0][n][i] * powers.factor - row.slope * fabsf(there - place[i / 2]);
+                    }
+            }
+            if (at < clear_from || at + N > clear_to) {
+#pragma unroll
+                for (int n = 0; n < N / 8; ++n)
+#pragma unroll
+                    for (int i = 0; i < 4; ++i)
+                        if (!seen(n, i)) {
+                            p[0][n][i] = -INFINITY;
+                            ds[0][n][i] = 0.0f;
+                        }
+            }
 #pragma unroll
             for (int n = 0; n < N / 8; ++n)
 #pragma unroll
                 for (int i = 0; i < 4; ++i) {
-                    const int r = i / 2, key = at + n * 8 + lane % 4 * 2 + i % 2;
-                    const bool seen = lo[r] <= key && key < hi[r];
-                    const float e = probability(x, row, p[0][n][i], factor, seen, key, place[r], lse[r]);
-                    ds[0][n][i] = seen ? e * (ds[0][n][i] - delta[r]) : 0.0f;
+                    const float e = power2(fmaf(p[0][n][i], powers.unit, -lse[i / 2]));
+                    ds[0][n][i] = e * (ds[0][n][i] - delta[i / 2]);
                 }
             WeightedSum<T, 1, N, D, LD>::run(dq, ds, tiles.first(stage));
             // The next round fills the stage that was read here.
@@ -124,15 +136,14 @@ __device__ void queries(const AttentionArgs& x) {
     }
 }
 
-// What is known of a tile's queries besides their rows.
+// What is known of a tile's queries besides their rows, the log-sum-exp as forward left it.
 template <int QUERIES>
 struct Known {
     float* memory;
-    __device__ __forceinline__ float* lse(int stage) const { return memory + stage * 5 * QUERIES; }
+    __device__ __forceinline__ float* lse(int stage) const { return memory + stage * 4 * QUERIES; }
     __device__ __forceinline__ float* delta(int stage) const { return lse(stage) + QUERIES; }
-    __device__ __forceinline__ float* place(int stage) const { return lse(stage) + 2 * QUERIES; }
-    __device__ __forceinline__ int* lo(int stage) const { return reinterpret_cast<int*>(lse(stage) + 3 * QUERIES); }
-    __device__ __forceinline__ int* hi(int stage) const { return reinterpret_cast<int*>(lse(stage) + 4 * QUERIES); }
+    __device__ __forceinline__ int* lo(int stage) const { return reinterpret_cast<int*>(lse(stage) + 2 * QUERIES); }
+    __device__ __forceinline__ int* hi(int stage) const { return reinterpret_cast<int*>(lse(stage) + 3 * QUERIES); }
 };
 
 // The first i below `length` for which bound[i] >= least, as bounds never fall.
@@ -152,6 +163,21 @@ __device__ __forceinline__ int first_at_least(const int* bound, int length, int 
 template <class T, int D, int QUERIES>
 __device__ __forceinline__ void load_queries(const Pair<T, D, QUERIES>& tiles, const Known<QUERIES>& known, int stage,
                                              const AttentionArgs& x, const Row& row, int from, int to) {
+    if constexpr (even_rounds<T, D, QUERIES>()) {
+        if (from + QUERIES <= to && x.width == D && blockDim.x == 128) {
+            load_whole_rows<T, D, QUERIES>(tiles.first(stage), row.query<T>(x.q, from), x.q.entry);
+            load_whole_rows<T, D, QUERIES>(tiles.second(stage), row.query<T>(x.d_out, from), x.d_out.entry);
+            const int r = int(threadIdx.x);
+            if (r < QUERIES) {
+                const long long at = row.at(x, from + r);
+                copy_word_async(known.lse(stage) + r, x.lse + at);
+                copy_word_async(known.delta(stage) + r, x.delta + at);
+                copy_word_async(known.lo(stage) + r, row.lo + from + r);
+                copy_word_async(known.hi(stage) + r, row.hi + from + r);
+            }
+            return;
+        }
+    }
     const T* const any = static_cast<const T*>(x.q.data);
     load_rows<T, D>(tiles.first(stage), QUERIES, x.width, any, [&](int r) -> const T* {
         return from + r < to ? row.query<T>(x.q, from + r) : nullptr;
@@ -162,9 +188,8 @@ __device__ __forceinline__ void load_queries(const Pair<T, D, QUERIES>& tiles, c
     for (int r = int(threadIdx.x); r < QUERIES; r += int(blockDim.x)) {
         const int i = from + r;
         const bool valid = i < to;
-        known.lse(stage)[r] = valid ? powers(x.lse[row.at(x, i)]) : 0.0f;
+        known.lse(stage)[r] = valid ? x.lse[row.at(x, i)] : 0.0f;
         known.delta(stage)[r] = valid ? x.delta[row.at(x, i)] : 0.0f;
-        known.place(stage)[r] = valid ? row.place(x, row.split + i) : 0.0f;
         known.lo(stage)[r] = valid ? row.lo[i] : 0;
         known.hi(stage)[r] = valid ? row.hi[i] : 0;
     }
@@ -186,7 +211,6 @@ __device__ void keys(const AttentionArgs& x) {
     const Pair<T, D, N> tiles{v + block * LD};
     const Known<N> known{reinterpret_cast<float*>(tiles.first(2))};
     const int mine = first + warp * 16 + lane / 4;
-    const float factor = x.scale * LOG2_E;
 
     float dk[1][P / 8][4], dv[1][P / 8][4];
 #pragma unroll
@@ -209,6 +233,7 @@ __device__ void keys(const AttentionArgs& x) {
         const Row row(x, b, head);
         const int end = min(first + block, row.length);
         if (first >= end) break;
+        const Powers powers(x.scale, row.slope);
         const int from = first_at_least(row.hi, row.length, row.split + first + 1);
         const int to = first_at_least(row.lo, row.length, row.split + end);
         const int count = from < to ? (to - from + N - 1) / N : 0;
@@ -229,17 +254,44 @@ __device__ void keys(const AttentionArgs& x) {
             float p[1][N / 8][4], ds[1][N / 8][4];
             RowsProduct<T, 1, N, D>::run(p, k + warp * 16 * LD, tiles.first(stage));
             RowsProduct<T, 1, N, D>::run(ds, v + warp * 16 * LD, tiles.second(stage));
+            const int *const lo = known.lo(stage), *const hi = known.hi(stage);
+            const auto query_of = [&](int n, int i) { return n * 8 + lane % 4 * 2 + i % 2; };
+            const auto key_of = [&](int i) { return row.split + mine + i / 2 * 8; };
+            const auto seen = [&](int n, int i) { return lo[query_of(n, i)] <= key_of(i) && key_of(i) < hi[query_of(n, i)]; };
+            if (powers.first) {
 #pragma unroll
-            for (int n = 0; n < N / 8; ++n)
+                for (int n = 0; n < N / 8; ++n)
+#pragma unroll
+                    for (int i = 0; i < 4; ++i) {
+                        float away = 0.0f;
+                        if (seen(n, i)) away = row.place(x, key_of(i)) - row.place(x, row.split + at + query_of(n, i));
+                        p[0][n][i] = p[0][n][i] * powers.factor - row.slope * fabsf(away);
+                    }
+            }
+            // Bounds never fall: the first query sees the least far, the last one begins the latest.
+            const int last = min(to - at, N) - 1;
+            if (lo[last] > row.split + first || hi[0] < row.split + first + block) {
+#pragma unroll
+                for (int n = 0; n < N / 8; ++n)
+#pragma unroll
+                    for (int i = 0; i < 4; ++i)
+                        if (!seen(n, i)) {
+                            p[0][n][i] = -INFINITY;
+                            ds[0][n][i] = 0.0f;
+                        }
+            }
+#pragma unroll
+            for (int n = 0; n < N / 8; ++n) {
+                const float2 lse = *reinterpret_cast<const float2*>(known.lse(stage) + query_of(n, 0));
+                const float2 delta = *reinterpret_cast<const float2*>(known.delta(stage) + query_of(n, 0));
+                const float against[2] = {in_powers(lse.x), in_powers(lse.y)}, less[2] = {delta.x, delta.y};
 #pragma unroll
                 for (int i = 0; i < 4; ++i) {
-                    const int key = row.split + mine + i / 2 * 8, r = n * 8 + lane % 4 * 2 + i % 2;
-                    const bool seen = known.lo(stage)[r] <= key && key < known.hi(stage)[r];
-                    const float e = probability(x, row, p[0][n][i], factor, seen, key, known.place(stage)[r],
-                                                known.lse(stage)[r]);
+                    const float e = power2(fmaf(p[0][n][i], powers.unit, -against[i % 2]));
                     p[0][n][i] = e;
-                    ds[0][n][i] = seen ? e * (ds[0][n][i] - known.delta(stage)[r]) : 0.0f;
+                    ds[0][n][i] = e * (ds[0][n][i] - less[i % 2]);
                 }
+            }
             WeightedSum<T, 1, N, P, LD>::run(dv, p, tiles.second(stage) + column);
             WeightedSum<T, 1, N, P, LD>::run(dk, ds, tiles.first(stage) + column);
             // The next round, or the next head, fills the stage that was read here.

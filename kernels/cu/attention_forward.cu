@@ -2,7 +2,8 @@
 //
 // Per query, over tiles of keys in ascending order: top is the largest score so far, total = Σ 2^(score − top) and
 // o = Σ 2^(score − top)·v, with scores in powers of two; a larger top rescales what was gathered. The result is o / total,
-// and lse = (top + log2 total)·ln 2. A query that sees nothing gets zeros and −infinity; one past its row's length gets
+// and lse = (top + log2 total)·ln 2. Scores are made of products (one multiply-add) where the power is taken; masks and slopes
+// have loops of their own, which most tiles and most models do without. A query that sees nothing gets zeros and −infinity; one past its row's length gets
 // zeros in both, as on the CPU.
 //
 // Grid: [blocks of queries, H, B]; threads: 32 to 32·FORWARD_WARPS; shared memory: Sizes::forward_bytes.
@@ -23,7 +24,9 @@ __device__ void forward(const AttentionArgs& x) {
     const Pair<T, D, N> tiles{q + block * LD};
     const int mine = first + warp * 16 * M + lane / 4;
     int lo[M][2], hi[M][2];
+    // top in products.
     float top[M][2], total[M][2], place[M][2], o[M][D / 8][4];
+    const Powers powers(x.scale, row.slope);
 #pragma unroll
     for (int m = 0; m < M; ++m) {
 #pragma unroll
@@ -45,7 +48,6 @@ __device__ void forward(const AttentionArgs& x) {
         const int from = row.lo[first], to = row.hi[end - 1];
         // Between these every query of the block sees every key.
         const int clear_from = row.lo[end - 1], clear_to = row.hi[first];
-        const float factor = x.scale * LOG2_E;
         const int count = from < to ? (to - from + N - 1) / N : 0;
         load_rows<T, D>(q, block, x.width, static_cast<const T*>(x.q.data), [&](int r) -> const T* {
             return first + r < end ? row.query<T>(x.q, first + r) : nullptr;
@@ -64,7 +66,30 @@ __device__ void forward(const AttentionArgs& x) {
             __syncthreads();
             float p[M][N / 8][4];
             RowsProduct<T, M, N, D>::run(p, q + warp * 16 * M * LD, tiles.first(stage));
-            const bool masked = at < clear_from || at + N > clear_to;
+            const auto key_of = [&](int n, int i) { return at + n * 8 + lane % 4 * 2 + i % 2; };
+            const auto seen = [&](int m, int n, int i) {
+                return lo[m][i / 2] <= key_of(n, i) && key_of(n, i) < hi[m][i / 2];
+            };
+            if (powers.first) {
+#pragma unroll
+                for (int m = 0; m < M; ++m)
+#pragma unroll
+                    for (int n = 0; n < N / 8; ++n)
+#pragma unroll
+                        for (int i = 0; i < 4; ++i) {
+                            const float there = seen(m, n, i) ? row.place(x, key_of(n, i)) : 0.0f;
+                            p[m][n][i] = p[m][n][i] * powers.factor - row.slope * fabsf(there - place[m][i / 2]);
+                        }
+            }
+            if (at < clear_from || at + N > clear_to) {
+#pragma unroll
+                for (int m = 0; m < M; ++m)
+#pragma unroll
+                    for (int n = 0; n < N / 8; ++n)
+#pragma unroll
+                        for (int i = 0; i < 4; ++i)
+                            if (!seen(m, n, i)) p[m][n][i] = -INFINITY;
+            }
 #pragma unroll
             for (int m = 0; m < M; ++m)
 #pragma unroll
@@ -73,22 +98,14 @@ __device__ void forward(const AttentionArgs& x) {
 #pragma unroll
                     for (int n = 0; n < N / 8; ++n)
 #pragma unroll
-                        for (int e = 0; e < 2; ++e) {
-                            float& score = p[m][n][2 * r + e];
-                            const int key = at + n * 8 + lane % 4 * 2 + e;
-                            score *= factor;
-                            const bool seen = !masked || (lo[m][r] <= key && key < hi[m][r]);
-                            if (row.slope != 0.0f && seen) score -= row.slope * fabsf(row.place(x, key) - place[m][r]);
-                            if (!seen) score = -INFINITY;
-                            // NaN loses here, and shows up in the sum instead.
-                            greatest = fmaxf(greatest, score);
-                        }
+                        // NaN loses here, and shows up in the sum instead.
+                        for (int e = 0; e < 2; ++e) greatest = fmaxf(greatest, p[m][n][2 * r + e]);
                     greatest = fmaxf(greatest, __shfl_xor_sync(~0u, greatest, 1));
                     greatest = fmaxf(greatest, __shfl_xor_sync(~0u, greatest, 2));
                     const float now = fmaxf(top[m][r], greatest);
                     // Scores that are all −infinity so far are 0 against any finite top.
-                    const float against = now == -INFINITY ? 0.0f : now;
-                    const float keep = exp2f(top[m][r] - against);
+                    const float against = now == -INFINITY ? 0.0f : now * powers.unit;
+                    const float keep = power2(top[m][r] * powers.unit - against);
                     top[m][r] = now;
                     float sum = 0.0f;
 #pragma unroll
@@ -96,7 +113,7 @@ __device__ void forward(const AttentionArgs& x) {
 #pragma unroll
                         for (int e = 0; e < 2; ++e) {
                             float& score = p[m][n][2 * r + e];
-                            score = exp2f(score - against);
+                            score = power2(fmaf(score, powers.unit, -against));
                             sum += score;
                         }
                     total[m][r] = total[m][r] * keep + sum;
@@ -129,7 +146,7 @@ __device__ void forward(const AttentionArgs& x) {
 #pragma unroll
             for (int j = 0; j < D / 8; ++j)
                 if (j * 8 < x.width) put_pair<T>(out + j * 8, o[m][j][2 * r] * inverse, o[m][j][2 * r + 1] * inverse);
-            if (lane % 4 == 0) x.lse[at] = i < end ? (top[m][r] + log2f(sum)) * LN_2 : 0.0f;
+            if (lane % 4 == 0) x.lse[at] = i < end ? (top[m][r] * powers.unit + log2f(sum)) * LN_2 : 0.0f;
         }
 }
 

@@ -49,6 +49,23 @@ __device__ __forceinline__ unsigned pack<F16>(float low, float high) {
     return word;
 }
 
+// 2^x; results below 2⁻¹²⁶ are 0.
+__device__ __forceinline__ float power2(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+// 16 bytes from global to shared memory.
+__device__ __forceinline__ void copy_async(void* to, const void* from) {
+    const unsigned at = unsigned(__cvta_generic_to_shared(to));
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(at), "l"(from) : "memory");
+}
+// 4 bytes.
+__device__ __forceinline__ void copy_word_async(void* to, const void* from) {
+    const unsigned at = unsigned(__cvta_generic_to_shared(to));
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(at), "l"(from) : "memory");
+}
 // 16 bytes from global to shared memory, of which `bytes` (0 or 16) are read and the rest becomes zero.
 __device__ __forceinline__ void copy_async(void* to, const void* from, unsigned bytes) {
     const unsigned at = unsigned(__cvta_generic_to_shared(to));
@@ -133,6 +150,12 @@ template <>
 inline unsigned pack<F16>(float low, float high) {
     return bits_of_f16(low) | bits_of_f16(high) << 16;
 }
+inline float power2(float x) {
+    const float y = std::exp2(x);
+    return y < 1.17549435e-38f ? 0.0f : y;
+}
+inline void copy_async(void* to, const void* from) { emulated::copy_later(to, from, 16); }
+inline void copy_word_async(void* to, const void* from) { emulated::copy_later(to, from, 4, 4); }
 inline void copy_async(void* to, const void* from, unsigned bytes) { emulated::copy_later(to, from, bytes); }
 inline void commit_copies() { emulated::commit_copies(); }
 template <int PENDING>

@@ -28,6 +28,28 @@ __device__ __forceinline__ void load_rows(T* to, int rows, int width, const T* a
     }
 }
 
+// Whether 128 threads copy tiles of ROWS rows of D values in whole rounds of 16 bytes each.
+template <class T, int D, int ROWS>
+__device__ __forceinline__ constexpr bool even_rounds() {
+    constexpr int CHUNKS = D * int(sizeof(T)) / 16;
+    return 128 % CHUNKS == 0 && ROWS % (128 / CHUNKS) == 0;
+}
+
+// Copies rows of D values, `entry` values apart, into shared memory by 128 threads: one address for each thread, moved on by as
+// much every time. What load_rows asks for every 16 bytes was most of what a tile cost beside its products.
+template <class T, int D, int ROWS>
+__device__ __forceinline__ void load_whole_rows(T* to, const T* from, long long entry) {
+    constexpr int VALUES = 16 / int(sizeof(T)), CHUNKS = D / VALUES, STEP = 128 / CHUNKS;
+    const int r = int(threadIdx.x) / CHUNKS, at = int(threadIdx.x) % CHUNKS * VALUES;
+    from += r * entry + at;
+    to += r * stride_of<T>(D) + at;
+#pragma unroll
+    for (int i = 0; i < ROWS / STEP; ++i) {
+        copy_async(to + i * STEP * stride_of<T>(D), from);
+        from += STEP * entry;
+    }
+}
+
 // c [16·M, N] = a [16·M, D] · bᵀ with b [N, D].
 template <class T, int M, int N, int D>
 struct RowsProduct {

@@ -19,6 +19,8 @@ struct Case {
     // q, k and v lie side by side in one array, as one product of all three leaves them.
     bool packed = false;
     int warps = 2;
+    // Of the scale, in 1/√D.
+    float factor = 1.7f;
 
     int length(int b) const { return lengths.empty() ? entries : lengths[b]; }
     int before(int b) const { return prefix.empty() ? 0 : prefix[b]; }
@@ -29,8 +31,8 @@ struct Case {
     }
     std::string text() const {
         char text[160];
-        std::snprintf(text, sizeof text, "[%d, %d, %d/%d, %d] size %d, %d warps%s%s%s%s", batch, entries, heads, kv_heads,
-                      width, size, warps, lengths.empty() ? "" : ", lengths", segments.empty() ? "" : ", segments",
+        std::snprintf(text, sizeof text, "[%d, %d, %d/%d, %d] size %d, %d warps, factor %g%s%s%s%s", batch, entries, heads,
+                      kv_heads, width, size, warps, double(factor), lengths.empty() ? "" : ", lengths", segments.empty() ? "" : ", segments",
                       slopes ? ", slopes" : "", packed ? ", packed" : "");
         return text;
     }
@@ -88,9 +90,10 @@ void run_sized(const Case& c, AttentionArgs args, const Run& run) {
                      S::forward_bytes(c.warps), [&] { forward<T, D>(args); }, run.order());
     const unsigned all = batch * c.entries * heads;
     emulated::launch(dim3((all + 1) / 2), dim3(64), 0, [&] { delta<T>(args, c.batch); }, run.order());
-    emulated::launch(dim3(blocks(16 * c.warps), heads, batch), dim3(threads), S::queries_bytes(c.warps),
+    const int warps = std::min(c.warps, S::BACKWARD_WARPS);
+    emulated::launch(dim3(blocks(16 * warps), heads, batch), dim3(32 * warps), S::queries_bytes(warps),
                      [&] { queries<T, D>(args); }, run.order());
-    emulated::launch(dim3(blocks(16 * c.warps) * (D / S::COLUMNS), kv_heads, batch), dim3(threads), S::keys_bytes(c.warps),
+    emulated::launch(dim3(blocks(16 * warps) * (D / S::COLUMNS), kv_heads, batch), dim3(32 * warps), S::keys_bytes(warps),
                      [&] { keys<T, D>(args); }, run.order());
 }
 
@@ -105,7 +108,7 @@ void check_case(const Case& c) {
     std::vector<float> slopes(H), places(R);
     for (int h = 0; h < H; ++h) slopes[h] = 0.3f / float(h + 1);
     for (int i = 0; i < R; ++i) places[i] = 1.5f * float(i) - float(i % 3);
-    const float scale = 1.7f / std::sqrt(float(D));
+    const float scale = c.factor / std::sqrt(float(D));
 
     // The reference.
     const size_t queries = size_t(B) * R * H;
@@ -265,6 +268,31 @@ void check_all() {
         c.packed = true;
         check_case<T>(c);
         c.pattern = SHIFTED_SPARSE, c.size = 64, c.packed = false, c.slopes = true;
+        check_case<T>(c);
+    }
+    // Whole tiles of every width beside others, by all threads.
+    for (int width : {32, 64, 96, 128, 256}) {
+        Case c{1, 140, 2, 1, width, SLIDING_WINDOW, 100};
+        c.warps = 4;
+        c.packed = width == 64;
+        check_case<T>(c);
+    }
+    // A document's tiles and the rows' own, which lie otherwise.
+    for (bool slopes : {false, true}) {
+        Case c{2, 75, 2, 2, 64, DENSE};
+        c.warps = 4;
+        c.packed = true;
+        c.slopes = slopes;
+        c.prefix = {70, 128};
+        c.document = 130;
+        check_case<T>(c);
+    }
+    // Scales that turn the order of products around, or leave none.
+    for (float factor : {-0.9f, 0.0f}) {
+        Case c{1, 71, 2, 1, 32, SHIFTED_SPARSE, 24};
+        c.factor = factor;
+        check_case<T>(c);
+        c.slopes = true;
         check_case<T>(c);
     }
     for (auto [pattern, size] : {std::pair{int(DENSE), 0}, {int(SHIFTED_SPARSE), 16}, {int(SLIDING_WINDOW), 20}}) {

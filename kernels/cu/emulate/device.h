@@ -103,10 +103,10 @@ class Guarded {
 struct Copy {
     void* to = nullptr;
     const void* from = nullptr;
-    unsigned bytes = 0;
+    unsigned bytes = 0, size = 16;
     void land() const {
         std::memcpy(to, from, bytes);
-        std::memset(static_cast<char*>(to) + bytes, 0, 16 - bytes);
+        std::memset(static_cast<char*>(to) + bytes, 0, size - bytes);
     }
 };
 
@@ -320,10 +320,10 @@ inline void launch(dim3 grid, dim3 size, size_t shared_bytes, const std::functio
             }
 }
 
-inline void copy_later(void* to, const void* from, unsigned bytes) {
-    if (uintptr_t(to) % 16 || uintptr_t(from) % 16) fail("cp.async of an address that is not a multiple of 16");
+inline void copy_later(void* to, const void* from, unsigned bytes, unsigned size = 16) {
+    if (uintptr_t(to) % size || uintptr_t(from) % size) fail("cp.async of an address that is not a multiple of its size");
     Block* b = block();
-    const Copy copy{to, from, bytes};
+    const Copy copy{to, from, bytes, size};
     const bool early = b->order == Order::Descending || (b->order == Order::Skewed && b->random() % 2);
     if (early) copy.land();
     b->current->open.push_back(early ? Copy{} : copy);

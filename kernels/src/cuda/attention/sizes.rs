@@ -73,6 +73,6 @@ impl Sizes {
 
     /// Of a block that makes dK and dV.
     pub fn keys_bytes(&self, warps: usize) -> usize {
-        self.row() * (2 * 16 * warps + 4 * self.backward_rows()) + 2 * 5 * 4 * self.backward_rows()
+        self.row() * (2 * 16 * warps + 4 * self.backward_rows()) + 2 * 4 * 4 * self.backward_rows()
     }
 }
