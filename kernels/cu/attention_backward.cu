@@ -29,6 +29,19 @@ __device__ void delta(const AttentionArgs& x, int batch) {
 // A query that saw nothing has no log-sum-exp; any finite value will do.
 __device__ __forceinline__ float in_powers(float lse) { return lse == -INFINITY ? 0.0f : lse * LOG2_E; }
 
+// Scores that are not seen, and what would come of them.
+template <int N, class Seen>
+__device__ __forceinline__ void hide(float (&p)[N / 8][4], float (&ds)[N / 8][4], Seen seen) {
+#pragma unroll
+    for (int n = 0; n < N / 8; ++n)
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+            if (!seen(n, i)) {
+                p[n][i] = -INFINITY;
+                ds[n][i] = 0.0f;
+            }
+}
+
 // dQ. Grid: [blocks of queries, H, B]; threads: 32 to 32·BACKWARD_WARPS; shared memory: Sizes::queries_bytes.
 template <class T, int D>
 __device__ void queries(const AttentionArgs& x) {
@@ -100,16 +113,7 @@ __device__ void queries(const AttentionArgs& x) {
                         p[0][n][i] = p[0][n][i] * powers.factor - row.slope * fabsf(there - place[i / 2]);
                     }
             }
-            if (at < clear_from || at + N > clear_to) {
-#pragma unroll
-                for (int n = 0; n < N / 8; ++n)
-#pragma unroll
-                    for (int i = 0; i < 4; ++i)
-                        if (!seen(n, i)) {
-                            p[0][n][i] = -INFINITY;
-                            ds[0][n][i] = 0.0f;
-                        }
-            }
+            if (at < clear_from || at + N > clear_to) hide<N>(p[0], ds[0], seen);
 #pragma unroll
             for (int n = 0; n < N / 8; ++n)
 #pragma unroll
@@ -270,16 +274,7 @@ __device__ void keys(const AttentionArgs& x) {
             }
             // Bounds never fall: the first query sees the least far, the last one begins the latest.
             const int last = min(to - at, N) - 1;
-            if (lo[last] > row.split + first || hi[0] < row.split + first + block) {
-#pragma unroll
-                for (int n = 0; n < N / 8; ++n)
-#pragma unroll
-                    for (int i = 0; i < 4; ++i)
-                        if (!seen(n, i)) {
-                            p[0][n][i] = -INFINITY;
-                            ds[0][n][i] = 0.0f;
-                        }
-            }
+            if (lo[last] > row.split + first || hi[0] < row.split + first + block) hide<N>(p[0], ds[0], seen);
 #pragma unroll
             for (int n = 0; n < N / 8; ++n) {
                 const float2 lse = *reinterpret_cast<const float2*>(known.lse(stage) + query_of(n, 0));

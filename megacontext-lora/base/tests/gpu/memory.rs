@@ -11,7 +11,7 @@ use megacontext_kernels::attention::Pattern;
 use megacontext_kernels::precision::Precision;
 
 use crate::adapters::lora;
-use crate::support::{Case, attach, device, open};
+use crate::support::{Case, attach, device, open, without_blas};
 
 /// Wide enough for what is counted to be more than what is not.
 pub fn model(folder: &str, precision: Precision, learning: &[Group]) -> Result<Decoder> {
@@ -62,17 +62,11 @@ fn a_step_takes_what_was_said() -> Result<()> {
                         &mut gradients,
                     )?;
                 }
-                let most = (lease.device.peak_bytes()?.unwrap_or(0) - before) as f64;
                 let c = decoder.config();
                 let walked = c.num_hidden_layers - decoder.lowest_learning_block();
                 let pass = PassShape { entries: case.tokens.len(), precision, lora: decoder.lora_modules() };
                 let said = gpu::training_bytes(c, pass, walked, recompute, learning);
-                // The library's own memory was there before.
-                let planned = (said.total() - gpu::BLAS) as f64;
-                ensure!(
-                    (0.85..=1.15).contains(&(planned / most)),
-                    "{what}: planned {planned}, measured {most}: {said:?}"
-                );
+                lease.took(&what, before, without_blas(said))?;
             }
         }
     }
@@ -93,12 +87,9 @@ fn an_evaluation_takes_what_was_said() -> Result<()> {
         for _ in 0..2 {
             decoder.score(&case.tokens, case.batch, &case.targets, &case.forward(), &mut buffers)?;
         }
-        let most = (lease.device.peak_bytes()?.unwrap_or(0) - before) as f64;
         let pass = PassShape { entries: case.tokens.len(), precision, lora: None };
         let said = gpu::evaluation_bytes(decoder.config(), pass);
-        let planned = (said.total() - gpu::BLAS) as f64;
-        let share = planned / most;
-        ensure!((0.85..=1.15).contains(&share), "{precision}: planned {planned}, measured {most}: {said:?}");
+        lease.took(&precision.to_string(), before, without_blas(said))?;
         // On a thread that never ran a pass: hosts let go of sessions wherever they like.
         std::thread::spawn(move || drop((buffers, decoder))).join().unwrap();
         ensure!(memory.now()? == before, "{precision}: memory of a model that is gone is still there");

@@ -5,6 +5,7 @@ use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 
 use anyhow::{Context, Result, bail, ensure};
 use libloading::os::unix::Library;
+use megacontext_base::buffers::gpu::{BLAS, GpuBytes};
 use megacontext_base::config::DecoderConfig;
 use megacontext_base::decoder::{Decoder, Forward, StepLoss};
 use megacontext_base::device::Device;
@@ -20,6 +21,11 @@ use megacontext_kernels::loss::IGNORE;
 use megacontext_kernels::precision::Precision;
 
 use crate::emulated::{compiled, driver, emulated_image, preload};
+
+/// Without what cuBLASLt works in, which was there before.
+pub fn without_blas(said: GpuBytes) -> GpuBytes {
+    GpuBytes { weights: said.weights - BLAS, ..said }
+}
 
 /// A device for one test at a time.
 pub struct Lease {
@@ -41,6 +47,14 @@ impl Memory {
 }
 
 impl Lease {
+    /// Holds the fullest moment, beside what there was before, against what was said of it.
+    pub fn took(&self, what: &str, before: u64, said: GpuBytes) -> Result<()> {
+        let most = (self.device.peak_bytes()?.unwrap_or(0) - before) as f64;
+        let share = said.total() as f64 / most;
+        ensure!((0.85..=1.15).contains(&share), "{what}: planned {said:?}, measured {most}");
+        Ok(())
+    }
+
     /// None on a GPU.
     pub fn memory(&self) -> Option<Memory> {
         self.driver.map(Memory)
