@@ -11,7 +11,7 @@
 #
 #   device     the launches against the processor's operations
 #   decoder    the decoder's passes against the processor's
-#   memcheck   compute-sanitizer over the launches; memcheck-decoder: over two of the decoder's tests
+#   memcheck   compute-sanitizer over the launches; memcheck-decoder: over some of the decoder's tests
 #   steps      mclora bench step, shapes of 1.1 and 7 billion parameters; gist: mclora bench gist
 #   attention  the attention kernels, forward and backward
 #   peer       the same work in PyTorch, where python3 has one that finds the GPU
@@ -206,7 +206,8 @@ if wanted device; then check device 120 "$here/cuda_device"; fi
 if wanted decoder && there cuda_decoder; then check decoder 120 "$here/cuda_decoder" --nocapture; fi
 if wanted memcheck; then sanitized memcheck memcheck 90 cuda_device "${launches[@]}"; fi
 if wanted memcheck-decoder && there cuda_decoder; then
-    sanitized memcheck-decoder memcheck 90 cuda_decoder every_kind_of_adapter rows_of_documents_are_the_processors_in_rounded
+    sanitized memcheck-decoder memcheck 90 cuda_decoder every_kind_of_adapter rows_of_documents_are_the_processors_in_rounded \
+        texts_are_the_processors training_goes_from_one_device towers_learn_there
 fi
 if wanted steps && there mclora; then
     # Groups of 4096, and of 8192: a quarter of 32,768, as in LongLoRA.
