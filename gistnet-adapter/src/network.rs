@@ -99,6 +99,7 @@ impl GistNet {
     /// # Errors
     /// When the device cannot run heads of this width; the network stays where it was then.
     pub fn set_device(&mut self, device: &Place) -> Result<()> {
+        self.params.bring_home()?;
         self.tower.as_mut().map_or(Ok(()), |(tower, _)| tower.set_device(device))
     }
 

@@ -29,7 +29,7 @@ __device__ void delta(const AttentionArgs& x, int batch) {
 // A query that saw nothing has no log-sum-exp; any finite value will do.
 __device__ __forceinline__ float in_powers(float lse) { return lse == -INFINITY ? 0.0f : lse * LOG2_E; }
 
-// Scores that are not seen, and what would come of them.
+// Nothing comes of scores that are not seen, whatever they are.
 template <int N, class Seen>
 __device__ __forceinline__ void hide(float (&p)[N / 8][4], float (&ds)[N / 8][4], Seen seen) {
 #pragma unroll
@@ -37,8 +37,7 @@ __device__ __forceinline__ void hide(float (&p)[N / 8][4], float (&ds)[N / 8][4]
 #pragma unroll
         for (int i = 0; i < 4; ++i)
             if (!seen(n, i)) {
-                p[n][i] = -INFINITY;
-                ds[n][i] = 0.0f;
+                p[n][i] = ds[n][i] = 0.0f;
             }
 }
 
@@ -113,7 +112,6 @@ __device__ void queries(const AttentionArgs& x) {
                         p[0][n][i] = p[0][n][i] * powers.factor - row.slope * fabsf(there - place[i / 2]);
                     }
             }
-            if (at < clear_from || at + N > clear_to) hide<N>(p[0], ds[0], seen);
 #pragma unroll
             for (int n = 0; n < N / 8; ++n)
 #pragma unroll
@@ -121,6 +119,7 @@ __device__ void queries(const AttentionArgs& x) {
                     const float e = power2(fmaf(p[0][n][i], powers.unit, -lse[i / 2]));
                     ds[0][n][i] = e * (ds[0][n][i] - delta[i / 2]);
                 }
+            if (at < clear_from || at + N > clear_to) hide<N>(p[0], ds[0], seen);
             WeightedSum<T, 1, N, D, LD>::run(dq, ds, tiles.first(stage));
             // The next round fills the stage that was read here.
             __syncthreads();
@@ -272,9 +271,6 @@ __device__ void keys(const AttentionArgs& x) {
                         p[0][n][i] = p[0][n][i] * powers.factor - row.slope * fabsf(away);
                     }
             }
-            // Bounds never fall: the first query sees the least far, the last one begins the latest.
-            const int last = min(to - at, N) - 1;
-            if (lo[last] > row.split + first || hi[0] < row.split + first + block) hide<N>(p[0], ds[0], seen);
 #pragma unroll
             for (int n = 0; n < N / 8; ++n) {
                 const float2 lse = *reinterpret_cast<const float2*>(known.lse(stage) + query_of(n, 0));
@@ -287,6 +283,9 @@ __device__ void keys(const AttentionArgs& x) {
                     ds[0][n][i] = e * (ds[0][n][i] - less[i % 2]);
                 }
             }
+            // Bounds never fall: the first query sees the least far, the last one begins the latest.
+            const int last = min(to - at, N) - 1;
+            if (lo[last] > row.split + first || hi[0] < row.split + first + block) hide<N>(p[0], ds[0], seen);
             WeightedSum<T, 1, N, P, LD>::run(dv, p, tiles.second(stage) + column);
             WeightedSum<T, 1, N, P, LD>::run(dk, ds, tiles.first(stage) + column);
             // The next round, or the next head, fills the stage that was read here.

@@ -104,8 +104,10 @@ __device__ void forward(const AttentionArgs& x) {
                     greatest = fmaxf(greatest, __shfl_xor_sync(~0u, greatest, 2));
                     const float now = fmaxf(top[m][r], greatest);
                     // Scores that are all −infinity so far are 0 against any finite top.
-                    const float against = now == -INFINITY ? 0.0f : now * powers.unit;
-                    const float keep = power2(top[m][r] * powers.unit - against);
+                    const float against = now == -INFINITY ? 0.0f : __fmul_rn(now, powers.unit);
+                    // Rounded as `against` is: contracted into one operation, a top that stays would rescale what was gathered by
+                    // its rounding error in every tile.
+                    const float keep = power2(__fmul_rn(top[m][r], powers.unit) - against);
                     top[m][r] = now;
                     float sum = 0.0f;
 #pragma unroll
@@ -140,13 +142,17 @@ __device__ void forward(const AttentionArgs& x) {
             sum += __shfl_xor_sync(~0u, sum, 1);
             sum += __shfl_xor_sync(~0u, sum, 2);
             if (i >= x.entries) continue;
-            const float inverse = i < end && sum != 0.0f ? 1.0f / sum : 0.0f;
+            // A row past its length has gathered whatever there was.
+            const bool there = i < end && sum != 0.0f;
+            const float inverse = there ? 1.0f / sum : 0.0f;
             const long long at = row.at(x, i);
             T* const out = static_cast<T*>(x.out) + at * x.width + lane % 4 * 2;
 #pragma unroll
             for (int j = 0; j < D / 8; ++j)
-                if (j * 8 < x.width) put_pair<T>(out + j * 8, o[m][j][2 * r] * inverse, o[m][j][2 * r + 1] * inverse);
-            if (lane % 4 == 0) x.lse[at] = i < end ? (top[m][r] * powers.unit + log2f(sum)) * LN_2 : 0.0f;
+                if (j * 8 < x.width)
+                    put_pair<T>(out + j * 8, there ? o[m][j][2 * r] * inverse : 0.0f,
+                                there ? o[m][j][2 * r + 1] * inverse : 0.0f);
+            if (lane % 4 == 0) x.lse[at] = i < end ? (__fmul_rn(top[m][r], powers.unit) + log2f(sum)) * LN_2 : 0.0f;
         }
 }
 

@@ -111,6 +111,7 @@ impl LensNet {
     /// # Errors
     /// When the device cannot run heads of this width; the network stays where it was then.
     pub fn set_device(&mut self, device: &Place) -> Result<()> {
+        self.params.bring_home()?;
         match &mut self.form {
             Form::Transformer(tower) => tower.set_device(device),
             Form::Dual => Ok(()),

@@ -56,6 +56,7 @@ pub(crate) fn lora_delta(decoder: &Decoder, module: &str, out: &mut [f32]) -> Re
         )));
     }
     let params = decoder.params();
+    params.bring_home().map_err(model_error)?;
     let weight = params
         .get(&found.weight_name())
         .ok_or_else(|| PluginError::internal(format!("{module} has no weight")))?

@@ -456,7 +456,8 @@ impl Session {
             return Err(PluginError::usage(format!("shared_parameter: there is none named \"{name}\"")));
         }
         // SAFETY: parameters are written under the write lock alone, by calls that look at the count first (`Session::overwrite`), which
-        // rises here under the read lock. A phase that is undone puts other values in place and leaves these as they are.
+        // rises here under the read lock; newer values of a GPU are brought by `share` itself, and there are none again before a
+        // step. A phase that is undone puts other values in place and leaves these as they are.
         let shared = unsafe { params.share(name) }.map_err(model_error)?;
         l.lent.fetch_add(1, Ordering::Relaxed);
         Ok(Lent { shared, count: l.lent.clone() })

@@ -48,6 +48,8 @@ struct alignas(16) uint4 {
     unsigned x, y, z, w;
 };
 
+inline float __fmul_rn(float a, float b) { return a * b; }
+
 namespace emulated {
 
 [[noreturn]] inline void fail(const char* what) {

@@ -1,6 +1,6 @@
 //! Attention: every pattern, forward and backward, against the CPU's kernels in f32 over the same values.
 
-use anyhow::Result;
+use anyhow::{Result, ensure};
 use half::{bf16, f16};
 use megacontext_kernels::attention::prefix::{self, Continuations, PrefixAttention};
 use megacontext_kernels::attention::{Pattern, Rows, slices};
@@ -213,6 +213,32 @@ of_each_kind! {
     rows_that_continue_a_document_equal_the_cpu_in_f32, continuing::<f32>;
     rows_that_continue_a_document_equal_the_cpu_in_bf16, continuing::<bf16>;
     rows_that_continue_a_document_equal_the_cpu_in_f16, continuing::<f16>;
+    a_long_row_of_equal_scores_weighs_all_alike_in_f32, alike::<f32>;
+    a_long_row_of_equal_scores_weighs_all_alike_in_bf16, alike::<bf16>;
+}
+
+/// Equal scores over a thousand tiles, of which the first half of the values are ones: what was gathered must not be rescaled by the
+/// rounding of a largest score that stays.
+fn alike<T: Stored>(device: &Device) -> Result<()> {
+    const KEYS: usize = 32_768;
+    const WIDTH: usize = 32;
+    let filled = |count: usize, value: f32| device.upload(&stored::<T>(&vec![value; count]));
+    let (q, k, v) = (filled(WIDTH, 1.0)?, filled(WIDTH, 2.171875)?, filled(WIDTH, 0.0)?);
+    let keys = filled(KEYS * WIDTH, 2.171875)?;
+    let halves = [vec![1f32; KEYS / 2 * WIDTH], vec![0f32; KEYS / 2 * WIDTH]].concat();
+    let of_keys = device.upload(&stored::<T>(&halves))?;
+    let rows = Continuations { prefix: vec![KEYS], ..Continuations::default() };
+    // Scores of 100.3 in powers of two.
+    let prepared = Prepared::continuing(device, [1, 1, 1, 1, WIDTH], KEYS, 1.0003, Pattern::Dense, &rows)?;
+    let one = |values| Operand::row_major(values, [1, 1, WIDTH]);
+    let own = Own { q: one(q.as_view()), k: one(k.as_view()), v: one(v.as_view()) };
+    let many = |values| Operand::row_major(values, [KEYS, 1, WIDTH]);
+    let document = Document { k: many(keys.as_view()), v: many(of_keys.as_view()) };
+    let (mut out, mut lse) = (device.zeros::<T>(WIDTH)?, device.zeros::<f32>(1)?);
+    prepared.forward(device, &own, Some(&document), &mut out, &mut lse)?;
+    let got = widened(&device.download(&out)?);
+    ensure!(got.iter().all(|value| (value - 0.5).abs() < 2e-3), "expected 0.5, got {}", got[0]);
+    Ok(())
 }
 
 #[test]

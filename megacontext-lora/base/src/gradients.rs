@@ -65,6 +65,13 @@ impl Gradients {
     }
 
     #[cfg(feature = "cuda")]
+    pub(crate) fn forget_there(&mut self, name: &str) {
+        if let Some(there) = &mut self.there {
+            there.forget(name);
+        }
+    }
+
+    #[cfg(feature = "cuda")]
     pub(crate) fn there_mut(&mut self, gpu: &Gpu) -> &mut There {
         self.there.get_or_insert_with(|| There::new(gpu))
     }
@@ -147,16 +154,20 @@ impl Gradients {
         };
         let arrived: Vec<(String, Option<Tensor>)> =
             params.leaves().into_iter().map(arrived).collect::<Result<_>>()?;
+        #[cfg(feature = "cuda")]
+        for (name, _) in arrived.iter().filter(|(_, gradient)| gradient.is_some()) {
+            self.bring_home(name)?;
+        }
+        #[cfg(feature = "cuda")]
+        if let Some(there) = beside.there.take() {
+            self.take_over(there)?;
+        }
         for (name, gradient) in arrived {
             let values = gradient.as_ref().map(Values::of).transpose()?;
             let of_both = [values.as_deref(), beside.get(&name)];
             for values in of_both.into_iter().flatten() {
                 rows::add_assign(values, self.buffer(&name, values.len()));
             }
-        }
-        #[cfg(feature = "cuda")]
-        if let Some(there) = beside.there.take() {
-            self.take_over(there)?;
         }
         Ok(())
     }
@@ -304,12 +315,15 @@ impl Optimizer {
     /// One step on every parameter that has a gradient and learns; returns the gradient norm before clipping.
     ///
     /// # Errors
-    /// When the norm is not finite: then nothing has been changed.
+    /// When the norm is not finite, a gradient has parts here and on a GPU, or there is no memory for moments: then nothing has been
+    /// changed.
     pub fn step(&mut self, params: &ParamStore, gradients: &Gradients, lr: f64) -> Result<f64> {
         let norm = gradients.norm()?;
         if !norm.is_finite() {
             return Err(BaseError::NonFinite { what: "gradient norm".to_string(), value: norm });
         }
+        #[cfg(feature = "cuda")]
+        self.make_room(params, gradients)?;
         let clip = self.config.clip;
         let gradient_scale = if clip > 0.0 && norm > clip { clip / norm } else { 1.0 };
         for (name, parameter) in params.leaves() {
@@ -337,13 +351,7 @@ impl Optimizer {
             };
             #[cfg(feature = "cuda")]
             if let Some(there) = there {
-                let moments = match self.state.entry(name.clone()) {
-                    Entry::Occupied(moments) => moments.into_mut(),
-                    Entry::Vacant(none) => {
-                        let pair = Pair::There([there.remote(None, len)?, there.remote(None, len)?]);
-                        none.insert(Moments { step: 0, pair })
-                    }
-                };
+                let moments = self.moments_there(there, &name, len)?;
                 let [m, v] = moments.pair.there(there)?;
                 there.step(params, &name, [m, v], &with)?;
                 moments.step = step;
@@ -364,13 +372,51 @@ impl Optimizer {
         Ok(norm)
     }
 
+    /// The moments of a parameter whose gradient has stayed on a GPU, of `len` values, there.
+    #[cfg(feature = "cuda")]
+    fn moments_there(&mut self, there: &There, name: &str, len: usize) -> Result<&mut Moments> {
+        let moments = match self.state.entry(name.to_string()) {
+            Entry::Occupied(moments) => moments.into_mut(),
+            Entry::Vacant(none) => {
+                let pair = Pair::There([there.remote(None, len)?, there.remote(None, len)?]);
+                none.insert(Moments { step: 0, pair })
+            }
+        };
+        moments.pair.there(there)?;
+        Ok(moments)
+    }
+
+    /// Gets all the memory of a GPU that a step takes, so that it does not end in the middle.
+    #[cfg(feature = "cuda")]
+    fn make_room(&mut self, params: &ParamStore, gradients: &Gradients) -> Result<()> {
+        let Some(there) = gradients.there() else { return Ok(()) };
+        for (name, parameter) in params.leaves().into_iter().filter(|(name, _)| there.has(name)) {
+            if gradients.get(&name).is_some_and(|here| here.iter().any(|value| *value != 0.0)) {
+                let message = "expected a gradient in one place, got parts here and on a GPU".to_string();
+                return Err(BaseError::Parameter { name, message });
+            }
+            self.moments_there(there, &name, parameter.elem_count())?;
+            there.prepare(params, &name)?;
+        }
+        Ok(())
+    }
+
+    /// Brings all moments here: nothing is stepped for now.
+    ///
+    /// # Errors
+    /// What a GPU's driver says, where moments lie there.
+    pub fn bring_home(&mut self) -> Result<()> {
+        self.state.values_mut().try_for_each(|moments| moments.pair.here().map(drop))
+    }
+
     /// Everything a checkpoint needs: `exp_avg.<name>`, `exp_avg_sq.<name>`, `step.<name>`, borrowed where it lies here.
     ///
     /// # Errors
     /// What a GPU's driver says, where moments lie there.
     pub fn moments(&self) -> Result<Vec<(String, Cow<'_, [f32]>)>> {
         let mut all = Vec::with_capacity(3 * self.state.len());
-        for (name, moments) in &self.state {
+        // A step that failed may have made room for some that there are none of.
+        for (name, moments) in self.state.iter().filter(|(_, moments)| moments.step > 0) {
             let [m, v] = moments.pair.read()?;
             all.push((format!("exp_avg.{name}"), m));
             all.push((format!("exp_avg_sq.{name}"), v));

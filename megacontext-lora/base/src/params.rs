@@ -14,10 +14,10 @@
 //! Errors: an unknown name, a shape that changes.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 #[cfg(feature = "cuda")]
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Mutex, PoisonError};
 
 use candle_core::op::BackpropOp;
 use candle_core::{DType, Device, Storage, Tensor, Var};
@@ -30,7 +30,7 @@ use crate::error::{BaseError, Result};
 #[cfg(feature = "cuda")]
 use crate::gradients::Gradients;
 #[cfg(feature = "cuda")]
-use crate::machine::gpu::Gpu;
+use crate::machine::gpu::{Gpu, Parameters};
 use crate::weights::MappedTensor;
 
 mod held;
@@ -81,9 +81,10 @@ impl std::fmt::Display for Group {
 struct Param {
     group: Group,
     value: Stored,
-    version: Version,
+    /// Shared with aliases, as the values are.
+    version: Arc<Version>,
     #[cfg(feature = "cuda")]
-    away: Away,
+    away: Arc<Away>,
 }
 
 impl Param {
@@ -91,16 +92,16 @@ impl Param {
         Self {
             group,
             value,
-            version: Version::new(),
+            version: Arc::new(Version::new()),
             #[cfg(feature = "cuda")]
-            away: Away::default(),
+            away: Arc::default(),
         }
     }
 
     /// The value, brought here first where a newer one lies on a GPU.
     fn here(&self, name: &str) -> Result<&Stored> {
         #[cfg(feature = "cuda")]
-        self.away.bring(name, &self.value)?;
+        self.away.bring(name, self.version.now(), &self.value)?;
         #[cfg(not(feature = "cuda"))]
         let _ = name;
         Ok(&self.value)
@@ -118,10 +119,10 @@ impl Away {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn bring(&self, name: &str, value: &Stored) -> Result<()> {
+    fn bring(&self, name: &str, version: u64, value: &Stored) -> Result<()> {
         let mut away = self.lock();
         let (Some(gpu), Stored::Leaf(leaf)) = (&*away, value) else { return Ok(()) };
-        leaf.set(&Tensor::from_vec(gpu.written(name)?, leaf.dims(), &Device::Cpu)?)?;
+        leaf.set(&Tensor::from_vec(gpu.written(name, version)?, leaf.dims(), &Device::Cpu)?)?;
         *away = None;
         Ok(())
     }
@@ -142,6 +143,11 @@ impl Version {
 
     fn renew(&self) {
         self.0.store(Self::next(), Ordering::Release);
+    }
+
+    #[cfg(feature = "cuda")]
+    fn now(&self) -> u64 {
+        self.0.load(Ordering::Acquire)
     }
 }
 
@@ -344,11 +350,10 @@ impl ParamStore {
     /// When a parameter lies in a file.
     #[cfg(feature = "cuda")]
     pub(crate) fn alias(&self) -> Result<Self> {
-        let alias = |(name, param): (&String, &Param)| match param.here(name)? {
+        let alias = |(name, param): (&String, &Param)| match &param.value {
             Stored::Leaf(leaf) => {
-                let version = Version(AtomicU64::new(param.version.0.load(Ordering::Acquire)));
-                let value = Stored::Leaf(leaf.clone());
-                Ok((name.clone(), Param { version, ..Param::new(param.group, value) }))
+                let (value, version) = (Stored::Leaf(leaf.clone()), param.version.clone());
+                Ok((name.clone(), Param { group: param.group, value, version, away: param.away.clone() }))
             }
             Stored::Mapped(_) => {
                 let message = "expected values in memory, got a file's".to_string();
@@ -427,8 +432,8 @@ impl ParamStore {
     /// When there is none of this name.
     ///
     /// # Safety
-    /// While a [`Shared`] lives, nobody writes the parameter in place: no optimiser step, no [`ParamStore::set`]. Replacing and
-    /// removing it are no writes.
+    /// While a [`Shared`] lives, nobody writes the parameter in place: no optimiser step, wherever it is made, no [`ParamStore::set`].
+    /// Replacing and removing it are no writes.
     pub unsafe fn share(&self, name: &str) -> Result<Shared> {
         let param = self.params.get(name).ok_or_else(|| unknown(name))?;
         // SAFETY: the caller's promise.
@@ -446,7 +451,7 @@ impl ParamStore {
     /// none of this name.
     #[cfg(feature = "cuda")]
     pub(crate) fn version(&self, name: &str) -> u64 {
-        self.params.get(name).map_or(0, |param| param.version.0.load(Ordering::Acquire))
+        self.params.get(name).map_or(0, |param| param.version.now())
     }
 
     /// The newest values of a parameter lie on a GPU from here on, until they are asked for here; its version is another.
@@ -458,10 +463,11 @@ impl ParamStore {
         }
     }
 
-    /// Do the newest values of a parameter lie on a GPU?
+    /// Do the newest values of a parameter lie among these, on a GPU?
     #[cfg(feature = "cuda")]
-    pub(crate) fn is_away(&self, name: &str) -> bool {
-        self.params.get(name).is_some_and(|param| param.away.lock().is_some())
+    pub(crate) fn is_away_on(&self, name: &str, parameters: &Parameters) -> bool {
+        let away = self.params.get(name).map(|param| param.away.lock());
+        away.is_some_and(|away| away.as_ref().is_some_and(|gpu| gpu.has(parameters)))
     }
 
     /// Brings the newest values of one parameter here, where it is not.
@@ -493,9 +499,10 @@ impl ParamStore {
         }
         match &param.value {
             Stored::Leaf(leaf) => {
+                let value = value.to_dtype(leaf.dtype())?.contiguous()?;
                 #[cfg(feature = "cuda")]
                 drop(param.away.lock().take());
-                let written = leaf.set(&value.to_dtype(leaf.dtype())?.contiguous()?);
+                let written = leaf.set(&value);
                 param.version.renew();
                 written?;
             }

@@ -556,7 +556,7 @@ impl<'h> Run<'h> {
             seconds: before + since(self.started),
             seconds_by_part: self.state.seconds_by_part.clone(),
             peak_bytes: peak_bytes().unwrap_or(0),
-            device_memory: DeviceMemory::of(self.plan.device.as_ref(), self.trainer.decoder.device())?,
+            device_memory: DeviceMemory::of(self.plan.device.as_ref(), self.trainer.decoder.device()),
             planned_bytes: planned.map(|(k, v)| (k.to_string(), v)).into(),
             seed: self.config.seed,
             threads: rayon::current_num_threads(),

@@ -236,6 +236,7 @@ impl Loaded {
 
     /// Takes what is on the model off it: into the adapters beside it where that has a name. The base is left.
     fn put_aside(&mut self) -> Result<()> {
+        self.bring_home()?;
         let own = self.decoder.config().tensors();
         let is_own = |name: &str| own.iter().any(|(known, _)| known == name);
         let params = self.decoder.params();

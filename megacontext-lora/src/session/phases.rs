@@ -116,6 +116,7 @@ impl Session {
     pub fn leave_phase(&self) -> Result<Value> {
         let _transition = self.transition("leave_phase")?;
         let mut l = self.write()?;
+        l.bring_home()?;
         let phase = l.phase.take().ok_or_else(|| PluginError::usage("there is no phase to leave"))?;
         l.freeze();
         let mut event = json!({ "groups": phase.groups, "steps": l.steps.saturating_sub(phase.begun_at) });
@@ -281,6 +282,12 @@ impl Loaded {
             .filter_map(|name| Some((name, params.get(name)?)))
             .map(|(name, tensor)| Ok((name.to_string(), tensor.copy()?)))
             .collect()
+    }
+
+    /// What was learned on a GPU and the optimiser's moments come here, where they take nothing from what runs there next.
+    pub(super) fn bring_home(&mut self) -> Result<()> {
+        self.decoder.params().bring_home().map_err(model_error)?;
+        self.optimizer.as_mut().map_or(Ok(()), Optimizer::bring_home).map_err(model_error)
     }
 
     /// Nothing learns any more.

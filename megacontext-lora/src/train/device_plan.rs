@@ -100,13 +100,10 @@ pub struct DeviceMemory {
 }
 
 impl DeviceMemory {
-    /// Of a run with this plan on this device; none on the processor.
-    ///
-    /// # Errors
-    /// When the device does not say.
-    pub(crate) fn of(plan: Option<&DevicePlan>, device: &Device) -> Result<Option<Self>> {
-        let peak = device.peak_bytes().map_err(model_error)?;
-        Ok(plan.zip(peak).map(|(plan, peak_bytes)| Self { planned_bytes: plan.total, peak_bytes }))
+    /// Of a run with this plan on this device; none on the processor, and where the device does not say.
+    pub(crate) fn of(plan: Option<&DevicePlan>, device: &Device) -> Option<Self> {
+        let peak = device.peak_bytes().ok().flatten();
+        plan.zip(peak).map(|(plan, peak_bytes)| Self { planned_bytes: plan.total, peak_bytes })
     }
 
     /// In words.

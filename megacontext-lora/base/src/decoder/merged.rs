@@ -100,6 +100,7 @@ impl Decoder {
 
     /// The weight `name` with LoRA in it, f32; none where LoRA does not act on it.
     fn merged_form(&self, lora: &LoraModules, name: &str) -> Result<Option<Tensor>> {
+        self.params.bring_home()?;
         let base = || match self.params.get(name) {
             Some(weight) => Ok(weight.to_dtype(DType::F32)?),
             None => refuse(&format!("merge_adapter: the model has no {name}")),

@@ -34,7 +34,7 @@ use self::attention::{Backward, GpuAttention};
 use self::buffer::{GpuBuffer, LinearRooms};
 use self::cached::GpuCached;
 use self::linear::{GpuLinear, GpuNorm};
-use self::parameters::Parameters;
+pub(crate) use self::parameters::Parameters;
 use super::host::no_local_tables;
 use super::{AttentionSpec, Loss, Machine, Scored, Teacher, Wanted};
 use crate::architecture::{Mlp, NormKind, Rotation};

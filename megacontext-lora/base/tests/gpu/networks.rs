@@ -129,6 +129,40 @@ fn towers_learn_there_what_they_learn_on_the_processor() -> Result<()> {
     Ok(())
 }
 
+#[test]
+fn a_tower_that_has_learned_may_be_placed_once_more() -> Result<()> {
+    let Some(lease) = device()? else { return Ok(()) };
+    let rope = Rope::new(SIZES.head_width(), THETA, RopeScaling::None).sequence(ENTRIES)?;
+    let rows = Rows::default();
+    let (mut tower, params) = fresh(SIZES)?;
+    tower.set_device(&lease.device)?;
+    let forward = |tower: &Tower| -> Result<Vec<f32>> {
+        let sees = Sees::Pattern(Pattern::Dense, &rows);
+        Ok(tower.forward(&params, &tensor(random(1))?, angles(&rope), sees)?.flatten_all()?.to_vec1()?)
+    };
+    let mut optimizer = Optimizer::new(AdamWConfig::default());
+    let learn = |tower: &Tower, optimizer: &mut Optimizer| -> Result<()> {
+        let mut gradients = Gradients::staying();
+        let sees = Sees::Pattern(Pattern::Dense, &rows);
+        let out = tower.forward(&params, &tensor(random(1))?, angles(&rope), sees)?;
+        gradients.add_backward(&out.sqr()?.sum_all()?, &params)?;
+        optimizer.step(&params, &gradients, 1e-2)?;
+        Ok(())
+    };
+    let untrained = forward(&tower)?;
+    learn(&tower, &mut optimizer)?;
+    let trained = forward(&tower)?;
+    ensure!(distance(&trained, &untrained) > 1e-3);
+    // The newest values are where it was before.
+    tower.set_device(&lease.device)?;
+    close("placed once more", &forward(&tower)?, &trained, 1e-6)?;
+    learn(&tower, &mut optimizer)?;
+    let further = forward(&tower)?;
+    ensure!(distance(&further, &trained) > 1e-3);
+    tower.set_device(&Device::Cpu)?;
+    close("on the processor", &forward(&tower)?, &further, 1e-4)
+}
+
 /// All values that learn.
 fn values(params: &ParamStore) -> Result<Vec<f32>> {
     let leaves = params.trainable()?.into_iter();

@@ -187,6 +187,22 @@ fn whoever_asks_gets_the_newest_values() -> Result<()> {
 }
 
 #[test]
+fn a_gradient_in_two_places_is_refused_before_anything_is_changed() -> Result<()> {
+    let Some(lease) = device()? else { return Ok(()) };
+    let mut decoder = adapted("llama/tied_f32", Precision::F32, lora(0.0))?;
+    decoder.set_device(&lease.device)?;
+    let mut gradients = Gradients::staying();
+    Case::new(&decoder, 9, Pattern::Dense)?.accumulate(&decoder, &mut gradients)?;
+    let before = learned(&decoder)?;
+    gradients.buffer("model.norm.weight", decoder.config().hidden_size)[3] = 0.5;
+    let mut optimizer = Optimizer::new(adamw());
+    let refused = optimizer.step(decoder.params(), &gradients, 1e-2).unwrap_err().to_string();
+    ensure!(refused.contains("expected a gradient in one place, got parts here and on a GPU"), "{refused}");
+    ensure!(learned(&decoder)? == before && optimizer.moments()?.is_empty());
+    Ok(())
+}
+
+#[test]
 fn a_step_of_the_optimizer_takes_what_was_said() -> Result<()> {
     use megacontext_base::buffers::{PassShape, gpu};
 

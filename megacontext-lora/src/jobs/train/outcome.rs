@@ -139,7 +139,7 @@ impl Run<'_> {
             seconds: self.before + since(self.started),
             planned_bytes: self.plan.total,
             peak_bytes: peak_bytes().unwrap_or(0),
-            device_memory: DeviceMemory::of(self.plan.device.as_ref(), modules.decoder.device())?,
+            device_memory: DeviceMemory::of(self.plan.device.as_ref(), modules.decoder.device()),
             base: c.base.display().to_string(),
             base_fingerprint: self.model.weights.fingerprint(),
             data: c.data.clone(),

@@ -58,7 +58,7 @@ impl Run<'_> {
             seconds: self.before + since(self.started),
             planned_bytes: plan.total,
             peak_bytes: peak_bytes().unwrap_or(0),
-            device_memory: DeviceMemory::of(plan.device.as_ref(), self.decoder.device())?,
+            device_memory: DeviceMemory::of(plan.device.as_ref(), self.decoder.device()),
             base: self.config.base.display().to_string(),
             base_fingerprint: self.state.inputs.base.clone(),
             data: self.config.data.clone(),

@@ -85,7 +85,7 @@ impl Run<'_> {
             seconds: self.before + since(self.started),
             planned_bytes: plan.total,
             peak_bytes: peak_bytes().unwrap_or(0),
-            device_memory: DeviceMemory::of(plan.device.as_ref(), self.focus.loss.decoder().device())?,
+            device_memory: DeviceMemory::of(plan.device.as_ref(), self.focus.loss.decoder().device()),
             base: self.config.base.display().to_string(),
             base_fingerprint: self.state.inputs.base.clone(),
             gistnet: self.config.gistnet.display().to_string(),

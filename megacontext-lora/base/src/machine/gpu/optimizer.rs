@@ -14,6 +14,7 @@ use megacontext_kernels::cuda::cudarc::driver::CudaSlice;
 use megacontext_kernels::cuda::{Device as Kernels, adamw, rows};
 
 use super::Gpu;
+use super::parameters::Parameters;
 use crate::device::Gpu as Opened;
 use crate::error::{BaseError, Result};
 use crate::gradients::Gradients;
@@ -44,9 +45,9 @@ impl There {
         Self { gpu: gpu.clone(), buffers: BTreeMap::new() }
     }
 
-    /// Is it the same device?
+    /// Are they of the same model on the same device?
     pub fn is_on(&self, gpu: &Gpu) -> bool {
-        Arc::ptr_eq(&self.gpu.opened, &gpu.opened)
+        Arc::ptr_eq(&self.gpu.opened, &gpu.opened) && Arc::ptr_eq(&self.gpu.parameters, &gpu.parameters)
     }
 
     fn kernels(&self) -> &Kernels {
@@ -64,10 +65,15 @@ impl There {
         Ok(())
     }
 
-    /// Takes a gradient out, for the host.
-    pub fn take(&mut self, name: &str) -> Result<Option<Vec<f32>>> {
-        let Some(gradient) = self.buffers.remove(name) else { return Ok(None) };
-        Ok(Some(self.kernels().download(&gradient)?))
+    /// A gradient for the host, if there is one of this name.
+    pub fn to_host(&self, name: &str) -> Result<Option<Vec<f32>>> {
+        let Some(gradient) = self.buffers.get(name) else { return Ok(None) };
+        Ok(Some(self.kernels().download(gradient)?))
+    }
+
+    /// Makes room for the values that a step on this parameter writes.
+    pub fn prepare(&self, params: &ParamStore, name: &str) -> Result<()> {
+        self.gpu.parameters.values::<f32>(self.kernels(), params, name).map(drop)
     }
 
     /// Σ g².
@@ -105,6 +111,11 @@ impl There {
         Ok(Remote { opened: self.gpu.opened.clone(), values })
     }
 
+    /// Lets go of a gradient.
+    pub fn forget(&mut self, name: &str) {
+        self.buffers.remove(name);
+    }
+
     /// Does a parameter have a gradient here?
     pub fn has(&self, name: &str) -> bool {
         self.buffers.contains_key(name)
@@ -112,26 +123,47 @@ impl There {
 }
 
 impl Gpu {
-    /// The values of a parameter that was written here.
-    pub fn written(&self, name: &str) -> Result<Vec<f32>> {
-        let values = self.parameters.newest(name).ok_or_else(|| BaseError::Parameter {
+    /// Are these the parameters on it?
+    pub fn has(&self, parameters: &Parameters) -> bool {
+        std::ptr::eq(Arc::as_ptr(&self.parameters), parameters)
+    }
+
+    /// The values of a parameter that was written here, of this version, for the host. What only steps of the optimiser need of them
+    /// is let go.
+    pub fn written(&self, name: &str, version: u64) -> Result<Vec<f32>> {
+        let values = self.parameters.held::<f32>(name, version).ok_or_else(|| BaseError::Parameter {
             name: name.to_string(),
             message: "expected its newest values on the GPU, got none".to_string(),
         })?;
-        Ok(self.kernels().download(&*values)?)
+        let written = self.kernels().download(&*values)?;
+        drop(values);
+        self.parameters.let_go_of_wide(name);
+        Ok(written)
     }
 }
 
 impl Gradients {
+    /// Moves a gradient here, where it has stayed on a GPU.
+    pub(crate) fn bring_home(&mut self, name: &str) -> Result<()> {
+        if let Some(gradient) = self.there().map(|there| there.to_host(name)).transpose()?.flatten() {
+            self.forget_there(name);
+            self.add(name, &gradient);
+        }
+        Ok(())
+    }
+
     /// Adds gradients that stayed on a GPU: there, where these stay too, and otherwise here.
     pub(crate) fn take_over(&mut self, there: There) -> Result<()> {
         let There { gpu, buffers } = there;
         if self.stay() {
             return self.arrive(&gpu, buffers, &Gradients::new());
         }
-        for (name, gradient) in buffers {
-            let gradient = gpu.kernels().download(&gradient)?;
-            self.add(&name, &gradient);
+        let mut arrived = Vec::with_capacity(buffers.len());
+        for (name, gradient) in &buffers {
+            arrived.push((name, gpu.kernels().download(gradient)?));
+        }
+        for (name, gradient) in arrived {
+            self.add(name, &gradient);
         }
         Ok(())
     }
@@ -144,19 +176,26 @@ impl Gradients {
         on_host: &Gradients,
     ) -> Result<()> {
         if self.there().is_some_and(|there| !there.is_on(gpu)) {
-            let message = "expected gradients of one device, got another's beside them".to_string();
+            let message = "expected gradients of one device and model, got another's beside them".to_string();
             return Err(BaseError::Device { message });
         }
         let (mine, theirs): (BTreeMap<_, _>, BTreeMap<_, _>) =
             made.into_iter().partition(|(name, _)| self.get(name).is_some() || on_host.get(name).is_some());
-        for (name, gradient) in mine {
-            let gradient = gpu.kernels().download(&gradient)?;
+        let mut arrived = Vec::new();
+        for (name, gradient) in &mine {
+            arrived.push((name.clone(), gpu.kernels().download(gradient)?));
+        }
+        for name in on_host.names() {
+            if let Some(before) = self.there().map(|there| there.to_host(name)).transpose()?.flatten() {
+                arrived.push((name.to_string(), before));
+            }
+        }
+        // Nothing has been changed so far, and nothing has to come from here on.
+        for (name, gradient) in arrived {
+            self.forget_there(&name);
             self.add(&name, &gradient);
         }
         for name in on_host.names() {
-            if let Some(before) = self.there_mut(gpu).take(name)? {
-                self.add(name, &before);
-            }
             self.add(name, on_host.get(name).unwrap_or_default());
         }
         for (name, gradient) in theirs {

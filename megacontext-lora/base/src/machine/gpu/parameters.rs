@@ -13,7 +13,7 @@ use megacontext_kernels::store::bf16;
 
 use super::buffer::Product;
 use crate::buffers::gpu::PIECE;
-use crate::error::Result;
+use crate::error::{BaseError, Result};
 use crate::params::ParamStore;
 
 /// What a copy holds.
@@ -73,23 +73,36 @@ impl Parameters {
         params: &ParamStore,
         name: &str,
     ) -> Result<Arc<CudaSlice<P>>> {
-        self.copy(params.version(name), (name, Form::Values), |into| {
-            if params.is_away(name)
-                && let Some(newest) = self.newest(name)
-            {
-                return converted(device, &newest, into);
-            }
-            match params.values(name)?.weight() {
-                Weight::F32(values) => upload(device, values, into),
-                Weight::Bf16(values) => upload(device, values, into),
-            }
+        let version = params.version(name);
+        if let Some(held) = self.held::<P>(name, version) {
+            return Ok(held);
+        }
+        // Asked before a map is locked: who brings a parameter home looks in here while nobody else may ask for it.
+        let newest = if params.is_away_on(name, self) { self.held::<f32>(name, version) } else { None };
+        if let Some(newest) = newest {
+            return self.copy(version, (name, Form::Values), |into| converted(device, &newest, into));
+        }
+        let here = params.values(name)?;
+        self.copy(version, (name, Form::Values), |into| match here.weight() {
+            Weight::F32(values) => upload(device, values, into),
+            Weight::Bf16(values) => upload(device, values, into),
         })
     }
 
-    /// The copy in f32 of a parameter that was written here, whatever the host's is.
-    pub fn newest(&self, name: &str) -> Option<Arc<CudaSlice<f32>>> {
-        let copies = self.f32.lock().unwrap_or_else(PoisonError::into_inner);
-        copies.get(&(name.to_string(), Form::Values)).map(|copy| copy.values.clone())
+    /// The copy of a version, where there is one.
+    pub fn held<P: Copied>(&self, name: &str, version: u64) -> Option<Arc<CudaSlice<P>>> {
+        let copies = P::copies(self).lock().unwrap_or_else(PoisonError::into_inner);
+        let copy = copies.get(&(name.to_string(), Form::Values));
+        copy.filter(|copy| copy.version == version).map(|copy| copy.values.clone())
+    }
+
+    /// Lets go of a copy in f32 beside which there is one in 16 bits: it was there for steps of the optimiser.
+    pub fn let_go_of_wide(&self, name: &str) {
+        let key = (name.to_string(), Form::Values);
+        let narrow = self.bf16.lock().unwrap_or_else(PoisonError::into_inner).contains_key(&key);
+        if narrow {
+            self.f32.lock().unwrap_or_else(PoisonError::into_inner).remove(&key);
+        }
     }
 
     /// Takes the copy in f32 out, to be written.
@@ -97,19 +110,26 @@ impl Parameters {
     /// # Errors
     /// As [`Parameters::values`].
     pub fn take_f32(&self, device: &Device, params: &ParamStore, name: &str) -> Result<CudaSlice<f32>> {
-        let values = self.values::<f32>(device, params, name)?;
+        let (version, values) = (params.version(name), self.values::<f32>(device, params, name)?);
         let mut copies = self.f32.lock().unwrap_or_else(PoisonError::into_inner);
         copies.remove(&(name.to_string(), Form::Values));
         drop(copies);
-        match Arc::try_unwrap(values) {
-            Ok(values) => Ok(values),
-            // Somebody still reads these.
-            Err(read) => {
-                let mut values = device.room(read.len())?;
-                rows::convert(device, &*read, &mut values)?;
-                Ok(values)
-            }
+        let read = match Arc::try_unwrap(values) {
+            Ok(values) => return Ok(values),
+            Err(read) => read,
+        };
+        // Somebody still reads these.
+        let copied = device.room(read.len()).map_err(BaseError::from).and_then(|mut values| {
+            rows::convert(device, &*read, &mut values)?;
+            Ok(values)
+        });
+        if copied.is_err() {
+            // They may be the only newest ones.
+            let copy = Copy { version, values: read };
+            let mut copies = self.f32.lock().unwrap_or_else(PoisonError::into_inner);
+            copies.insert((name.to_string(), Form::Values), copy);
         }
+        copied
     }
 
     /// Puts the copy in f32 of a version back.
