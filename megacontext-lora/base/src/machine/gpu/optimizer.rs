@@ -82,15 +82,18 @@ impl There {
         Ok(each.sum::<megacontext_kernels::error::Result<f64>>()?)
     }
 
-    /// One step on a parameter that has a gradient here, and on its moments; false where it has none.
+    /// One step on a parameter that has a gradient here, and on its moments.
     pub fn step(
         &self,
         params: &ParamStore,
         name: &str,
         [exp_avg, exp_avg_sq]: [&mut Remote; 2],
         with: &AdamW,
-    ) -> Result<bool> {
-        let Some(gradient) = self.buffers.get(name) else { return Ok(false) };
+    ) -> Result<()> {
+        let gradient = self.buffers.get(name).ok_or_else(|| BaseError::Parameter {
+            name: name.to_string(),
+            message: "expected a gradient on the GPU, got none".to_string(),
+        })?;
         let (gpu, device) = (&self.gpu, self.kernels());
         let mut values = gpu.parameters.take_f32(device, params, name)?;
         let moments = [&mut exp_avg.values, &mut exp_avg_sq.values];
@@ -98,8 +101,7 @@ impl There {
         // Whatever came of it, nobody takes the values for those from before.
         params.written_on(name, gpu);
         gpu.parameters.put_f32(name, params.version(name), values);
-        stepped?;
-        Ok(true)
+        Ok(stepped?)
     }
 
     /// Values of the host's brought here; as many zeros where there are none.
