@@ -48,8 +48,8 @@ pub struct Global {
     /// Worker threads of quickstart, extend, sweep, pretrain, eval, generate and bench. Default: all cores
     #[arg(long, global = true, value_name = "N")]
     pub threads: Option<u64>,
-    /// What the model's passes run on: cpu, cuda:N (a GPU; a build with CUDA) or auto (the first GPU that can be used, else the
-    /// processor) [default: auto]
+    /// What the model's passes run on, of commands that run a model: cpu, cuda or cuda:N (a GPU; a build with CUDA) or auto (the
+    /// first GPU that can be used, else the processor) [default: auto]
     #[arg(long, global = true, value_name = "NAME")]
     pub device: Option<String>,
 }
