@@ -195,9 +195,9 @@ impl LensNetConfig {
 
     /// What the network takes of a GPU beside a model, over `entries` entries that it sees together ([`TowerConfig::gpu_bytes`]).
     pub fn gpu_bytes(&self, device: &Device, entries: usize, learns: bool) -> GpuBytes {
-        match self.goes_to(device) {
-            true => self.tower().gpu_bytes(device, entries, learns),
-            false => GpuBytes::default(),
+        match self.kind {
+            Kind::Transformer => self.tower().gpu_bytes(device, entries, learns),
+            Kind::Dual => GpuBytes::default(),
         }
     }
 

@@ -219,23 +219,22 @@ impl<M: Machine, S: Activation> Scratch<M, S> {
     }
 }
 
-/// The buffers of passes on one machine, by storage.
-pub(crate) struct PassBuffers<M: Machine> {
-    pub f32: Scratch<M, f32>,
-    pub bf16: Scratch<M, bf16>,
+/// What there is once for each storage of activations; [`Activation`] knows which is whose.
+#[derive(Default)]
+pub(crate) struct ByStorage<F, B> {
+    pub f32: F,
+    pub bf16: B,
 }
 
-impl<M: Machine> Default for PassBuffers<M> {
-    fn default() -> Self {
-        Self { f32: Scratch::default(), bf16: Scratch::default() }
+impl<F, B> ByStorage<F, B> {
+    /// The bytes of both.
+    pub fn bytes(&self, of_f32: impl Fn(&F) -> u64, of_bf16: impl Fn(&B) -> u64) -> u64 {
+        of_f32(&self.f32) + of_bf16(&self.bf16)
     }
 }
 
-impl<M: Machine> PassBuffers<M> {
-    fn bytes(&self) -> u64 {
-        self.f32.bytes() + self.bf16.bytes()
-    }
-}
+/// The buffers of passes on one machine.
+pub(crate) type PassBuffers<M> = ByStorage<Scratch<M, f32>, Scratch<M, bf16>>;
 
 /// Memory that passes use again. Dropped, it goes back to where it came from; the next pass makes it anew.
 #[derive(Default)]
@@ -248,13 +247,13 @@ pub struct Buffers {
 impl Buffers {
     /// Bytes held on the host.
     pub fn bytes(&self) -> u64 {
-        self.host.bytes()
+        self.host.bytes(Scratch::bytes, Scratch::bytes)
     }
 
     /// Bytes held on a GPU.
     pub fn device_bytes(&self) -> u64 {
         #[cfg(feature = "cuda")]
-        return self.gpu.bytes();
+        return self.gpu.bytes(Scratch::bytes, Scratch::bytes);
         #[cfg(not(feature = "cuda"))]
         0
     }

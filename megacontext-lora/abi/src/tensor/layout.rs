@@ -181,15 +181,9 @@ impl Layout {
         }
     }
 
+    /// Do all values lie one behind another? Call after `check`.
     pub fn is_contiguous(&self) -> bool {
-        let mut expected = 1usize;
-        for (&dim, &stride) in self.shape().iter().zip(self.strides()).rev() {
-            if dim != 1 && usize::try_from(stride) != Ok(expected) {
-                return false;
-            }
-            expected = expected.saturating_mul(dim);
-        }
-        true
+        self.runs().length == self.len()
     }
 
     /// Sorted by stride, every dimension steps over everything that the ones before it reach: no two elements meet.

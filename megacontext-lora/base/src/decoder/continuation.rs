@@ -27,7 +27,7 @@ use megacontext_kernels::store::bf16;
 use super::step::StepInput;
 use super::{Decoder, Forward, HeldTables};
 use crate::block::{Attending, Block, ByWindow};
-use crate::buffers::{Activation, Buffers, KeysValues, Scratch, keys_values_bytes};
+use crate::buffers::{Activation, Buffers, ByStorage, KeysValues, Scratch, keys_values_bytes};
 use crate::config::DecoderConfig;
 use crate::error::{BaseError, Result};
 use crate::gradients::Gradients;
@@ -67,23 +67,10 @@ impl<M: Machine, S: Activation> Ran<M, S> {
     }
 }
 
-/// What a document leaves on one machine, by storage.
-pub(crate) struct RanAs<M: Machine> {
-    pub f32: Ran<M, f32>,
-    pub bf16: Ran<M, bf16>,
-}
-
-impl<M: Machine> Default for RanAs<M> {
-    fn default() -> Self {
-        Self { f32: Ran::default(), bf16: Ran::default() }
-    }
-}
+/// What a document leaves on one machine.
+pub(crate) type RanAs<M> = ByStorage<Ran<M, f32>, Ran<M, bf16>>;
 
 impl<M: Machine> RanAs<M> {
-    fn bytes(&self) -> u64 {
-        self.f32.bytes() + self.bf16.bytes()
-    }
-
     fn keeps_hidden(&self) -> bool {
         self.f32.hidden.is_some() || self.bf16.hidden.is_some()
     }
@@ -142,13 +129,13 @@ impl Document {
 
     /// Bytes held on the host.
     pub fn bytes(&self) -> u64 {
-        self.host.bytes() + 4 * (self.tokens.len() + self.nll.len()) as u64
+        self.host.bytes(Ran::bytes, Ran::bytes) + 4 * (self.tokens.len() + self.nll.len()) as u64
     }
 
     /// Bytes held on a GPU.
     pub fn device_bytes(&self) -> u64 {
         #[cfg(feature = "cuda")]
-        return self.gpu.bytes();
+        return self.gpu.bytes(Ran::bytes, Ran::bytes);
         #[cfg(not(feature = "cuda"))]
         0
     }

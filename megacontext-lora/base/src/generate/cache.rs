@@ -17,7 +17,7 @@ use megacontext_kernels::attention::decode::CachedRow;
 use megacontext_kernels::precision::Precision;
 use megacontext_kernels::store::bf16;
 
-use crate::buffers::{Activation, KeysValues, Scratch, keys_values_bytes};
+use crate::buffers::{Activation, ByStorage, KeysValues, Scratch, keys_values_bytes};
 use crate::config::DecoderConfig;
 use crate::decoder::Decoder;
 use crate::error::{BaseError, Result};
@@ -63,27 +63,8 @@ impl<M: Machine, S: Activation> Held<M, S> {
     }
 }
 
-/// What lies on one machine, by storage.
-pub(crate) struct HeldAs<M: Machine> {
-    pub f32: Held<M, f32>,
-    pub bf16: Held<M, bf16>,
-}
-
-impl<M: Machine> Default for HeldAs<M> {
-    fn default() -> Self {
-        Self { f32: Held::default(), bf16: Held::default() }
-    }
-}
-
-impl<M: Machine> HeldAs<M> {
-    fn bytes(&self) -> u64 {
-        self.f32.bytes() + self.bf16.bytes()
-    }
-
-    fn buffer_bytes(&self) -> u64 {
-        self.f32.buffer_bytes() + self.bf16.buffer_bytes()
-    }
-}
+/// What lies on one machine.
+pub(crate) type HeldAs<M> = ByStorage<Held<M, f32>, Held<M, bf16>>;
 
 /// Rows of tokens that were run, ready to be continued.
 pub struct KvCache {
@@ -139,18 +120,18 @@ impl KvCache {
 
     /// Bytes of keys and values held, wherever they lie.
     pub fn bytes(&self) -> u64 {
+        let bytes = self.host.bytes(Held::bytes, Held::bytes);
         #[cfg(feature = "cuda")]
-        return self.host.bytes() + self.gpu.bytes();
-        #[cfg(not(feature = "cuda"))]
-        self.host.bytes()
+        let bytes = bytes + self.gpu.bytes(Held::bytes, Held::bytes);
+        bytes
     }
 
     /// Bytes of the buffers of steps so far, wherever they lie.
     pub fn buffer_bytes(&self) -> u64 {
+        let bytes = self.host.bytes(Held::buffer_bytes, Held::buffer_bytes);
         #[cfg(feature = "cuda")]
-        return self.host.buffer_bytes() + self.gpu.buffer_bytes();
-        #[cfg(not(feature = "cuda"))]
-        self.host.buffer_bytes()
+        let bytes = bytes + self.gpu.bytes(Held::buffer_bytes, Held::buffer_bytes);
+        bytes
     }
 
     /// Entries that each row has.
